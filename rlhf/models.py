@@ -1,0 +1,290 @@
+"""Tokenizers, policies and reward models: loading them for training, loading finished ones, writing them whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf import embedded
+from rlhf.config import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
+NEW_PAD_TOKEN = "<|pad|>"
+PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a local folder holds a PEFT adapter instead of a whole model."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
+    """Check that a model is there before anything loads, and fetch the embedded one.
+
+    Args:
+        name: `embedded:…`, a local folder, or a hub id.
+        asked_by: `recipe:line` where the name was given.
+        made_by: the command that makes this folder, if it is known.
+
+    Returns:
+        A name that `from_pretrained` takes; local folders become absolute, so that adapters find their base later.
+
+    Raises:
+        UserError: a folder without a model, or a hub id that can't be reached.
+    """
+    name = embedded.resolve(name, say)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not is_adapter(str(path)):
+            hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
+            raise UserError(f"{asked_by}: {name} holds no finished model (no config.json or adapter_config.json){hint}")
+        return str(path.resolve())
+    if made_by:
+        raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub's client raises a dozen kinds: offline, 404, gated, no config
+        if "trust_remote_code" in str(error):
+            return name
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{asked_by}: '{name}' is no local folder, and could not be loaded from the hub: {reason}") from None
+    return name
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False, encoder: bool = False):
+    """A tokenizer with a chat template, and with a pad token that is not its end-of-sequence token.
+
+    Args:
+        name: a model that `locate` returned.
+        chat_template: `alpaca`, `chatml` or a .jinja file; None takes the model's own, or alpaca where it has none.
+        encoder: a BERT-like reward model, whose answers need not end with EOS.
+
+    Raises:
+        UserError: an unknown template, or one that never writes EOS, so that a policy would never learn to stop.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = read_template("alpaca")
+    ensure_pad_token(tokenizer)
+    if not encoder:
+        _check_template_ends(tokenizer)
+    return tokenizer
+
+
+def read_template(name: str) -> str:
+    """The text of a chat template: `alpaca`, `chatml`, or a .jinja file."""
+    path = TEMPLATES / f"{name}.jinja" if "/" not in name and not name.endswith(".jinja") else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise UserError(f"chat_template: no template '{name}'; expected {known} or the path of a .jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def ensure_pad_token(tokenizer) -> None:
+    """Give the tokenizer a dedicated pad token, from its own vocabulary where that has a fitting one.
+
+    With pad = EOS a reward model would read its score one token too early (transformers looks for the last token that
+    is not padding), and collators that mask by token would drop EOS from the labels.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in PAD_CANDIDATES:
+        if token in vocabulary and token not in (tokenizer.eos_token, tokenizer.bos_token):
+            tokenizer.pad_token = token
+            return
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
+
+
+def _check_template_ends(tokenizer) -> None:
+    prompt = tokenizer.apply_chat_template(PROBE[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(PROBE, return_dict=True)["input_ids"]
+    if tokenizer.eos_token_id not in whole[len(prompt) :]:
+        raise UserError(
+            f"the chat template does not end an answer with the end-of-sequence token {tokenizer.eos_token!r} (it ends "
+            f"with {tokenizer.decode(whole[-2:])!r}), so the model would never learn to stop; set `chat_template` in "
+            "the recipe to one that does"
+        )
+
+
+# --- loading for training --------------------------------------------------------------------------------------------
+
+
+def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = False, continue_adapter: bool = True):
+    """A causal language model to train.
+
+    Returns:
+        A PreTrainedModel; or, for an adapter folder with `continue_adapter`, a trainable PeftModel whose adapter goes on.
+    """
+    options = _load_options(model_args, trust_remote_code)
+    if not is_adapter(name):
+        model = AutoModelForCausalLM.from_pretrained(name, revision=_revision(name, model_args), **options)
+        return _fit_tokenizer(model, tokenizer)
+    from peft import PeftConfig, PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **options)
+    model = PeftModel.from_pretrained(_fit_tokenizer(base, tokenizer), name, is_trainable=continue_adapter)
+    return model if continue_adapter else model.merge_and_unload()
+
+
+def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False):
+    """A sequence classifier with one output, on the backbone of any model (policy, adapter or encoder).
+
+    Returns:
+        (model, names of the modules that are newly made and so must be trained and saved whole)
+    """
+    options = _load_options(model_args, trust_remote_code) | {"num_labels": 1, "output_loading_info": True}
+    policy = None
+    base = name
+    if is_adapter(name):
+        policy = load_policy(name, tokenizer, model_args, trust_remote_code, continue_adapter=False)
+        base = policy.config._name_or_path
+    else:
+        options["revision"] = _revision(name, model_args)
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": that is the plan
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(base, **options)
+    finally:
+        logging.set_verbosity(before)
+    model = _fit_tokenizer(model, tokenizer)
+    if policy is not None:
+        model.base_model.load_state_dict(policy.base_model.state_dict())
+    return model, sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
+
+
+def _load_options(model_args, trust_remote_code: bool) -> dict[str, Any]:
+    from trl import get_quantization_config
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+    options["dtype"] = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if quantization := get_quantization_config(model_args):
+        options["quantization_config"] = quantization
+    return options
+
+
+def _revision(name: str, model_args) -> str:
+    return "main" if Path(name).is_dir() else model_args.model_revision
+
+
+def _fit_tokenizer(model, tokenizer):
+    """Make room for an added pad token and tell the model's configs about pad and EOS."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():  # a definite value (the mean), so that two loads of one model are the same model
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+                layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        stops = model.generation_config.eos_token_id
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+# --- finished models -------------------------------------------------------------------------------------------------
+
+
+def load_finished(name: str, reward: bool = False, dtype: str | None = None, device: str | torch.device = "cpu"):
+    """A finished model for inference: a whole model, or an adapter merged into its base.
+
+    Returns:
+        (model in eval mode on `device`, tokenizer)
+    """
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    options = {"dtype": getattr(torch, dtype) if dtype else "auto"}
+    if is_adapter(name):
+        from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+        peft_auto = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
+        extra = {"num_labels": 1} if reward else {}
+        model = peft_auto.from_pretrained(name, **options, **extra).merge_and_unload()
+    else:
+        model = auto.from_pretrained(name, **options)
+    tokenizer = load_tokenizer(name, encoder=reward)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer
+
+
+def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of a few rows, one row at a time (no padding): fp32 on the CPU, in eval mode."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        found = [model(input_ids=torch.tensor([ids], device=device)).logits.float().cpu() for ids in token_ids]
+    model.train(was_training)
+    return found
+
+
+def save_finished(model, tokenizer, folder: Path, *, reward: bool, merge: bool, probe: list[list[int]]) -> dict[str, Any]:
+    """Write a trained model so that plain transformers (or PEFT) loads it, load it again, compare, then put it in place.
+
+    Args:
+        model: the trained, unwrapped model; a PeftModel is merged first if `merge`.
+        folder: where the files go; they appear there only after the comparison.
+        probe: rows of token ids on which the written and the trained model must agree.
+
+    Returns:
+        {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float}
+
+    Raises:
+        RuntimeError: the written model disagrees with the trained one.
+    """
+    expected = probe_logits(model, probe)
+    device = next(model.parameters()).device
+    is_peft = hasattr(model, "peft_config")
+    if is_peft and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    if is_peft and merge:
+        model = model.merge_and_unload()
+    partial = folder / ".partial-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    options = {"selected_adapters": ["default"]} if is_peft and not merge else {}
+    model.save_pretrained(partial, **options)
+    tokenizer.save_pretrained(partial)
+    model.cpu()
+    again, _ = load_finished(str(partial), reward=reward, device=device)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, probe_logits(again, probe), strict=True))
+    largest = max(float(a.abs().max()) for a in expected)
+    tolerance = (1e-3 if next(again.parameters()).dtype == torch.float32 else 5e-2) * max(largest, 1.0)
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the model in {partial} is not the one that was trained: its logits differ by {difference:.3g} "
+            f"(allowed {tolerance:.3g}); it was left there for a look, the checkpoints are untouched"
+        )
+    files, digest = {}, hashlib.sha256()
+    for file in sorted(partial.iterdir()):
+        files[file.name] = file.stat().st_size
+        if file.suffix == ".safetensors":
+            with open(file, "rb") as weights:
+                while block := weights.read(1 << 20):
+                    digest.update(block)
+        os.replace(file, folder / file.name)
+    partial.rmdir()
+    return {
+        "files": files, "weights_sha256": digest.hexdigest(),
+        "max_logit_difference": difference, "max_logit": largest,
+    }  # fmt: skip

@@ -1,0 +1,369 @@
+"""What every training stage does around TRL's trainer: check, open the run folder, train with progress, finish whole.
+
+The stages (sft.py, reward.py, dpo.py) say how their rows are read and how their trainer is built; the order of things
+is here: everything that can be wrong in a recipe, in the data or on the disk is found before a model loads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import Run, begin_run, check_disk, finish_run, mark_checkpoint, model_digest, open_run
+from rlhf.config import TRAINING_STAGES, Recipe, UserError, build_configs, load_recipe
+from rlhf.data.formats import join_chosen_rejected, prompt_key
+from rlhf.data.sources import Source, load_source
+
+
+@dataclass
+class StageData:
+    """Canonical rows of a stage, and the digests of where they came from."""
+
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]] | None
+    digests: dict[str, str]
+
+
+@dataclass
+class Stage:
+    """How a stage differs from the others.
+
+    Attributes:
+        name: `sft`, `reward` or `dpo`.
+        title: what it is called on the screen.
+        to_rows: a Source to canonical rows.
+        build: (context) to TRL's trainer.
+        probe: the trainer's tokenised training set to a few rows of token ids.
+    """
+
+    name: str
+    title: str
+    to_rows: Callable[[Source], list[dict[str, Any]]]
+    build: Callable[[Any], Any]
+    probe: Callable[[Any], list[list[int]]]
+
+
+@dataclass
+class Context:
+    """What a stage's `build` gets: configs, rows, and the located input model."""
+
+    recipe: Recipe
+    args: Any
+    model_args: Any
+    stage_args: Any
+    data: StageData
+    model_name: str
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str = "") -> None:
+    """Print on the main process only, at once."""
+    if is_main():
+        print(text, flush=True)
+
+
+def run_stage(stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False) -> None:
+    """Check everything, then train the stage unless its folder is already complete.
+
+    Raises:
+        UserError: with the place and the fix, before a model loads.
+    """
+    recipe = load_recipe(recipe_path, stage.name, overrides)
+    made_by = maker_of(recipe, recipe.get("model_name_or_path"))
+    if check_only and made_by and not Path(recipe.get("model_name_or_path")).is_dir():
+        say(f"{recipe.path}: ok (its model will come from: {made_by})")
+        return
+    data = read_data(stage, recipe)
+    inputs = data.digests | {"model_name_or_path": model_digest(recipe.get("model_name_or_path"))}
+    run = open_run(recipe, inputs)
+    if run.complete:
+        say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
+        return
+    check_extras(recipe)
+    if check_only:
+        say(f"{recipe.path}: ok ({len(data.train)} training rows)")
+        return
+    _train(stage, recipe, data, run, inputs, made_by)
+
+
+def maker_of(recipe: Recipe, name: str | None) -> str:
+    """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
+    if not name:
+        return ""
+    import yaml
+
+    for stage in TRAINING_STAGES:
+        sibling = Path(recipe.path).parent / f"{stage}.yaml"
+        if stage == recipe.stage or not sibling.is_file():
+            continue
+        try:
+            output = (yaml.safe_load(sibling.read_text(encoding="utf-8")) or {}).get("output_dir")
+        except (yaml.YAMLError, AttributeError):
+            continue
+        if output and os.path.normpath(output) == os.path.normpath(name):
+            return f"rlhf {stage} {sibling}"
+    return ""
+
+
+def read_data(stage: Stage, recipe: Recipe) -> StageData:
+    """Read, validate and convert the training rows and the held-out rows of a recipe."""
+    where = recipe.where
+    train_split, test_split = recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")
+    digests = {}
+    if recipe.get("chosen_dataset_name"):
+        sides = [load_source(recipe.get(k), train_split, None, where(k)) for k in _SIDES]
+        digests |= {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
+        source = join_chosen_rejected(*sides)
+    else:
+        name, config = recipe.get("dataset_name"), recipe.get("dataset_config")
+        source = load_source(name, train_split, config, where("dataset_name"))
+        digests["dataset_name"] = source.digest
+    heldout = None
+    if recipe.get("eval_dataset_name"):
+        heldout = load_source(recipe.get("eval_dataset_name"), test_split or "train", None, where("eval_dataset_name"))
+    elif test_split:
+        heldout = load_source(recipe.get("dataset_name"), test_split, recipe.get("dataset_config"), where("dataset_test_split"))
+    elif recipe.get("eval_strategy", "no") != "no":
+        raise UserError(f"{where('eval_strategy')}: there is nothing to evaluate on; set dataset_test_split or eval_dataset_name")
+    if heldout:
+        digests["heldout"] = heldout.digest
+    train = stage.to_rows(source.head(recipe.get("max_train_examples")))
+    heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples"))) if heldout else None
+    if heldout_rows:
+        seen = {prompt_key(row) for row in train}
+        leaks = sum(prompt_key(row) in seen for row in heldout_rows)
+        if leaks:
+            say(f"note: {leaks} of {len(heldout_rows)} held-out prompts are in the training data too; scores on them mean little")
+    return StageData(train, heldout_rows, digests)
+
+
+_SIDES = ("chosen_dataset_name", "rejected_dataset_name")
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Packages that a key asks for must be there before anything loads."""
+    needs = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
+    for key, package in needs.items():
+        if recipe.get(key) and importlib.util.find_spec(package) is None:
+            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install 'rlhf-dpo[quant]'")
+    if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
+        raise UserError(f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`")
+    reporters = recipe.get("report_to") or []
+    for name in [reporters] if isinstance(reporters, str) else reporters:
+        if name in ("tensorboard", "wandb", "trackio", "mlflow", "swanlab") and importlib.util.find_spec(name) is None:
+            raise UserError(f"{recipe.where('report_to')}: report_to {name} needs the package; run: pip install {name}")
+
+
+def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str) -> None:
+    say(f"\n=== {stage.title}: {recipe.path}")
+    quiet_libraries(len(data.train))
+    from rlhf.models import is_adapter, locate, save_finished
+
+    args, model_args, stage_args = build_configs(recipe)
+    _check_devices(args, recipe)
+    model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
+    context = Context(recipe, args, model_args, stage_args, data, model_name)
+    check_length(context)
+    check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
+    trainer = stage.build(context)
+    if len(trainer.train_dataset) == 0:
+        raise UserError(f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it")
+    if is_main():
+        begin_run(run, recipe, inputs, args.to_dict() | {"model": model_args.__dict__, "stage": stage_args.__dict__})
+    _announce(stage, context, trainer, run)
+    add_callbacks(trainer, run, stage)
+    started = time.time()
+    result = trainer.train(resume_from_checkpoint=run.resume_from)
+    seconds = time.time() - started
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    merge = stage_args.merge_adapter
+    if merge is None:
+        merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
+    if is_main():
+        say("Writing the model, loading it again and comparing ...")
+        saved = save_finished(
+            model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=merge,
+            probe=stage.probe(trainer.train_dataset),
+        )  # fmt: skip
+        history = [h for h in trainer.state.log_history if "loss" in h]
+        summary = {
+            "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
+            "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
+            "last_loss": history[-1]["loss"] if history else result.training_loss,
+            "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
+        }  # fmt: skip
+        finish_run(run, summary)
+        say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
+        say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def quiet_libraries(num_rows: int = 0) -> None:
+    """No bars for what takes a second, and no warnings about names that TRL and transformers settle among themselves."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if num_rows < 5000:
+        datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+
+
+def describe_complete(summary: dict[str, Any]) -> str:
+    losses = [summary.get("first_loss"), summary.get("last_loss")]
+    arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
+    return f"{summary['steps']} steps, training loss {arrow}, {summary['seconds'] / 60:.1f} min"
+
+
+def _check_devices(args, recipe: Recipe) -> None:
+    import torch
+
+    if not args.use_cpu and torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"{count} GPUs are visible to one process; use them all with `accelerate launch --config_file "
+            f"launch/ddp.yaml --num_processes {count} -m rlhf {recipe.stage} {recipe.path}`, or one with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_length(context: Context) -> None:
+    """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise)."""
+    from transformers import AutoConfig
+
+    name = context.model_name
+    if (Path(name) / "adapter_config.json").is_file():
+        name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    config = AutoConfig.from_pretrained(name, trust_remote_code=context.args.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    wanted = context.args.max_length
+    if positions and (wanted is None or wanted > positions):
+        if not context.recipe.get("max_length"):
+            context.args.max_length = min(positions, wanted or positions)  # TRL's default, not the user's word
+            say(f"note: max_length is {context.args.max_length}, all the positions this model has")
+            return
+        raise UserError(
+            f"{context.recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
+            f"{context.recipe.get('model_name_or_path')}; use {positions} or less"
+        )
+
+
+def _bytes_needed(model_name: str, model_args) -> int:
+    """The model once (twice while it is compared), and for full fine-tuning a checkpoint of weights and Adam's moments."""
+    weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0
+    return int(weights * (1.2 if model_args.use_peft else 4.2)) + 50_000_000
+
+
+def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
+    args, data = trainer.args, context.data
+    model = trainer.model
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
+    world = trainer.accelerator.num_processes
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
+    heldout = f", {len(data.heldout)} held out" if data.heldout else ""
+    say(f"  model    {context.recipe.get('model_name_or_path')}  ({total / 1e6:.1f} M parameters)")
+    say(f"  trains   {trained / 1e6:.2f} M parameters ({trained / total:.1%}), {kind}")
+    say(f"  data     {len(trainer.train_dataset)} examples{heldout}")
+    say(f"  steps    {steps:g} of {batch} examples ({world} process{'es' if world > 1 else ''} on {args.device.type})")
+    say(f"  output   {run.folder}")
+    dropped = len(data.train) - len(trainer.train_dataset)
+    if dropped:
+        say(f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out")
+    if run.resume_from:
+        say(f"  resuming from {run.resume_from}")
+
+
+def add_callbacks(trainer, run: Run, stage: Stage) -> None:
+    """Our progress bar in place of the trainer's printed dicts, metrics.jsonl, and the mark of a whole checkpoint."""
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Progress(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description(stage.title)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and logs:
+                shown = {label: logs[key] for key, label in SHOWN_METRICS.items() if key in logs}
+                self.training_bar.set_postfix_str(", ".join(f"{k} {float(v):.3f}" for k, v in shown.items()))
+
+    class Metrics(TrainerCallback):
+        path = run.folder / "metrics.jsonl"
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                kept = [m for m in read_metrics(run.folder) if m["step"] <= state.global_step and state.global_step > 0]
+                self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs:
+                line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
+                line |= {k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v for k, v in logs.items() if k != "epoch"}
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    class Marker(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = run.folder / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero and folder.is_dir():
+                mark_checkpoint(folder)
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics, Marker]:
+        trainer.add_callback(callback)
+
+
+SHOWN_METRICS = {
+    "loss": "loss", "mean_token_accuracy": "token acc", "accuracy": "pair acc", "margin": "margin",
+    "rewards/accuracies": "pair acc", "rewards/margins": "margin", "eval_loss": "held-out loss",
+}  # fmt: skip
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last line (a kill while writing) is left out."""
+    rows = []
+    path = Path(folder) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+        return True
+    except (TypeError, ValueError):
+        return False
+
+
+def score_labelled_positions_only() -> None:
+    """On a CPU, let TRL's fused LM head score the answers' tokens only, as it does on a GPU.
+
+    TRL 1.16 scores every position on devices without Triton, prompts and padding too, and masks afterwards: the same
+    numbers for more work. DPO of SmolLM2-135M, LoRA, a pair a batch: 1.99 -> 1.50 s a pair on 2 cores. The reason
+    given there is recompilation on Neuron. Remove it once TRL does so on CPUs; tests/test_dpo.py shows equal losses.
+    """
+    from trl.trainer import utils
+
+    utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
