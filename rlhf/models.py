@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from trl.data_utils import common_prefix_length
+
 from rlhf import embedded
 from rlhf.config import UserError
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "chat_templates"
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 NEW_PAD_TOKEN = "<|pad|>"
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
@@ -27,6 +29,17 @@ PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": 
 def is_adapter(name: str) -> bool:
     """Whether a local folder holds a PEFT adapter instead of a whole model."""
     return (Path(name) / "adapter_config.json").is_file()
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a local folder holds a sequence classifier, or an adapter for one."""
+    for file, key, mark in (
+        ("adapter_config.json", "task_type", "SEQ_CLS"),
+        ("config.json", "architectures", "SequenceClassification"),
+    ):
+        if (Path(name) / file).is_file():
+            return mark in str(json.loads((Path(name) / file).read_text(encoding="utf-8")).get(key))
+    return False
 
 
 def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
@@ -123,6 +136,20 @@ def _check_template_ends(tokenizer) -> None:
         )
 
 
+def tokenize_pair(tokenizer, row: dict[str, Any]) -> dict[str, list[int]]:
+    """Token ids of a canonical pair, exactly as TRL's DPOTrainer cuts them.
+
+    Returns:
+        {"prompt_ids", "chosen_ids", "rejected_ids"}: the prompt ends where the prompt alone and the prompt with an
+        answer begin to differ.
+    """
+    render = lambda messages, **kw: tokenizer.apply_chat_template(messages, return_dict=True, **kw)["input_ids"]  # noqa: E731
+    prompt = render(row["prompt"], add_generation_prompt=True)
+    chosen, rejected = (render(row["prompt"] + row[side]) for side in ("chosen", "rejected"))
+    cut = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+    return {"prompt_ids": prompt[:cut], "chosen_ids": chosen[cut:], "rejected_ids": rejected[cut:]}
+
+
 # --- loading for training --------------------------------------------------------------------------------------------
 
 
@@ -140,7 +167,7 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
 
     base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **options)
     model = PeftModel.from_pretrained(_fit_tokenizer(base, tokenizer), name, is_trainable=continue_adapter)
-    return model if continue_adapter else model.merge_and_unload()
+    return model if continue_adapter else model.merge_and_unload().requires_grad_(True)  # PEFT froze it
 
 
 def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False):
@@ -224,8 +251,7 @@ def load_finished(name: str, reward: bool = False, dtype: str | None = None, dev
     else:
         model = auto.from_pretrained(name, **options)
     tokenizer = load_tokenizer(name, encoder=reward)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
+    return _fit_tokenizer(model, tokenizer).to(device).eval(), tokenizer
 
 
 def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ is here: everything that can be wrong in a recipe, in the data or on the disk is
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -174,9 +175,12 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
     context = Context(recipe, args, model_args, stage_args, data, model_name)
     check_length(context)
+    merge = check_merge(context)
     check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
     trainer = stage.build(context)
     if len(trainer.train_dataset) == 0:
+        with contextlib.suppress(OSError):
+            run.folder.rmdir()  # the trainer has made it
         raise UserError(f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it")
     if is_main():
         begin_run(run, recipe, inputs, args.to_dict() | {"model": model_args.__dict__, "stage": stage_args.__dict__})
@@ -186,9 +190,6 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     result = trainer.train(resume_from_checkpoint=run.resume_from)
     seconds = time.time() - started
     model = trainer.accelerator.unwrap_model(trainer.model)
-    merge = stage_args.merge_adapter
-    if merge is None:
-        merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
     if is_main():
         say("Writing the model, loading it again and comparing ...")
         saved = save_finished(
@@ -240,6 +241,23 @@ def _check_devices(args, recipe: Recipe) -> None:
         )
 
 
+def check_merge(context: Context) -> bool:
+    """Whether the finished model is to be merged; refuses an adapter whose base would be nowhere on the disk."""
+    from rlhf.models import is_adapter
+
+    model_args, stage_args, recipe = context.model_args, context.stage_args, context.recipe
+    merge = stage_args.merge_adapter
+    if merge is None:
+        merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
+    goes_on = recipe.stage != "reward" and stage_args.continue_adapter
+    if model_args.use_peft and not merge and is_adapter(context.model_name) and not goes_on:
+        raise UserError(
+            f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
+            "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"
+        )
+    return merge
+
+
 def check_length(context: Context) -> None:
     """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise)."""
     from transformers import AutoConfig
@@ -277,8 +295,8 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
     heldout = f", {len(data.heldout)} held out" if data.heldout else ""
-    say(f"  model    {context.recipe.get('model_name_or_path')}  ({total / 1e6:.1f} M parameters)")
-    say(f"  trains   {trained / 1e6:.2f} M parameters ({trained / total:.1%}), {kind}")
+    say(f"  model    {context.recipe.get('model_name_or_path')}  ({_count(total)} parameters)")
+    say(f"  trains   {_count(trained)} parameters ({trained / total:.1%}), {kind}")
     say(f"  data     {len(trainer.train_dataset)} examples{heldout}")
     say(f"  steps    {steps:g} of {batch} examples ({world} process{'es' if world > 1 else ''} on {args.device.type})")
     say(f"  output   {run.folder}")
@@ -287,6 +305,10 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
         say(f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out")
     if run.resume_from:
         say(f"  resuming from {run.resume_from}")
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} K"
 
 
 def add_callbacks(trainer, run: Run, stage: Stage) -> None:

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Run the stages of a recipe folder in order: sft -> reward -> dpo -> evaluate -> report.
+#
+#   launch/pipeline.sh configs/quickstart                                      one process
+#   launch/pipeline.sh configs/quickstart launch/ddp.yaml                      through accelerate
+#   launch/pipeline.sh configs/quickstart launch/ddp.yaml --num_processes 4    more flags for accelerate launch
+#
+# A complete stage is skipped and an interrupted one goes on from its last checkpoint, so the same command again is
+# always right. Every recipe is checked before the first stage trains. PYTHON names the interpreter; the default is the
+# active environment's, or else that of .venv beside this folder.
+set -euo pipefail
+
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+
+main() {
+  [ $# -ge 1 ] || usage
+  recipes=${1%/}; shift
+  [ -d "$recipes" ] || { echo "pipeline: no recipe folder at $recipes; try configs/quickstart" >&2; exit 2; }
+  root=$(cd "$(dirname "$0")/.." && pwd)
+  python=${PYTHON:-python}
+  if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+
+  if [ $# -ge 1 ]; then
+    [ -f "$1" ] || { echo "pipeline: no launch file at $1; launch/ has $(cd "$root/launch" && echo *.yaml)" >&2; exit 2; }
+    run=("$python" -m accelerate.commands.launch --config_file "$@" -m rlhf)
+  else
+    run=("$python" -m rlhf)
+  fi
+
+  stages=()
+  for stage in sft reward dpo evaluate; do
+    [ -f "$recipes/$stage.yaml" ] && stages+=("$stage")
+  done
+  [ ${#stages[@]} -gt 0 ] || { echo "pipeline: $recipes has none of sft.yaml, reward.yaml, dpo.yaml, evaluate.yaml" >&2; exit 2; }
+
+  for stage in "${stages[@]}"; do
+    "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check
+  done
+  for stage in "${stages[@]}"; do
+    "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null   # its inputs exist by now
+    "${run[@]}" "$stage" "$recipes/$stage.yaml"
+  done
+  "$python" -m rlhf report "$recipes"
+}
+main "$@"; exit   # read whole before it runs: editing the file during a run does no harm

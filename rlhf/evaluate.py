@@ -1,0 +1,349 @@
+"""Held-out evaluation of a whole run: losses, accuracies, win rate and answers side by side.
+
+Every number is a sum over pairs or prompts that is written out too (pairs.jsonl, answers.jsonl), so that it can be
+recomputed by hand. Processes take every n-th row and rank 0 collects them, so the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
+from rlhf.config import EvaluateConfig, Recipe, UserError, load_recipe
+from rlhf.data.formats import preference_rows
+from rlhf.data.sources import load_source
+from rlhf.run import is_main, maker_of, quiet_libraries, say
+
+MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
+Z_95 = 1.959964
+
+
+def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -> dict[str, Any] | None:
+    """Run an evaluate recipe, print its table, and return its results (None if only checked).
+
+    Raises:
+        UserError: with the place and the fix, before a model loads.
+    """
+    recipe = load_recipe(recipe_path, "evaluate", overrides)
+    config = EvaluateConfig(**recipe.values)
+    source = load_source(config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name"))
+    rows = preference_rows(source.head(config.max_eval_examples))
+    names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
+    waiting = {key: maker_of(recipe, name) for key, name in names.items() if not Path(name).is_dir()}
+    if check_only and any(waiting.values()):
+        say(f"{recipe.path}: ok (waits for: {', '.join(w for w in waiting.values() if w)})")
+        return None
+    inputs = {"dataset_name": source.digest} | {key: model_digest(name) for key, name in names.items()}
+    run = open_run(recipe, inputs)
+    if run.complete:
+        say(f"{'Evaluation':<12} complete: {run.folder}")
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        show(results, read_answers(run.folder))
+        return results
+    if check_only:
+        say(f"{recipe.path}: ok ({len(rows)} held-out pairs)")
+        return None
+    say(f"\n=== Evaluation: {recipe.path}")
+    quiet_libraries(len(rows))
+    from rlhf.models import locate
+
+    names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in names.items()}
+    pairs, answers = measure(rows, names, config)
+    if not is_main():
+        return None
+    results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
+    begin_run(run, recipe, inputs, vars(config))
+    for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (run.folder / name).write_text(text, encoding="utf-8")
+    (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    finish_run(run, {"stage": "evaluate", "pairs": len(pairs)})
+    show(results, answers)
+    return results
+
+
+def read_beta(dpo_model: str | None) -> float:
+    """The beta that the DPO run was trained with; TRL's default 0.1 if it is not known."""
+    try:
+        return float(json.loads((Path(dpo_model) / "provenance.json").read_text())["arguments"]["beta"])
+    except (TypeError, OSError, ValueError, KeyError):
+        return 0.1
+
+
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> tuple[list[dict], list[dict]]:
+    """Score the pairs and answer the prompts with every model, one model in memory at a time.
+
+    Returns:
+        (pairs, answers), in the order of `rows`: log-probabilities and rewards of both answers of each pair, and each
+        policy's own answer to each prompt with its reward. Complete on the main process only.
+    """
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    state = PartialState(cpu=config.use_cpu or None)
+    set_seed(config.seed)
+    mine = list(range(len(rows)))[state.process_index :: state.num_processes]
+    pairs: dict[int, dict] = {i: {"row": i, "prompt": rows[i]["prompt"]} for i in mine}
+    answers: dict[int, dict] = {i: {"row": i, "prompt": rows[i]["prompt"]} for i in mine}
+    for key in ("base_model", "sft_model", "dpo_model"):
+        if key in names:
+            short = key.removesuffix("_model")
+            model, tokenizer = _load(names[key], config, state, reward=False)
+            for i in _bar(mine, f"{short}: pairs"):
+                pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
+            asked = [i for i in mine if short != "base" or i < config.num_shown]
+            for i, text in zip(asked, generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short), strict=True):
+                answers[i][short] = text
+            _free(model)
+            del model
+    if "reward_model" in names:
+        model, tokenizer = _load(names["reward_model"], config, state, reward=True)
+        for i in _bar(mine, "reward model: pairs"):
+            pairs[i]["reward"] = {s: score(model, tokenizer, rows[i]["prompt"], rows[i][s][0]["content"]) for s in _SIDES}
+        for i in _bar(mine, "reward model: answers"):
+            for short in ("base", "sft", "dpo"):
+                if answers[i].get(short):
+                    answers[i][f"{short}_reward"] = score(model, tokenizer, rows[i]["prompt"], answers[i][short])
+        _free(model)
+    if state.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        gathered = gather_object([(pairs, answers)])
+        pairs = {i: p for part, _ in gathered for i, p in part.items()}
+        answers = {i: a for _, part in gathered for i, a in part.items()}
+    return [pairs[i] for i in sorted(pairs)], [answers[i] for i in sorted(answers)]
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def _load(name: str, config: EvaluateConfig, state, reward: bool):
+    from rlhf.models import load_finished
+
+    return load_finished(name, reward=reward, dtype=config.dtype, device=state.device)
+
+
+def _free(model) -> None:
+    import torch
+
+    model.cpu()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _bar(items: list, label: str):
+    from tqdm import tqdm
+
+    return tqdm(items, desc=f"{label:<22}", disable=not is_main(), dynamic_ncols=True)
+
+
+def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]:
+    """Log-probabilities of both answers of a pair, summed over their tokens (nats).
+
+    Returns:
+        {"chosen": float, "rejected": float, "chosen_tokens": int, "rejected_tokens": int}
+    """
+    import torch
+
+    from rlhf.models import tokenize_pair
+
+    ids = tokenize_pair(tokenizer, row)
+    prompt = len(ids["prompt_ids"])
+    rows = [(ids["prompt_ids"] + ids[f"{side}_ids"])[:max_length] for side in _SIDES]
+    longest = max(map(len, rows))
+    device = next(model.parameters()).device
+    input_ids = torch.full((2, longest), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros((2, longest), dtype=torch.long, device=device)
+    for i, tokens in enumerate(rows):
+        input_ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+    with torch.no_grad():  # the logits of the answers' tokens alone: position t predicts token t + 1
+        logits = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=longest - prompt + 1).logits[:, :-1]
+    logps = torch.log_softmax(logits.float(), -1).gather(-1, input_ids[:, prompt:, None])[..., 0]
+    counts = [len(tokens) - prompt for tokens in rows]
+    sums = [float(logps[i, :n].double().sum()) for i, n in enumerate(counts)]
+    return {"chosen": sums[0], "rejected": sums[1], "chosen_tokens": counts[0], "rejected_tokens": counts[1]}
+
+
+def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig, label: str = "") -> list[str]:
+    """Greedy answers to conversations, in batches of similar length, in the order of `prompts`."""
+    import torch
+
+    texts: dict[int, str] = {}
+    tokens = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    starts = list(range(0, len(order), config.batch_size))
+    for start in _bar(starts, f"{label}: answers"):
+        batch = order[start : start + config.batch_size]
+        padded = tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        padded = {k: padded[k].to(next(model.parameters()).device) for k in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            out = model.generate(
+                **padded, max_new_tokens=config.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        for i, row in zip(batch, out[:, padded["input_ids"].shape[1] :], strict=True):
+            texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return [texts[i] for i in range(len(prompts))]
+
+
+def score(model, tokenizer, prompt: list[dict], answer: str) -> float:
+    """The reward model's score of an answer to a conversation (higher is better; only differences mean something)."""
+    import torch
+
+    messages = [*prompt, {"role": "assistant", "content": answer}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        return float(model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0, 0])
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(wins: float, count: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson's score interval; ties count as half a win).
+
+    Example: 8 of 10 -> (0.490, 0.943).
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share, z2 = wins / count, Z_95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return centre - half, centre + half
+
+
+def share(wins: list[float]) -> dict[str, Any]:
+    """A share of wins (1), ties (0.5) and losses (0) with its 95% interval and count."""
+    low, high = wilson_interval(sum(wins), len(wins))
+    return {"share": sum(wins) / len(wins), "low": low, "high": high, "count": len(wins)}
+
+
+def compare(a: float, b: float) -> float:
+    """1 if a is larger, 0 if b is, 0.5 if they are equal."""
+    return 0.5 if a == b else float(a > b)
+
+
+def token_loss(pairs: list[dict], model: str) -> float:
+    """Mean negative log-likelihood a token (nats) of the chosen answers."""
+    return -sum(p[model]["chosen"] for p in pairs) / sum(p[model]["chosen_tokens"] for p in pairs)
+
+
+def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, Any]:
+    """All numbers of the table from the measured pairs and answers."""
+    results: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "policies": {}}
+    for model in ("base", "sft", "dpo"):
+        if model in pairs[0]:
+            results["policies"][model] = {
+                "chosen_loss": token_loss(pairs, model),
+                "prefers_chosen": share([compare(p[model]["chosen"], p[model]["rejected"]) for p in pairs]),
+                "prefers_chosen_per_token": share([compare(*_per_token(p[model])) for p in pairs]),
+            }
+    if "sft" in pairs[0] and "dpo" in pairs[0]:
+        margins = [
+            beta * ((p["dpo"]["chosen"] - p["sft"]["chosen"]) - (p["dpo"]["rejected"] - p["sft"]["rejected"]))
+            for p in pairs
+        ]
+        results["dpo"] = {
+            "loss_before": math.log(2),
+            "loss_after": sum(math.log1p(math.exp(-m)) for m in margins) / len(margins),
+            "margin": sum(margins) / len(margins),
+            "accuracy": share([compare(m, 0.0) for m in margins]),
+        }
+    if "reward" in pairs[0]:
+        gaps = [p["reward"]["chosen"] - p["reward"]["rejected"] for p in pairs]
+        results["reward"] = {
+            "accuracy": share([compare(g, 0.0) for g in gaps]),
+            "loss_after": sum(math.log1p(math.exp(-g)) for g in gaps) / len(gaps),
+        }
+        if "dpo" in answers[0] and "sft" in answers[0]:
+            judged = [a for a in answers if a["sft"] and a["dpo"]]
+            results["win_rate"] = {
+                **share([compare(a["dpo_reward"], a["sft_reward"]) for a in judged]),
+                "same_answer": sum(a["sft"] == a["dpo"] for a in judged),
+                **{f"{m}_mean_reward": _mean([a[f"{m}_reward"] for a in judged]) for m in ("sft", "dpo")},
+                **{f"{m}_mean_words": _mean([len(a[m].split()) for a in judged]) for m in ("sft", "dpo")},
+            }
+    return results
+
+
+def _per_token(logps: dict[str, float]) -> tuple[float, float]:
+    return logps["chosen"] / logps["chosen_tokens"], logps["rejected"] / logps["rejected_tokens"]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+# --- the screen ------------------------------------------------------------------------------------------------------
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(measure, before, after, remark) for the screen and the report."""
+    rows = []
+    policies = results["policies"]
+    if "base" in policies and "sft" in policies:
+        before, after = policies["base"]["chosen_loss"], policies["sft"]["chosen_loss"]
+        rows.append(("SFT loss on chosen answers", f"{before:.3f}", f"{after:.3f}", "nats a token; base, SFT"))
+    if "reward" in results:
+        rows.append(("Reward model loss", "0.693", f"{results['reward']['loss_after']:.3f}", "ln 2 is guessing"))
+        rows.append(("Reward model accuracy", "guess 50%", *_share_text(results["reward"]["accuracy"])))
+    if "dpo" in results:
+        dpo = results["dpo"]
+        rows.append(("DPO loss", f"{dpo['loss_before']:.3f}", f"{dpo['loss_after']:.3f}", f"beta {results['beta']:g}"))
+        rows.append(("DPO implicit-reward accuracy", "guess 50%", *_share_text(dpo["accuracy"])))
+        for key, label in (("prefers_chosen", "Chosen is likelier"), ("prefers_chosen_per_token", "Chosen is likelier a token")):
+            after, interval = _share_text(policies["dpo"][key])
+            rows.append((label, f"{policies['sft'][key]['share']:.0%}", after, f"{interval}; SFT, DPO"))
+    if "win_rate" in results:
+        rows.append(("DPO answer beats SFT answer", "equal 50%", *_share_text(results["win_rate"])))
+    return rows
+
+
+def _share_text(found: dict[str, Any]) -> tuple[str, str]:
+    return f"{found['share']:.0%}", f"{found['low']:.0%} to {found['high']:.0%} (95%)"
+
+
+def shown_answers(answers: list[dict]) -> list[dict]:
+    """The answers that every policy gave (base answers only the first few prompts)."""
+    return [a for a in answers if "base" in a] or answers[:3]
+
+
+def show(results: dict[str, Any], answers: list[dict]) -> None:
+    """Print the table and the answers side by side."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not is_main():
+        return
+    console = Console()
+    table = Table(title=f"On {results['pairs']} held-out pairs", box=box.SIMPLE_HEAD, title_justify="left")
+    for column, justify in (("measure", "left"), ("before", "right"), ("after", "right"), ("", "left")):
+        table.add_column(column, justify=justify)
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    if "win_rate" in results:
+        console.print("  The judge of the last line is this run's own reward model.\n", style="dim")
+    for answer in shown_answers(answers):
+        policies = [p for p in ("base", "sft", "dpo") if p in answer]
+        side = Table(box=box.SIMPLE_HEAD, title=Text(f"> {answer['prompt'][-1]['content']}"), title_justify="left", expand=True)
+        for policy in policies:
+            reward = f" (reward {answer[f'{policy}_reward']:+.2f})" if f"{policy}_reward" in answer else ""
+            side.add_column(Text(f"{policy.upper() if policy != 'base' else 'base'}{reward}"), ratio=1)
+        side.add_row(*(Text(answer[p] or "(nothing)") for p in policies))
+        console.print(side)

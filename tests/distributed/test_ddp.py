@@ -1,0 +1,65 @@
+"""Real processes (gloo) through accelerate launch and launch/ddp.yaml."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.run import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def launch(processes, *words, launch_file="ddp.yaml"):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
+    command += ["--num_processes", str(processes), "-m", "rlhf", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("launch_file", ["cpu.yaml", "single.yaml"])
+def test_one_process(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
+    file = recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), max_steps=1)
+    assert "(1 process on cpu)" in launch(1, "sft", file, launch_file=launch_file)
+
+
+def test_two_processes_train_what_one_does(recipe, tiny_llama, few_pairs, tmp_path):
+    """12 pairs, 4 a step: 2 processes x 2 pairs, and 1 process x 2 pairs x 2 accumulated: the same three steps."""
+    common = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=True, lora_r=4,
+                  lora_target_modules="all-linear", per_device_train_batch_size=2)  # fmt: skip
+    losses = {}
+    for processes, accumulation in ((1, 2), (2, 1)):
+        out = tmp_path / f"dpo{processes}"
+        file = recipe("dpo", name=f"dpo{processes}", output_dir=str(out), gradient_accumulation_steps=accumulation, **common)
+        shown = launch(processes, "dpo", file)
+        assert f"({processes} process{'es' if processes > 1 else ''} on cpu)" in shown
+        assert shown.count("=== DPO") == 1  # only one process speaks
+        losses[processes] = [m["loss"] for m in read_metrics(out) if "loss" in m]
+        assert json.loads((out / "provenance.json").read_text())["hardware"]["processes"] == processes
+        assert json.loads((out / "complete.json").read_text())["steps"] == 3
+    assert losses[2][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[1] == pytest.approx(losses[2], abs=1e-4)
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(recipe, tiny_llama, tiny_gpt2, tmp_path):
+    results = {}
+    for processes in (1, 3):
+        out = tmp_path / f"evaluation{processes}"
+        file = recipe("evaluate", name=f"evaluate{processes}", sft_model=tiny_llama, dpo_model=tiny_llama,
+                      dataset_name="embedded:sample", dataset_test_split="heldout", max_eval_examples=7, max_new_tokens=4,
+                      batch_size=1, output_dir=str(out))  # fmt: skip
+        launch(processes, "evaluate", file)
+        results[processes] = [(out / name).read_text() for name in ("results.json", "pairs.jsonl", "answers.jsonl")]
+    assert results[1] == results[3]
+
+
+def test_a_mistake_is_told_once(recipe, tiny_llama, few_pairs, tmp_path):
+    file = recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), learing_rate=1)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
+    done = subprocess.run([*command, "--num_processes", "2", "-m", "rlhf", "sft", file], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("unknown key 'learing_rate'; did you mean 'learning_rate'?") == 1

@@ -1,0 +1,308 @@
+"""SFT, reward and DPO on tiny models: what is written, what loads, what the reference is, what resumes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.__main__ import main
+from rlhf.config import UserError, build_configs, load_recipe
+from rlhf.run import read_metrics
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
+
+
+def run(stage, recipe_file, *flags):
+    assert main([stage, recipe_file, *flags]) == 0
+
+
+def summary(folder):
+    return json.loads((Path(folder) / "complete.json").read_text())
+
+
+@pytest.fixture
+def sft_model(recipe, tiny_llama, few_pairs, tmp_path):
+    """A merged SFT policy whose weights differ from the base."""
+    run("sft", recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), **LORA))
+    return str(tmp_path / "sft")
+
+
+@pytest.fixture
+def sft_adapter(recipe, tiny_llama, few_pairs, tmp_path):
+    """The same as an adapter."""
+    file = recipe(
+        "sft", name="adapter", model_name_or_path=tiny_llama, dataset_name=few_pairs,
+        output_dir=str(tmp_path / "sft-adapter"), merge_adapter=False, **LORA,
+    )  # fmt: skip
+    run("sft", file)
+    return str(tmp_path / "sft-adapter")
+
+
+def test_sft_writes_a_model_that_plain_transformers_loads(sft_model, tiny_llama, capsys):
+    folder = Path(sft_model)
+    names = {f.name for f in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "recipe.yaml",
+            "provenance.json", "metrics.jsonl", "complete.json"} <= names  # fmt: skip
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".partial"))]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = load_file(Path(tiny_llama) / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+    assert summary(folder)["max_logit_difference"] < 1e-3 * summary(folder)["max_logit"]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["versions"]["trl"] and len(provenance["inputs"]["dataset_name"]) == 64
+    assert [m["step"] for m in read_metrics(folder) if "loss" in m] == [1, 2, 3]
+
+
+def test_a_complete_stage_is_skipped_untouched(sft_model, tmp_path, capsys):
+    before = {f: f.stat().st_mtime_ns for f in Path(sft_model).iterdir()}
+    run("sft", str(tmp_path / "sft.yaml"))
+    assert "SFT          complete: " in capsys.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in Path(sft_model).iterdir()} == before
+
+
+def test_sft_adapter_is_small_and_loads_with_peft(sft_adapter, sft_model):
+    from peft import AutoPeftModelForCausalLM
+
+    assert (Path(sft_adapter) / "adapter_model.safetensors").is_file()
+    assert not (Path(sft_adapter) / "model.safetensors").exists()
+    adapter = AutoPeftModelForCausalLM.from_pretrained(sft_adapter).eval()
+    merged = AutoModelForCausalLM.from_pretrained(sft_model).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(adapter(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+DPO_WAYS = {
+    "lora on a merged policy": ("merged", LORA),
+    "lora on a merged policy, precomputed": ("merged", LORA | {"precompute_ref_log_probs": True}),
+    "adapter goes on": ("adapter", LORA),
+    "adapter goes on, precomputed": ("adapter", LORA | {"precompute_ref_log_probs": True}),
+    "adapter merged first": ("adapter", LORA | {"continue_adapter": False}),
+    "full fine-tuning": ("merged", {}),
+    "full fine-tuning, precomputed": ("merged", {"precompute_ref_log_probs": True}),
+    "full fine-tuning of a merged adapter": ("adapter", {}),
+}
+
+
+@pytest.mark.parametrize("way", DPO_WAYS)
+def test_dpo_starts_at_ln2_from_exactly_the_sft_policy(way, request, recipe, few_pairs, tmp_path):
+    kind, options = DPO_WAYS[way]
+    policy = request.getfixturevalue("sft_model" if kind == "merged" else "sft_adapter")
+    out = tmp_path / "dpo"
+    run("dpo", recipe("dpo", model_name_or_path=policy, dataset_name=few_pairs, output_dir=str(out), **options))
+    metrics = [m for m in read_metrics(out) if "loss" in m]
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    # the logged log-probabilities of step 1 are the SFT policy's own, not the base model's
+    from rlhf.evaluate import pair_logps
+    from rlhf.models import load_finished
+
+    sft, tokenizer = load_finished(policy)
+    rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
+    order = first_batch_rows(tmp_path / "dpo.yaml", rows, tokenizer)
+    expected = sum(pair_logps(sft, tokenizer, rows[i], 256)["chosen"] for i in order) / len(order)
+    assert metrics[0]["logps/chosen"] == pytest.approx(expected, rel=1e-4)
+    AutoModelForCausalLM.from_pretrained(out)
+    assert abs(metrics[-1]["loss"] - math.log(2)) > 1e-4  # it has moved since
+
+
+def first_batch_rows(recipe_file, rows, tokenizer):
+    """Which rows TRL's trainer sees first: its own sampler, asked."""
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    args, _, _ = build_configs(load_recipe(str(recipe_file), "dpo", ["--precompute_ref_log_probs", "false"]))
+    model = AutoModelForCausalLM.from_pretrained(Path(recipe_file).parent / "dpo")
+    trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    prompts = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"] for r in rows]
+    found = []
+    for ids in batch["input_ids"][: len(batch["input_ids"]) // 2].tolist():
+        found.append(next(i for i, p in enumerate(prompts) if ids[: len(p)] == p))
+    return found
+
+
+def test_dpo_with_another_reference_is_stopped(sft_model, tiny_llama, recipe, few_pairs, tmp_path):
+    from datasets import Dataset
+
+    from rlhf.dpo import guarded_trainer_class
+
+    file = recipe("dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"))
+    args, _, _ = build_configs(load_recipe(file, "dpo"))
+    rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
+    trainer = guarded_trainer_class()(
+        model=AutoModelForCausalLM.from_pretrained(sft_model), ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama),
+        args=args, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(sft_model),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="DPO does not start from its reference: before the first update the loss is"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "chosen", "rejected", "losses", "stops"),
+    [
+        (0.6931, 0.0, 0.0, ["sigmoid"], False),
+        (0.6940, 0.001, 0.0, ["sigmoid"], False),  # within 1e-3
+        (0.6950, 0.0, 0.0, ["sigmoid"], True),
+        (0.6931, 0.5, 0.5, ["sigmoid"], True),  # ln 2, and yet another model: both answers moved alike
+        (25.0, 0.0, 0.0, ["ipo"], False),  # (0 - 1/(2*0.1))^2: IPO starts elsewhere
+        (25.0, 0.1, 0.0, ["ipo"], True),
+        (float("nan"), 0.0, 0.0, ["sigmoid"], True),
+        (0.6931, float("nan"), 0.0, ["sigmoid"], True),
+    ],
+)
+def test_the_check_of_step_zero(loss, chosen, rejected, losses, stops):
+    from rlhf.dpo import refuse_wrong_start
+
+    if stops:
+        with pytest.raises(UserError, match="expected ln 2"):
+            refuse_wrong_start(loss, chosen, rejected, 1e-3, losses)
+    else:
+        refuse_wrong_start(loss, chosen, rejected, 1e-3, losses)
+
+
+def test_an_adapter_that_goes_on_keeps_its_rank(sft_adapter, recipe, few_pairs, tmp_path, capsys):
+    file = recipe("dpo", model_name_or_path=sft_adapter, dataset_name=few_pairs, output_dir=str(tmp_path / "dpo"),
+                  **(LORA | {"lora_r": 8}))  # fmt: skip
+    assert main(["dpo", file]) == 2
+    assert "lora_r=8, but the adapter that goes on has 4" in capsys.readouterr().err
+    assert not (tmp_path / "dpo").exists()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("backbone", ["tiny_llama", "tiny_gpt2", "tiny_distilbert", "sft_adapter"])
+def test_the_reward_head_survives(backbone, merge, request, recipe, few_pairs, tmp_path, capsys):
+    name, out = request.getfixturevalue(backbone), tmp_path / "reward"
+    if backbone == "sft_adapter" and not merge:
+        file = recipe("reward", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(out), merge_adapter=False, **LORA)
+        assert main(["reward", file]) == 2
+        assert "a model that is nowhere on the disk" in capsys.readouterr().err
+        return
+    run("reward", recipe("reward", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(out),
+                         merge_adapter=merge, **LORA))  # fmt: skip
+    # complete.json exists only after the reloaded model gave the trained model's scores; look once more by plain means
+    assert summary(out)["max_logit_difference"] <= 1e-3 * max(1, summary(out)["max_logit"])
+    if merge:
+        model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+        assert not info["missing_keys"]
+    else:
+        saved = load_file(out / "adapter_model.safetensors")
+        assert any("score" in key or "classifier" in key for key in saved)
+        from peft import AutoPeftModelForSequenceClassification
+
+        model = AutoPeftModelForSequenceClassification.from_pretrained(out, num_labels=1)
+    assert model.config.num_labels == 1
+
+
+def test_reward_model_on_the_real_minilm(minilm, recipe, few_pairs, tmp_path):
+    out = tmp_path / "reward"
+    run("reward", recipe("reward", model_name_or_path=minilm, dataset_name=few_pairs, output_dir=str(out), max_steps=6))
+    losses = [m["loss"] for m in read_metrics(out) if "loss" in m]
+    assert len(losses) == 6 and min(losses[3:]) < losses[0]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
+                                        return_dict=True)["input_ids"]  # fmt: skip
+    assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
+    assert ids.count(tokenizer.cls_token_id) == 1 and ids.count(tokenizer.sep_token_id) == 1
+
+
+class Crash(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    common = dict(
+        model_name_or_path=tiny_llama, dataset_name=few_pairs, max_steps=5, save_strategy="steps", save_steps=2, **LORA
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("sft", recipe("sft", name="whole", output_dir=str(whole), **common))
+    file = recipe("sft", name="broken", output_dir=str(broken), **common)
+    from transformers import Trainer
+
+    real = Trainer.training_step
+
+    def dies_in_step_four(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise Crash
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", dies_in_step_four)
+    with pytest.raises(Crash):
+        main(["sft", file])
+    monkeypatch.undo()
+    assert not (broken / "complete.json").exists()
+    assert [m["step"] for m in read_metrics(broken) if "loss" in m] == [1, 2, 3]
+    run("sft", file)
+    assert f"resuming from {broken / 'checkpoint-2'}" in capsys.readouterr().out
+    for key in ("step", "loss"):
+        assert [m[key] for m in read_metrics(broken) if "loss" in m] == [m[key] for m in read_metrics(whole) if "loss" in m]
+    a, b = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_output_directory_of_another_run_is_refused(sft_model, tmp_path, capsys):
+    before = {f.name: f.stat().st_mtime_ns for f in Path(sft_model).iterdir()}
+    assert main(["sft", str(tmp_path / "sft.yaml"), "--learning_rate", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "holds another run; it differs in learning_rate: 0.001 -> 0.5" in error and "nothing was overwritten" in error
+    assert {f.name: f.stat().st_mtime_ns for f in Path(sft_model).iterdir()} == before
+
+
+def test_dpo_notices_that_its_sft_model_was_trained_anew(sft_model, recipe, few_pairs, tmp_path, capsys):
+    file = recipe("dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "dpo"), **LORA)
+    run("dpo", file)
+    other = summary(sft_model) | {"weights_sha256": "0" * 64}
+    (Path(sft_model) / "complete.json").write_text(json.dumps(other))
+    assert main(["dpo", file]) == 2
+    assert "the content of model_name_or_path" in capsys.readouterr().err
+
+
+BAD_INPUT = {
+    "no such model": ({"model_name_or_path": "./nowhere"}, "could not be loaded from the hub"),
+    "a folder without a model": ({"model_name_or_path": "."}, "holds no finished model"),
+    "too long": ({"max_length": 4096}, "max_length=4096 is more than the 1024 positions"),
+    "all too long": ({"max_length": 4}, "max_length=4 leaves no training example; raise it"),
+    "missing reporter": ({"report_to": "swanlab"}, "report_to swanlab needs the package; run: pip install swanlab"),
+    "4 bit without lora": ({"load_in_4bit": True, "use_peft": False}, "4bit"),
+    "no template": ({"chat_template": "vicuna"}, "no template 'vicuna'; expected alpaca, chatml or the path"),
+    "nothing to evaluate on": ({"eval_strategy": "epoch"}, "there is nothing to evaluate on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_told_in_one_sentence(case, recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    change, sentence = BAD_INPUT[case]
+    values = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "out")) | LORA | change
+    assert main(["dpo", recipe("dpo", **values)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rlhf: ") and sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_scoring_labelled_positions_only_changes_no_number(tiny_llama):
+    """TRL's fused LM head on all positions, and on the labelled ones: log-probabilities and gradients agree."""
+    from trl.trainer import utils
+
+    from rlhf.run import score_labelled_positions_only
+
+    ids = torch.randint(3, 600, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(20) < 12, -100)
+    found, was = [], utils._use_triton
+    for compact in (False, True):
+        utils._use_triton = was
+        if compact:
+            score_labelled_positions_only()
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        utils.add_fused_lm_head(model)
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        out.loss.backward()
+        found.append((out.log_probs.detach(), model.model.layers[0].mlp.up_proj.weight.grad))
+    utils._use_triton = was
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5) and found[0][0].abs().sum() > 0
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
