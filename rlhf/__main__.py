@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` says more")
     for name, title in (("sft", "SFT"), ("reward", "reward-model"), ("dpo", "DPO"), ("evaluate", "evaluation")):
         stage = commands.add_parser(
-            name, description=f"Run a {title} recipe. Any key of the recipe can be given as --key value.", allow_abbrev=False
+            name,
+            description=f"Run a {title} recipe. Any key of the recipe can be given as --key value.",
+            allow_abbrev=False,
         )
         stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
         stage.add_argument("--check", action="store_true", help="check recipe, data and output folder; train nothing")

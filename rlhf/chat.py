@@ -61,7 +61,9 @@ class Speaker:
         head = [{"role": "system", "content": system}] if system else []
         while True:
             messages = head + self.messages
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
             if not room or len(ids) + self.options.max_new_tokens <= room:
                 return ids
             if len(self.messages) < 3:
@@ -98,8 +100,12 @@ def _load(name: str, reward: bool):
     path = locate(name, "chat", say=lambda text: print(text, file=sys.stderr))
     if is_reward_model(path) != reward:
         if reward:
-            raise UserError(f"{name} is not a reward model; give the output of `rlhf reward`, such as runs/quickstart/reward")
-        raise UserError(f"{name} is a reward model: it scores and can't talk; chat with a policy and add --reward {name}")
+            raise UserError(
+                f"{name} is not a reward model; give the output of `rlhf reward`, such as runs/quickstart/reward"
+            )
+        raise UserError(
+            f"{name} is a reward model: it scores and can't talk; chat with a policy and add --reward {name}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_finished(path, reward=reward, device=device, dtype=None if device == "cuda" else "float32")
     return model, tokenizer
@@ -139,7 +145,9 @@ class Chat:
                 speaker.messages.clear()
             if word == "/system":
                 self.system = rest or None
-            print("(a new conversation)" if word == "/reset" else f"(system message: {self.system or 'the model’s own'})")
+            print(
+                "(a new conversation)" if word == "/reset" else f"(system message: {self.system or 'the model’s own'})"
+            )
         elif word == "/compare":
             try:
                 self.speakers[1:] = [Speaker(rest, self.options)] if rest else []

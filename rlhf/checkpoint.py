@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[
         "stage": recipe.stage,
         "recipe": recipe.path,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
         **environment(),
         "arguments": {k: v for k, v in arguments.items() if "token" not in k},
@@ -134,7 +134,7 @@ def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[
 
 def finish_run(run: Run, summary: dict[str, Any]) -> None:
     """Write complete.json, last of all (main process only)."""
-    summary = {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), **summary}
+    summary = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **summary}
     _write(run.folder / "complete.json", json.dumps(summary, indent=2, default=str, ensure_ascii=False) + "\n")
 
 

@@ -183,7 +183,9 @@ def _check_required(recipe: Recipe) -> None:
         if not recipe.get("dataset_name"):
             raise UserError(f"{recipe.path}: key 'dataset_name' is missing; it names the held-out preference pairs")
         if not recipe.get("sft_model") or not (recipe.get("dpo_model") or recipe.get("reward_model")):
-            raise UserError(f"{recipe.path}: nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'")
+            raise UserError(
+                f"{recipe.path}: nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"
+            )
         return
     if not recipe.get("model_name_or_path"):
         raise UserError(f"{recipe.path}: key 'model_name_or_path' is missing; it names the model to start from")
@@ -193,7 +195,9 @@ def _check_required(recipe: Recipe) -> None:
             f"{recipe.path}: give either 'dataset_name', or both 'chosen_dataset_name' and 'rejected_dataset_name'"
         )
     if any(halves) and recipe.stage == "sft":
-        raise UserError(f"{recipe.where('chosen_dataset_name')}: sft takes 'dataset_name', not chosen and rejected files")
+        raise UserError(
+            f"{recipe.where('chosen_dataset_name')}: sft takes 'dataset_name', not chosen and rejected files"
+        )
     if not any(halves) and not recipe.get("dataset_name"):
         raise UserError(f"{recipe.path}: key 'dataset_name' is missing; it names the training data")
 
@@ -314,7 +318,9 @@ def _enum_choices(annotation: str) -> list[str] | None:
     for file in ("trainer_utils.py", "training_args.py"):
         for node in _source("transformers", file).body:
             if isinstance(node, ast.ClassDef) and node.name == name and name.endswith(("Type", "Strategy", "Names")):
-                return [n.value.value for n in node.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)]
+                return [
+                    n.value.value for n in node.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
+                ]
     return None
 
 
@@ -335,7 +341,9 @@ def _check(where: str, key: Key, value: Any) -> Any:
         if key.choices and item is not None and item not in key.choices:
             near = difflib.get_close_matches(str(item), [str(c) for c in key.choices], n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"{where}: '{key.name}' is {item!r}; expected one of {', '.join(map(str, key.choices))}{hint}")
+            raise UserError(
+                f"{where}: '{key.name}' is {item!r}; expected one of {', '.join(map(str, key.choices))}{hint}"
+            )
     if isinstance(checked, float) and not math.isfinite(checked):
         raise UserError(f"{where}: '{key.name}' is {value!r}; expected a finite number")
     if isinstance(checked, (int, float)) and not isinstance(checked, bool) and key.name in _POSITIVE and checked <= 0:

@@ -34,7 +34,9 @@ def build(context: Context):
     model = load_policy(context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on)
     reference = None
     if not model_args.use_peft and not args.precompute_ref_log_probs:
-        reference = load_policy(context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False)
+        reference = load_policy(
+            context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
+        )
     return guarded_trainer_class()(
         model=model,
         ref_model=reference,
@@ -79,11 +81,15 @@ def guarded_trainer_class():
             was_training = model.training
             model.eval()
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(self.accelerator.gather(self.compute_loss(model, self._prepare_inputs(dict(inputs)))).mean())
+                loss = float(
+                    self.accelerator.gather(self.compute_loss(model, self._prepare_inputs(dict(inputs)))).mean()
+                )
             model.train(was_training)
             found = {side: self._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
             self._metrics["eval"].clear()
-            exact = not (self.args.bf16 or self.args.fp16) and self.accelerator.unwrap_model(model).dtype == torch.float32
+            exact = (
+                not (self.args.bf16 or self.args.fp16) and self.accelerator.unwrap_model(model).dtype == torch.float32
+            )
             refuse_wrong_start(loss, found["chosen"], found["rejected"], 1e-3 if exact else 2e-2, self.loss_types)
 
     return GuardedDPOTrainer

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
-from rlhf.config import EvaluateConfig, Recipe, UserError, load_recipe
+from rlhf.config import EvaluateConfig, load_recipe
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
 from rlhf.run import is_main, maker_of, quiet_libraries, say
@@ -30,7 +30,9 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     """
     recipe = load_recipe(recipe_path, "evaluate", overrides)
     config = EvaluateConfig(**recipe.values)
-    source = load_source(config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name"))
+    source = load_source(
+        config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name")
+    )
     rows = preference_rows(source.head(config.max_eval_examples))
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     waiting = {key: maker_of(recipe, name) for key, name in names.items() if not Path(name).is_dir()}
@@ -103,14 +105,18 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
             for i in _bar(mine, f"{short}: pairs"):
                 pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
             asked = [i for i in mine if short != "base" or i < config.num_shown]
-            for i, text in zip(asked, generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short), strict=True):
+            for i, text in zip(
+                asked, generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short), strict=True
+            ):
                 answers[i][short] = text
             _free(model)
             del model
     if "reward_model" in names:
         model, tokenizer = _load(names["reward_model"], config, state, reward=True)
         for i in _bar(mine, "reward model: pairs"):
-            pairs[i]["reward"] = {s: score(model, tokenizer, rows[i]["prompt"], rows[i][s][0]["content"]) for s in _SIDES}
+            pairs[i]["reward"] = {
+                s: score(model, tokenizer, rows[i]["prompt"], rows[i][s][0]["content"]) for s in _SIDES
+            }
         for i in _bar(mine, "reward model: answers"):
             for short in ("base", "sft", "dpo"):
                 if answers[i].get(short):
@@ -182,7 +188,9 @@ def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig
     import torch
 
     texts: dict[int, str] = {}
-    tokens = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts]
+    tokens = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
+    ]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
     starts = list(range(0, len(order), config.batch_size))
     for start in _bar(starts, f"{label}: answers"):
@@ -304,7 +312,10 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         dpo = results["dpo"]
         rows.append(("DPO loss", f"{dpo['loss_before']:.3f}", f"{dpo['loss_after']:.3f}", f"beta {results['beta']:g}"))
         rows.append(("DPO implicit-reward accuracy", "guess 50%", *_share_text(dpo["accuracy"])))
-        for key, label in (("prefers_chosen", "Chosen is likelier"), ("prefers_chosen_per_token", "Chosen is likelier a token")):
+        for key, label in (
+            ("prefers_chosen", "Chosen is likelier"),
+            ("prefers_chosen_per_token", "Chosen is likelier a token"),
+        ):
             after, interval = _share_text(policies["dpo"][key])
             rows.append((label, f"{policies['sft'][key]['share']:.0%}", after, f"{interval}; SFT, DPO"))
     if "win_rate" in results:
@@ -341,7 +352,9 @@ def show(results: dict[str, Any], answers: list[dict]) -> None:
         console.print("  The judge of the last line is this run's own reward model.\n", style="dim")
     for answer in shown_answers(answers):
         policies = [p for p in ("base", "sft", "dpo") if p in answer]
-        side = Table(box=box.SIMPLE_HEAD, title=Text(f"> {answer['prompt'][-1]['content']}"), title_justify="left", expand=True)
+        side = Table(
+            box=box.SIMPLE_HEAD, title=Text(f"> {answer['prompt'][-1]['content']}"), title_justify="left", expand=True
+        )
         for policy in policies:
             reward = f" (reward {answer[f'{policy}_reward']:+.2f})" if f"{policy}_reward" in answer else ""
             side.add_column(Text(f"{policy.upper() if policy != 'base' else 'base'}{reward}"), ratio=1)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
 from trl.data_utils import common_prefix_length
 
 from rlhf import embedded
@@ -71,7 +70,9 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
         if "trust_remote_code" in str(error):
             return name
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{asked_by}: '{name}' is no local folder, and could not be loaded from the hub: {reason}") from None
+        raise UserError(
+            f"{asked_by}: '{name}' is no local folder, and could not be loaded from the hub: {reason}"
+        ) from None
     return name
 
 
@@ -226,7 +227,9 @@ def _fit_tokenizer(model, tokenizer):
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         stops = model.generation_config.eos_token_id
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in (
+            stops if isinstance(stops, list) else [stops]
+        ):
             model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
 
@@ -265,7 +268,9 @@ def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:
     return found
 
 
-def save_finished(model, tokenizer, folder: Path, *, reward: bool, merge: bool, probe: list[list[int]]) -> dict[str, Any]:
+def save_finished(
+    model, tokenizer, folder: Path, *, reward: bool, merge: bool, probe: list[list[int]]
+) -> dict[str, Any]:
     """Write a trained model so that plain transformers (or PEFT) loads it, load it again, compare, then put it in place.
 
     Args:

@@ -13,7 +13,7 @@ import os
 import shlex
 import shutil
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ def write_report(target: str, output: str | None = None) -> Path:
     """
     stages = find_stages(Path(target))
     if not stages:
-        raise UserError(f"{target} holds no run: expected folders with recipe.yaml and complete.json, or recipes that ran")
+        raise UserError(
+            f"{target} holds no run: expected folders with recipe.yaml and complete.json, or recipes that ran"
+        )
     folders = [Path(s["folder"]) for s in stages.values()]
     home = folders[0].parent if len({f.parent for f in folders}) == 1 else Path(os.path.commonpath(folders))
     file = Path(output) if output else home / "report.html"
@@ -126,7 +128,9 @@ def render(stages: dict[str, dict], home: str) -> str:
     """The report as HTML text."""
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("rlhf", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("rlhf", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     results, answers = None, []
     if "evaluate" in stages and stages["evaluate"]["complete"]:
         folder = Path(stages["evaluate"]["folder"])
@@ -136,7 +140,7 @@ def render(stages: dict[str, dict], home: str) -> str:
     shown = shown_answers(answers)
     return environment.get_template("report.html.jinja").render(
         home=home,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         stages=stages,
         facts={name: stage_facts(stage) for name, stage in stages.items()},
         rows=table_rows(results) if results else [],
@@ -185,7 +189,9 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
             rows = preference_rows(source)
         except UserError:
             continue
-        words = {k: [sum(len(m["content"].split()) for m in r[k]) for r in rows] for k in ("prompt", "chosen", "rejected")}
+        words = {
+            k: [sum(len(m["content"].split()) for m in r[k]) for r in rows] for k in ("prompt", "chosen", "rejected")
+        }
         tasks: dict[str, int] = {}
         for row in source.rows:
             if row.get("task"):
@@ -196,7 +202,8 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
                 "pairs": len(rows),
                 "several_turns": sum(len(r["prompt"]) > 1 for r in rows),
                 "mean_words": {k: sum(v) / len(v) for k, v in words.items()},
-                "rejected_shorter": sum(r < c for c, r in zip(words["chosen"], words["rejected"], strict=True)) / len(rows),
+                "rejected_shorter": sum(r < c for c, r in zip(words["chosen"], words["rejected"], strict=True))
+                / len(rows),
                 "tasks": tasks,
             }
         )
@@ -211,7 +218,9 @@ def draw(stage: dict[str, Any]) -> list[str]:
     import matplotlib.pyplot as plt
 
     plots = []
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "rlhf"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "rlhf"}
+    ):
         for title, unit, metrics in PLOTS[stage["name"]]:
             figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
             drawn = 0

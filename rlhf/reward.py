@@ -14,7 +14,9 @@ def build(context: Context):
     from rlhf.models import load_reward_model, load_tokenizer
 
     args, model_args = context.args, context.model_args
-    tokenizer = load_tokenizer(context.model_name, context.stage_args.chat_template, args.trust_remote_code, encoder=True)
+    tokenizer = load_tokenizer(
+        context.model_name, context.stage_args.chat_template, args.trust_remote_code, encoder=True
+    )
     # transformers draws the new head's weights while it loads: two runs of one seed must start alike
     from transformers import set_seed
 

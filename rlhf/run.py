@@ -133,9 +133,13 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
     if recipe.get("eval_dataset_name"):
         heldout = load_source(recipe.get("eval_dataset_name"), test_split or "train", None, where("eval_dataset_name"))
     elif test_split:
-        heldout = load_source(recipe.get("dataset_name"), test_split, recipe.get("dataset_config"), where("dataset_test_split"))
+        heldout = load_source(
+            recipe.get("dataset_name"), test_split, recipe.get("dataset_config"), where("dataset_test_split")
+        )
     elif recipe.get("eval_strategy", "no") != "no":
-        raise UserError(f"{where('eval_strategy')}: there is nothing to evaluate on; set dataset_test_split or eval_dataset_name")
+        raise UserError(
+            f"{where('eval_strategy')}: there is nothing to evaluate on; set dataset_test_split or eval_dataset_name"
+        )
     if heldout:
         digests["heldout"] = heldout.digest
     train = stage.to_rows(source.head(recipe.get("max_train_examples")))
@@ -144,7 +148,9 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
         seen = {prompt_key(row) for row in train}
         leaks = sum(prompt_key(row) in seen for row in heldout_rows)
         if leaks:
-            say(f"note: {leaks} of {len(heldout_rows)} held-out prompts are in the training data too; scores on them mean little")
+            say(
+                f"note: {leaks} of {len(heldout_rows)} held-out prompts are in the training data too; scores on them mean little"
+            )
     return StageData(train, heldout_rows, digests)
 
 
@@ -158,7 +164,9 @@ def check_extras(recipe: Recipe) -> None:
         if recipe.get(key) and importlib.util.find_spec(package) is None:
             raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install 'rlhf-dpo[quant]'")
     if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
-        raise UserError(f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`")
+        raise UserError(
+            f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`"
+        )
     reporters = recipe.get("report_to") or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name in ("tensorboard", "wandb", "trackio", "mlflow", "swanlab") and importlib.util.find_spec(name) is None:
@@ -181,7 +189,9 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     if len(trainer.train_dataset) == 0:
         with contextlib.suppress(OSError):
             run.folder.rmdir()  # the trainer has made it
-        raise UserError(f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it")
+        raise UserError(
+            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
+        )
     if is_main():
         begin_run(run, recipe, inputs, args.to_dict() | {"model": model_args.__dict__, "stage": stage_args.__dict__})
     _announce(stage, context, trainer, run)
@@ -293,7 +303,9 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
     world = trainer.accelerator.num_processes
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
+    )
     heldout = f", {len(data.heldout)} held out" if data.heldout else ""
     say(f"  model    {context.recipe.get('model_name_or_path')}  ({_count(total)} parameters)")
     say(f"  trains   {_count(trained)} parameters ({trained / total:.1%}), {kind}")
@@ -302,7 +314,9 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     say(f"  output   {run.folder}")
     dropped = len(data.train) - len(trainer.train_dataset)
     if dropped:
-        say(f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out")
+        say(
+            f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out"
+        )
     if run.resume_from:
         say(f"  resuming from {run.resume_from}")
 
@@ -337,7 +351,11 @@ def add_callbacks(trainer, run: Run, stage: Stage) -> None:
         def on_log(self, args, state, control, logs=None, **kwargs):
             if state.is_world_process_zero and logs:
                 line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
-                line |= {k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v for k, v in logs.items() if k != "epoch"}
+                line |= {
+                    k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v
+                    for k, v in logs.items()
+                    if k != "epoch"
+                }
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
 

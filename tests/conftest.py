@@ -48,7 +48,11 @@ def tiny_llama(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = byte_level_tokenizer(
-        CHATML_TOKENS, eos_token="<|im_end|>", bos_token="<|im_start|>", unk_token="<|endoftext|>", pad_token="<|im_end|>"
+        CHATML_TOKENS,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
     )
     tokenizer.chat_template = read_template("chatml")
     torch.manual_seed(0)

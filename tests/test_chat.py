@@ -35,7 +35,9 @@ def test_several_turns_are_remembered_and_reset_forgets(tiny_llama, monkeypatch)
 
     from rlhf.chat import Chat
 
-    options = SimpleNamespace(model=tiny_llama, system=None, reward=None, compare=None, max_new_tokens=3, temperature=0.0, top_p=1)
+    options = SimpleNamespace(
+        model=tiny_llama, system=None, reward=None, compare=None, max_new_tokens=3, temperature=0.0, top_p=1
+    )
     talk = Chat(options)
     talk.say("One")
     talk.say("Two")
@@ -84,7 +86,10 @@ def test_wrong_models(words, sentence, capsys):
 
 def test_reward_models_and_policies_are_not_mixed_up(tiny_llama, tiny_distilbert, recipe, few_pairs, tmp_path, capsys):
     out = str(tmp_path / "reward")
-    assert main(["reward", recipe("reward", model_name_or_path=tiny_distilbert, dataset_name=few_pairs, output_dir=out)]) == 0
+    assert (
+        main(["reward", recipe("reward", model_name_or_path=tiny_distilbert, dataset_name=few_pairs, output_dir=out)])
+        == 0
+    )
     assert main(["chat", out, "--prompt", "x"]) == 2
     assert "is a reward model: it scores and can't talk" in capsys.readouterr().err
     assert main(["chat", tiny_llama, "--reward", tiny_llama, "--prompt", "x"]) == 2

@@ -20,7 +20,11 @@ def alpaca(tmp_path_factory):
         {"instruction": "Name three fruits.", "input": "", "output": "Apples, pears and plums."},
         {"instruction": "Translate into French.", "input": "good morning", "output": "Bonjour."},
         {"instruction": "Add the numbers.", "input": "3, 4, 5", "output": "12"},
-        {"instruction": "Give one tip for sleeping well.", "input": "", "output": "Go to bed at the same time each day."},
+        {
+            "instruction": "Give one tip for sleeping well.",
+            "input": "",
+            "output": "Go to bed at the same time each day.",
+        },
     ]
     file.write_text(json.dumps(rows * 4))
     return str(file)
@@ -30,12 +34,15 @@ def test_every_stage_of_the_classic(tiny_gpt2, tiny_distilbert, alpaca, tmp_path
     monkeypatch.chdir(tmp_path)
     short = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
     assert main(["dpo", str(RECIPES / "dpo.yaml")]) == 2
-    assert "no data file at data/processed/preference_data.jsonl; write it with `rlhf pairs DATASET" in capsys.readouterr().err
+    assert (
+        "no data file at data/processed/preference_data.jsonl; write it with `rlhf pairs DATASET"
+        in capsys.readouterr().err
+    )
     assert main(["pairs", "embedded:sample", "--limit", "8"]) == 0
     flags = ["--model_name_or_path", tiny_gpt2, "--dataset_name", alpaca, *short]
     assert main(["sft", str(RECIPES / "sft.yaml"), *flags]) == 0
     assert main(["reward", str(RECIPES / "reward.yaml"), "--model_name_or_path", tiny_distilbert, *short]) == 0
-    assert main(["dpo", str(RECIPES / "dpo.yaml"), *short]) == 0
+    assert main(["dpo", str(RECIPES / "dpo.yaml"), *short, "--logging_steps", "1"]) == 0
     assert main(["evaluate", str(RECIPES / "evaluate.yaml"), "--base_model", tiny_gpt2, "--max_new_tokens", "4",
                  "--max_eval_examples", "4"]) == 0  # fmt: skip
     assert main(["report", "models"]) == 0

@@ -31,7 +31,9 @@ def test_gpt2_gets_the_alpaca_template_and_a_pad_token_of_its_own(tiny_gpt2):
         "### Instruction:\nHi\n\n### Response:\nHello.<|endoftext|>\n\n"
         "### Instruction:\nBye\n\n### Response:\nSee you.<|endoftext|>"
     )
-    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True).endswith("### Response:\n")
+    assert tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True).endswith(
+        "### Response:\n"
+    )
     assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id != tokenizer.eos_token_id
     # GPT-2's BOS is its EOS: the template must not begin with an end
     assert ids_of(tokenizer, CHAT)[0] != tokenizer.bos_token_id
@@ -145,7 +147,10 @@ def test_the_score_is_read_at_eos_and_padding_does_not_move_it(tiny_llama, recip
     from rlhf.__main__ import main
 
     out = tmp_path / "reward"
-    assert main(["reward", recipe("reward", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out))]) == 0
+    assert (
+        main(["reward", recipe("reward", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out))])
+        == 0
+    )
     model, tokenizer = load_finished(str(out), reward=True)
     alone = score(model, tokenizer, CHAT[:1], "Short.")
     short = ids_of(tokenizer, [CHAT[0], {"role": "assistant", "content": "Short."}])

@@ -283,7 +283,9 @@ def test_table_has_no_row_for_what_was_not_measured():
 
 def test_table_knows_no_minus_zero_per_cent():
     """The lower end of 0 in n is 0; a rounding error below it would read -0%."""
-    wrong = {n: table_rows({**NOTHING_RIGHT, "reward": {"loss_after": 1.0, "accuracy": share([0.0] * n)}}) for n in COUNTED}
+    wrong = {
+        n: table_rows({**NOTHING_RIGHT, "reward": {"loss_after": 1.0, "accuracy": share([0.0] * n)}}) for n in COUNTED
+    }
     assert [n for n, rows in wrong.items() if rows[1][3].startswith("-")] == []
 
 

@@ -29,7 +29,12 @@ def run(tmp_path):
     for stage in ("sft", "reward", "dpo", "evaluate"):
         folder = tmp_path / stage
         folder.mkdir()
-        recipe = {"stage": stage, "model_name_or_path": ATTACK, "dataset_name": "embedded:sample", "output_dir": str(folder)}
+        recipe = {
+            "stage": stage,
+            "model_name_or_path": ATTACK,
+            "dataset_name": "embedded:sample",
+            "output_dir": str(folder),
+        }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         provenance = {
             "stage": stage, "recipe": "configs/quickstart/x.yaml", "command": ["rlhf", stage, ATTACK], "versions": {"trl": ATTACK},
@@ -76,7 +81,9 @@ def test_hostile_text_stays_text(run):
 def test_nothing_is_loaded_from_anywhere(run):
     main(["report", str(run)])
     text = (run / "report.html").read_text()
-    loaded = [v for t, attrs in Tags(text).found for a, v in attrs.items() if a in ("src", "href", "xlink:href", "data")]
+    loaded = [
+        v for t, attrs in Tags(text).found for a, v in attrs.items() if a in ("src", "href", "xlink:href", "data")
+    ]
     assert all(v.startswith("#") for v in loaded)
     assert not re.findall(r"url\((?!#)", text) and "@import" not in text
 
@@ -84,7 +91,15 @@ def test_nothing_is_loaded_from_anywhere(run):
 def test_it_shows_every_part(run, capsys):
     main(["report", str(run)])
     text = (run / "report.html").read_text()
-    for part in ("Lineage", "Results on 2 held-out pairs", "Training", "Answers side by side", "Data", "Environment", "Repeat it"):
+    for part in (
+        "Lineage",
+        "Results on 2 held-out pairs",
+        "Training",
+        "Answers side by side",
+        "Data",
+        "Environment",
+        "Repeat it",
+    ):
         assert f"<h2>{part}</h2>" in text
     assert text.count("<svg") == 2 + 3 + 3  # SFT, reward, DPO
     assert "SFT loss on chosen answers" in text and "equal 50%" in text

@@ -27,7 +27,10 @@ def summary(folder):
 @pytest.fixture
 def sft_model(recipe, tiny_llama, few_pairs, tmp_path):
     """A merged SFT policy whose weights differ from the base."""
-    run("sft", recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), **LORA))
+    run(
+        "sft",
+        recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), **LORA),
+    )
     return str(tmp_path / "sft")
 
 
@@ -120,7 +123,10 @@ def first_batch_rows(recipe_file, rows, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(Path(recipe_file).parent / "dpo")
     trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
-    prompts = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"] for r in rows]
+    prompts = [
+        tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        for r in rows
+    ]
     found = []
     for ids in batch["input_ids"][: len(batch["input_ids"]) // 2].tolist():
         found.append(next(i for i, p in enumerate(prompts) if ids[: len(p)] == p))
@@ -180,7 +186,9 @@ def test_an_adapter_that_goes_on_keeps_its_rank(sft_adapter, recipe, few_pairs, 
 def test_the_reward_head_survives(backbone, merge, request, recipe, few_pairs, tmp_path, capsys):
     name, out = request.getfixturevalue(backbone), tmp_path / "reward"
     if backbone == "sft_adapter" and not merge:
-        file = recipe("reward", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(out), merge_adapter=False, **LORA)
+        file = recipe(
+            "reward", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(out), merge_adapter=False, **LORA
+        )
         assert main(["reward", file]) == 2
         assert "a model that is nowhere on the disk" in capsys.readouterr().err
         return
@@ -241,7 +249,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(recipe, tiny_llama, few_pa
     run("sft", file)
     assert f"resuming from {broken / 'checkpoint-2'}" in capsys.readouterr().out
     for key in ("step", "loss"):
-        assert [m[key] for m in read_metrics(broken) if "loss" in m] == [m[key] for m in read_metrics(whole) if "loss" in m]
+        assert [m[key] for m in read_metrics(broken) if "loss" in m] == [
+            m[key] for m in read_metrics(whole) if "loss" in m
+        ]
     a, b = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -250,7 +260,9 @@ def test_an_output_directory_of_another_run_is_refused(sft_model, tmp_path, caps
     before = {f.name: f.stat().st_mtime_ns for f in Path(sft_model).iterdir()}
     assert main(["sft", str(tmp_path / "sft.yaml"), "--learning_rate", "0.5"]) == 2
     error = capsys.readouterr().err
-    assert "holds another run; it differs in learning_rate: 0.001 -> 0.5" in error and "nothing was overwritten" in error
+    assert (
+        "holds another run; it differs in learning_rate: 0.001 -> 0.5" in error and "nothing was overwritten" in error
+    )
     assert {f.name: f.stat().st_mtime_ns for f in Path(sft_model).iterdir()} == before
 
 
@@ -278,7 +290,9 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_told_in_one_sentence(case, recipe, tiny_llama, few_pairs, tmp_path, capsys):
     change, sentence = BAD_INPUT[case]
-    values = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "out")) | LORA | change
+    values = (
+        dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "out")) | LORA | change
+    )
     assert main(["dpo", recipe("dpo", **values)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("rlhf: ") and sentence in error and error.count("\n") == 1

@@ -15,9 +15,7 @@ from rlhf.data.sources import Source
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
 
-SFT_SHAPES = (
-    "prompt + completion; prompt + chosen; messages; instruction (+ input) + output; question + answer; text"
-)
+SFT_SHAPES = "prompt + completion; prompt + chosen; messages; instruction (+ input) + output; question + answer; text"
 PREFERENCE_SHAPES = "prompt + chosen + rejected; chosen + rejected (whole dialogues); instruction + chosen + rejected"
 
 
@@ -35,7 +33,9 @@ def sft_rows(source: Source) -> list[dict[str, Any]]:
     first = set(rows[0])
     for index, row in enumerate(rows):
         if set(row) != first:
-            raise UserError(f"{source.where(index)}: this row becomes {sorted(row)}, the first row {sorted(first)}; use one shape")
+            raise UserError(
+                f"{source.where(index)}: this row becomes {sorted(row)}, the first row {sorted(first)}; use one shape"
+            )
     return rows
 
 
@@ -64,15 +64,21 @@ def join_chosen_rejected(chosen: Source, rejected: Source) -> Source:
     pairs = []
     for index, row in enumerate(_each(chosen, _sft_row)):
         if "prompt" not in row:
-            raise UserError(f"{chosen.where(index)}: expected prompt + response, to be joined with the rejected answers")
+            raise UserError(
+                f"{chosen.where(index)}: expected prompt + response, to be joined with the rejected answers"
+            )
         matches = waiting.get(repr(row["prompt"]))
         if not matches:
-            raise UserError(f"{chosen.where(index)}: no answer to this prompt in {rejected.name}; each needs one of both")
+            raise UserError(
+                f"{chosen.where(index)}: no answer to this prompt in {rejected.name}; each needs one of both"
+            )
         other = rejected_rows[matches.pop(0)]
         pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]})
     left = [index for indices in waiting.values() for index in indices]
     if left:
-        raise UserError(f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each needs one of both")
+        raise UserError(
+            f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each needs one of both"
+        )
     digest = chosen.digest[:32] + rejected.digest[:32]
     return Source(chosen.name, pairs, chosen.lines, digest)
 
@@ -97,7 +103,9 @@ def _sft_row(row: dict) -> dict[str, Any]:
     if _has(row, "messages"):
         messages = _messages(row["messages"], "messages")
         if messages[-1]["role"] != "assistant":
-            raise RowError(f"'messages' ends with a {messages[-1]['role']} message; the last one must be the assistant's")
+            raise RowError(
+                f"'messages' ends with a {messages[-1]['role']} message; the last one must be the assistant's"
+            )
         if sum(m["role"] == "assistant" for m in messages) > 1:
             return {"messages": messages}
         return {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -120,7 +128,9 @@ def _preference_row(row: dict) -> dict[str, Any]:
     if prompt is None:
         chosen, rejected = _dialogue(row["chosen"], "chosen"), _dialogue(row["rejected"], "rejected")
         if chosen[:-1] != rejected[:-1]:
-            raise RowError("'chosen' and 'rejected' differ before the last answer; expected the same dialogue up to there")
+            raise RowError(
+                "'chosen' and 'rejected' differ before the last answer; expected the same dialogue up to there"
+            )
         prompt, answers = chosen[:-1], (chosen[-1:], rejected[-1:])
     else:
         answers = tuple(_answer(row[side], side, prompt) for side in ("chosen", "rejected"))
@@ -138,7 +148,9 @@ def _prompt(row: dict) -> Messages | None:
     for key in ("prompt", "question"):
         if _has(row, key):
             value = row[key]
-            messages = [{"role": "user", "content": _text(value, key)}] if isinstance(value, str) else _messages(value, key)
+            messages = (
+                [{"role": "user", "content": _text(value, key)}] if isinstance(value, str) else _messages(value, key)
+            )
             if messages[-1]["role"] == "assistant":
                 raise RowError(f"'{key}' ends with an assistant message; it must end with the user's")
             return messages
@@ -182,7 +194,9 @@ def _messages(value: Any, key: str) -> Messages:
     messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise RowError(f"'{key}', message {number}: expected {{'role': …, 'content': …}}, found {_describe(message)}")
+            raise RowError(
+                f"'{key}', message {number}: expected {{'role': …, 'content': …}}, found {_describe(message)}"
+            )
         if message["role"] not in ROLES:
             raise RowError(f"'{key}', message {number}: role {message['role']!r}; expected one of {', '.join(ROLES)}")
         messages.append({"role": message["role"], "content": _text(message["content"], f"{key}, message {number}")})

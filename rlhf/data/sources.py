@@ -74,7 +74,9 @@ def load_source(name: str, split: str = "train", config: str | None = None, aske
 
 def _near_files(path: Path) -> str:
     if path.name in ("accepted_data.jsonl", "rejected_data.jsonl", "preference_data.jsonl"):
-        return f"; write it with `rlhf pairs DATASET --output_dir {path.parent}` (DATASET: embedded:sample, or your pairs)"
+        return (
+            f"; write it with `rlhf pairs DATASET --output_dir {path.parent}` (DATASET: embedded:sample, or your pairs)"
+        )
     found = sorted(p.name for p in path.parent.glob("*") if p.suffix in FILE_TYPES) if path.parent.is_dir() else []
     if found:
         return f"; {path.parent} has {', '.join(found[:6])}"

@@ -23,7 +23,9 @@ def launch(processes, *words, launch_file="ddp.yaml"):
 
 @pytest.mark.parametrize("launch_file", ["cpu.yaml", "single.yaml"])
 def test_one_process(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
-    file = recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), max_steps=1)
+    file = recipe(
+        "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), max_steps=1
+    )
     assert "(1 process on cpu)" in launch(1, "sft", file, launch_file=launch_file)
 
 
@@ -34,7 +36,9 @@ def test_two_processes_train_what_one_does(recipe, tiny_llama, few_pairs, tmp_pa
     losses = {}
     for processes, accumulation in ((1, 2), (2, 1)):
         out = tmp_path / f"dpo{processes}"
-        file = recipe("dpo", name=f"dpo{processes}", output_dir=str(out), gradient_accumulation_steps=accumulation, **common)
+        file = recipe(
+            "dpo", name=f"dpo{processes}", output_dir=str(out), gradient_accumulation_steps=accumulation, **common
+        )
         shown = launch(processes, "dpo", file)
         assert f"({processes} process{'es' if processes > 1 else ''} on cpu)" in shown
         assert shown.count("=== DPO") == 1  # only one process speaks
@@ -58,8 +62,12 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(recipe, tiny_llam
 
 
 def test_a_mistake_is_told_once(recipe, tiny_llama, few_pairs, tmp_path):
-    file = recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), learing_rate=1)
+    file = recipe(
+        "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), learing_rate=1
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
-    done = subprocess.run([*command, "--num_processes", "2", "-m", "rlhf", "sft", file], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--num_processes", "2", "-m", "rlhf", "sft", file], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0
     assert done.stderr.count("unknown key 'learing_rate'; did you mean 'learning_rate'?") == 1

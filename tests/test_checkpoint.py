@@ -1,0 +1,410 @@
+"""The run folder: whose it is, where it goes on, and what is written into it."""
+
+import json
+import os
+import shutil
+import sys
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from rlhf import __version__
+from rlhf.checkpoint import (
+    begin_run,
+    check_disk,
+    finish_run,
+    git_commit,
+    hardware,
+    mark_checkpoint,
+    model_digest,
+    newest_checkpoint,
+    open_run,
+)
+from rlhf.config import HARMLESS, Recipe, UserError
+
+INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
+
+
+def recipe_for(folder, **values):
+    values = {"stage": "sft", "output_dir": str(folder), "dataset_name": "data.jsonl", "seed": 1, **values}
+    return Recipe("sft", "configs/x/sft.yaml", values, {key: line for line, key in enumerate(values, 1)})
+
+
+def begin(folder, inputs=INPUTS, **values):
+    """A run folder as the start of a training leaves it."""
+    recipe = recipe_for(folder, **values)
+    run = open_run(recipe, inputs)
+    begin_run(run, recipe, inputs, {"seed": 1})
+    return run
+
+
+def checkpoint(folder, step, whole=True):
+    """A checkpoint of two files, as the trainer writes it."""
+    path = folder / f"checkpoint-{step}"
+    (path / "part").mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"12345678")
+    (path / "part" / "optimizer.pt").write_bytes(b"1234")
+    if whole:
+        mark_checkpoint(path)
+    return path
+
+
+def refusal(recipe, inputs=INPUTS):
+    with pytest.raises(UserError) as caught:
+        open_run(recipe, inputs)
+    return str(caught.value)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+def test_new_folder(tmp_path):
+    run = open_run(recipe_for(tmp_path / "a" / "b"), INPUTS)
+    assert (run.folder, run.complete, run.resume_from) == (tmp_path / "a" / "b", None, None)
+
+
+def test_opening_writes_nothing(tmp_path):
+    open_run(recipe_for(tmp_path / "a"), INPUTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_folder_is_new(tmp_path):
+    assert open_run(recipe_for(tmp_path), INPUTS).resume_from is None
+
+
+def test_begun_folder_without_a_checkpoint_begins_again(tmp_path):
+    begin(tmp_path)
+    run = open_run(recipe_for(tmp_path), INPUTS)
+    assert (run.complete, run.resume_from) == (None, None)
+
+
+def test_interrupted_folder_goes_on_from_its_checkpoint(tmp_path):
+    begin(tmp_path)
+    checkpoint(tmp_path, 10)
+    assert open_run(recipe_for(tmp_path), INPUTS).resume_from == str(tmp_path / "checkpoint-10")
+
+
+def test_complete_folder(tmp_path):
+    finish_run(begin(tmp_path), {"steps": 25})
+    assert open_run(recipe_for(tmp_path), INPUTS).complete["steps"] == 25
+
+
+def test_half_written_end_is_not_complete(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "complete.json").write_text('{"steps": 2')
+    assert open_run(recipe_for(tmp_path), INPUTS).complete is None
+
+
+def test_folder_of_somebody_else_is_left_alone(tmp_path):
+    for name in "edcba":
+        (tmp_path / name).write_text("mine")
+    before = tree(tmp_path)
+    assert refusal(recipe_for(tmp_path)) == (
+        f"configs/x/sft.yaml:2: output_dir {tmp_path} holds other files (a, b, c, d) and no run of ours; "
+        "name another folder (nothing was overwritten)"
+    )
+    assert tree(tmp_path) == before
+
+
+def test_output_dir_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    message = f"configs/x/sft.yaml:2: output_dir {tmp_path / 'out'} is a file; name a folder"
+    assert refusal(recipe_for(tmp_path / "out")) == message
+
+
+def test_output_dir_lies_below_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert refusal(recipe_for(tmp_path / "out" / "sft")).startswith("configs/x/sft.yaml:2: output_dir ")
+
+
+def test_folder_without_the_right_to_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert refusal(recipe_for(tmp_path / "a" / "b")) == (
+        f"configs/x/sft.yaml:2: output_dir {tmp_path / 'a' / 'b'} can't be written to "
+        f"({tmp_path} is read-only for this user)"
+    )
+
+
+def test_output_dir_from_the_command_line_is_named_so(tmp_path):
+    (tmp_path / "mine").write_text("")
+    recipe = recipe_for(tmp_path)
+    recipe.lines["output_dir"] = None
+    assert refusal(recipe).startswith("--output_dir: output_dir ")
+
+
+# --- another run -----------------------------------------------------------------------------------------------------
+
+
+def test_changed_recipe_lists_what_differs(tmp_path):
+    begin(tmp_path, beta=0.1, lora_r=8)
+    before = tree(tmp_path)
+    assert refusal(recipe_for(tmp_path, beta=0.2, use_peft=True)) == (
+        f"configs/x/sft.yaml:2: output_dir {tmp_path} holds another run; it differs in beta: 0.1 -> 0.2; "
+        f"lora_r: 8 -> None; use_peft: None -> True. "
+        f"Give --output_dir another folder, or move {tmp_path} away (nothing was overwritten)"
+    )
+    assert tree(tmp_path) == before
+
+
+def test_complete_run_of_another_recipe_is_not_taken_for_this_one(tmp_path):
+    finish_run(begin(tmp_path), {"steps": 25})
+    assert "it differs in seed: 1 -> 2. " in refusal(recipe_for(tmp_path, seed=2))
+
+
+@pytest.mark.parametrize("key", sorted(HARMLESS - {"output_dir"}))
+def test_harmless_key_may_change(tmp_path, key):
+    begin(tmp_path, **{key: "old"})
+    checkpoint(tmp_path, 5)
+    assert open_run(recipe_for(tmp_path, **{key: "new"}), INPUTS).resume_from == str(tmp_path / "checkpoint-5")
+
+
+def test_moved_folder_goes_on(tmp_path):
+    begin(tmp_path / "old")
+    checkpoint(tmp_path / "old", 5)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert open_run(recipe_for(tmp_path / "new"), INPUTS).resume_from == str(tmp_path / "new" / "checkpoint-5")
+
+
+def test_changed_data_is_noticed(tmp_path):
+    begin(tmp_path)
+    message = refusal(recipe_for(tmp_path), {**INPUTS, "dataset_name": "e" * 64})
+    assert "it differs in the content of dataset_name (data.jsonl) is not what it was. " in message
+
+
+def test_changed_held_out_data_is_noticed(tmp_path):
+    """`heldout` is no key of a recipe, so there is no name to tell."""
+    begin(tmp_path, inputs={**INPUTS, "heldout": "h" * 64})
+    message = refusal(recipe_for(tmp_path), {**INPUTS, "heldout": "i" * 64})
+    assert "heldout" in message and "None" not in message
+
+
+def test_other_data_is_told_once(tmp_path):
+    """The name differs, so that the content differs goes without saying."""
+    begin(tmp_path)
+    message = refusal(recipe_for(tmp_path, dataset_name="b.jsonl"), {**INPUTS, "dataset_name": "e" * 64})
+    assert "it differs in dataset_name: 'data.jsonl' -> 'b.jsonl'. " in message
+
+
+def test_input_that_was_not_recorded_is_no_difference(tmp_path):
+    begin(tmp_path, inputs={})
+    assert open_run(recipe_for(tmp_path), INPUTS).complete is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"- a\n", b"just words"])
+def test_damaged_recipe_in_the_folder(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    message = f"{tmp_path / 'recipe.yaml'} can't be read; move the folder away and start again"
+    assert refusal(recipe_for(tmp_path)) == message
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_no_folder_has_no_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_highest_step_is_a_number_not_a_text(tmp_path):
+    for step in (9, 10):
+        checkpoint(tmp_path, step)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_checkpoint_that_was_never_marked_is_passed_over(tmp_path):
+    checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10, whole=False)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "part/optimizer.pt"])
+def test_checkpoint_with_a_missing_file_is_passed_over(tmp_path, name):
+    checkpoint(tmp_path, 9)
+    (checkpoint(tmp_path, 10) / name).unlink()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"123456789"])
+def test_checkpoint_with_a_file_of_another_size_is_passed_over(tmp_path, content):
+    checkpoint(tmp_path, 9)
+    (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(content)  # it had 8 bytes
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize("content", ["", '{"files": {"a"', "null", "{}", "[]"])
+def test_checkpoint_with_a_damaged_manifest_is_passed_over(tmp_path, content):
+    checkpoint(tmp_path, 9)
+    (checkpoint(tmp_path, 10) / "whole.json").write_text(content)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+
+
+def test_no_whole_checkpoint(tmp_path):
+    checkpoint(tmp_path, 10, whole=False)
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["checkpoint-", "checkpoint-best", "checkpoint-12.old"])
+def test_folder_that_is_called_nearly_like_a_checkpoint(tmp_path, name):
+    checkpoint(tmp_path, 9).rename(tmp_path / name)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_mark_lists_files_with_their_sizes(tmp_path):
+    path = checkpoint(tmp_path, 10)
+    found = json.loads((path / "whole.json").read_text())
+    assert found == {"files": {"model.safetensors": 8, "part/optimizer.pt": 4}}
+
+
+def test_checkpoint_that_is_written_again_is_whole_again(tmp_path):
+    """After a damaged checkpoint-10 the run goes on from 9 and writes 10 into the same folder."""
+    path = checkpoint(tmp_path, 10)
+    (path / "model.safetensors").write_bytes(b"another size")
+    mark_checkpoint(path)
+    assert newest_checkpoint(tmp_path) == str(path)
+
+
+# --- disk space ------------------------------------------------------------------------------------------------------
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**10, 0, 1_500_000_000))
+    with pytest.raises(UserError) as caught:
+        check_disk(tmp_path / "out", 2_250_000_000, "the finished model")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} has 1.50 GB free, but the finished model needs about 2.25 GB; "
+        "free some, or give --output_dir a folder on another disk"
+    )
+
+
+def test_just_enough_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**10, 0, 100))
+    assert check_disk(tmp_path, 100, "it") is None
+
+
+def test_disk_of_a_folder_that_is_not_there_yet_is_its_parents(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(1, 0, 1))
+    check_disk(tmp_path / "a" / "b", 1, "it")
+    assert asked == [tmp_path]
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_begin_writes_two_files_and_nothing_half(tmp_path):
+    begin(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["provenance.json", "recipe.yaml"]
+
+
+def test_recipe_is_kept_as_it_was_run(tmp_path):
+    begin(tmp_path, run_name="Zoë: 1", lora_target_modules=["q", "v"], learning_rate=1e-05)
+    found = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
+    assert found == recipe_for(tmp_path, run_name="Zoë: 1", lora_target_modules=["q", "v"], learning_rate=1e-05).values
+
+
+def test_recipe_tells_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/rlhf", "sft", "configs/x/sft.yaml"])
+    begin(tmp_path)
+    first = (tmp_path / "recipe.yaml").read_text().splitlines()[0]
+    assert first == "# configs/x/sft.yaml, as it was run by `/somewhere/rlhf sft configs/x/sft.yaml`"
+
+
+def test_command_with_a_line_break_does_not_spoil_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rlhf", "sft", "x.yaml", "--run_name", "a\nseed: 7"])
+    begin(tmp_path, run_name="a\nseed: 7")
+    found = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert found == recipe_for(tmp_path, run_name="a\nseed: 7").values
+
+
+def provenance(tmp_path, arguments):
+    recipe = recipe_for(tmp_path)
+    begin_run(open_run(recipe, INPUTS), recipe, INPUTS, arguments)
+    return json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("key", ["hub_token", "push_to_hub_token", "token"])
+def test_provenance_holds_no_token(tmp_path, key):
+    provenance(tmp_path, {"seed": 1, key: "hf_secret"})
+    assert "hf_secret" not in (tmp_path / "provenance.json").read_text()
+
+
+def test_provenance_holds_no_token_of_an_inner_config(tmp_path):
+    provenance(tmp_path, {"model": {"hub_token": "hf_secret"}})
+    assert "hf_secret" not in (tmp_path / "provenance.json").read_text()
+
+
+@pytest.mark.parametrize("key", ["max_new_tokens", "include_num_input_tokens_seen"])
+def test_provenance_keeps_counts_of_tokens(tmp_path, key):
+    assert provenance(tmp_path, {key: 80})["arguments"] == {key: 80}
+
+
+def test_provenance_says_what_was_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/rlhf", "sft", "x.yaml"])
+    found = provenance(tmp_path, {"seed": 1})
+    told = {key: found[key] for key in ("stage", "recipe", "command", "inputs", "arguments")}
+    assert told == {
+        "stage": "sft",
+        "recipe": "configs/x/sft.yaml",
+        "command": ["rlhf", "sft", "x.yaml"],
+        "inputs": INPUTS,
+        "arguments": {"seed": 1},
+    }
+
+
+def test_provenance_says_on_what(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = provenance(tmp_path, {})
+    assert (found["versions"]["rlhf-dpo"], found["versions"]["python"], found["hardware"]["processes"]) == (
+        __version__,
+        sys.version.split()[0],
+        4,
+    )
+
+
+def test_arguments_that_json_does_not_know_become_text(tmp_path):
+    assert provenance(tmp_path, {"folder": tmp_path})["arguments"] == {"folder": str(tmp_path)}
+
+
+def test_gpus_are_listed_only_where_torch_is_loaded(monkeypatch):
+    names = ["H200", "H100"]
+    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, get_device_name=names.__getitem__)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    with_torch = hardware()
+    monkeypatch.delitem(sys.modules, "torch")
+    assert (with_torch["gpus"], "gpus" in hardware()) == (names, False)
+
+
+def test_no_git_is_no_mistake(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
+
+
+def test_finish_writes_its_summary(tmp_path):
+    finish_run(begin(tmp_path), {"steps": 25, "loss": 0.5})
+    found = json.loads((tmp_path / "complete.json").read_text())
+    assert {**found, "finished": "then"} == {"finished": "then", "steps": 25, "loss": 0.5}
+
+
+# --- which model went in ---------------------------------------------------------------------------------------------
+
+
+def test_digest_of_a_hub_model_is_its_name():
+    assert model_digest("some/model") == "some/model"
+
+
+def test_digest_of_a_finished_stage_is_the_one_it_recorded(tmp_path):
+    (tmp_path / "complete.json").write_text('{"weights_sha256": "abc"}')
+    assert model_digest(str(tmp_path)) == "abc"
+
+
+def test_digest_of_another_folder_is_its_weight_files(tmp_path):
+    for name, size in (("b.safetensors", 2), ("a.safetensors", 3), ("notes.txt", 5)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert model_digest(str(tmp_path)) == "a.safetensors:3+b.safetensors:2"

@@ -1,0 +1,75 @@
+"""The main job for real: SmolLM2-135M-Instruct through SFT, reward model, DPO, evaluation and report."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.data.sources import SAMPLE_DIR
+
+ROOT = Path(__file__).parent.parent
+
+
+def pipeline(folder):
+    command = [str(ROOT / "launch" / "pipeline.sh"), str(ROOT / "configs" / "quickstart")]
+    started = time.time()
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, time.time() - started
+
+
+def answer_logp(model, tokenizer, prompt, answer):
+    """Sum of log p(token | before) over an answer's tokens, by the shortest way there is."""
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(prompt + answer, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        logps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    return sum(float(logps[i - 1, whole[i]]) for i in range(len(start), len(whole)))
+
+
+@pytest.mark.slow
+def test_the_quickstart(tmp_path):
+    shown, _ = pipeline(tmp_path)
+    run = tmp_path / "runs" / "quickstart"
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results["policies"]["sft"]["chosen_loss"] < results["policies"]["base"]["chosen_loss"] - 0.1
+    assert results["reward"]["accuracy"]["low"] > 0.5  # better than guessing, with its whole interval
+    assert results["dpo"]["accuracy"]["low"] > 0.5
+    assert results["policies"]["dpo"]["prefers_chosen"]["share"] > results["policies"]["sft"]["prefers_chosen"]["share"]
+    for part in (
+        "On 50 held-out pairs",
+        "SFT loss on chosen answers",
+        "DPO answer beats SFT answer",
+        "Report    ",
+        "talk to it",
+    ):
+        assert part in shown
+    assert "<h2>Answers side by side</h2>" in (run / "report.html").read_text()
+
+    # the printed numbers again, from the saved models, by hand
+    rows = [json.loads(line) for line in (SAMPLE_DIR / "heldout.jsonl").read_text().splitlines()][:10]
+    pairs = [json.loads(line) for line in (run / "evaluation" / "pairs.jsonl").read_text().splitlines()]
+    for name in ("sft", "dpo"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(run / name), AutoTokenizer.from_pretrained(run / name)
+        for row, pair in zip(rows, pairs, strict=False):
+            for side in ("chosen", "rejected"):
+                assert pair[name][side] == pytest.approx(
+                    answer_logp(model, tokenizer, row["prompt"], row[side]), rel=1e-4
+                )
+    model = AutoModelForSequenceClassification.from_pretrained(run / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(run / "reward")
+    for row, pair in zip(rows, pairs, strict=False):
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], return_dict=True, return_tensors="pt")
+        with torch.no_grad():
+            assert pair["reward"]["chosen"] == pytest.approx(float(model(**ids).logits), abs=1e-3)
+
+    again, seconds = pipeline(tmp_path)
+    assert seconds < 60 and again.count(" complete: ") >= 4
