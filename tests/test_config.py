@@ -155,9 +155,9 @@ def test_packing_strategies_are_those_of_trl():
     assert found == [set(LATE_CHOICES["SFTConfig", "packing_strategy"])]
 
 
-def test_late_choices_has_no_other_lists():
-    """Each list above has its own test; a new one needs one too."""
-    assert set(LATE_CHOICES) == {
+def test_late_choices_has_no_list_without_a_test():
+    """Those of TrainingArguments are compared by `test_closed_choices_are_those_of_trl`, as they stand in its fields."""
+    assert {key for key in LATE_CHOICES if key[0] != "TrainingArguments"} == {
         ("DPOConfig", "loss_type"),
         ("DPOConfig", "f_divergence_type"),
         ("SFTConfig", "loss_type"),

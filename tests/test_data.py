@@ -394,7 +394,9 @@ def test_rows_of_two_shapes():
 # --- formats: preferences --------------------------------------------------------------------------------------------
 
 PAIR = {"prompt": Q, "chosen": A, "rejected": [assistant("B")]}
-HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tell me\na joke: Human nature?\n\nAssistant: "
+HH = (
+    "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A joke of this kind:\nHuman: why?\nAssistant: why not?\n\nAssistant: "
+)
 NO_PROMPT = "there is no 'prompt', and 'chosen'"
 PREFERENCE_CASES = {
     "prompt + chosen + rejected": {"prompt": "Q", "chosen": "A", "rejected": "B"},
@@ -419,10 +421,10 @@ def test_every_named_preference_shape_has_a_test(name):
 
 
 def test_hh_dialogue_of_several_turns():
-    """A `Human` that does not follow an empty line is text."""
+    """`Human:` in a line that follows no empty line is text."""
     pair = preference_rows(one({"chosen": HH + "Yes.\n\nTwice yes.", "rejected": HH + "No."}))[0]
     assert pair == {
-        "prompt": [user("Hi"), assistant("Hello."), user("Tell me\na joke: Human nature?")],
+        "prompt": [user("Hi"), assistant("Hello."), user("A joke of this kind:\nHuman: why?\nAssistant: why not?")],
         "chosen": [assistant("Yes.\n\nTwice yes.")],
         "rejected": [assistant("No.")],
     }

@@ -1,4 +1,4 @@
-"""The embedded preference pairs by their properties: enough, varied, clean, no leak between splits, no length giveaway."""
+"""The embedded preference pairs by their properties: enough, varied, clean, no leak between splits."""
 
 import difflib
 import json
