@@ -123,6 +123,10 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
         return
     if not options.recipe:
         raise UserError(f"which recipe? For example: rlhf {options.command} configs/quickstart/{options.command}.yaml")
+    if rest and not options.recipe.endswith((".yaml", ".yml")):
+        raise UserError(
+            f"the recipe comes first: rlhf {options.command} RECIPE.yaml --key value (found '{options.recipe}')"
+        )
     if options.command == "sft":
         from rlhf.sft import SFT as stage
     elif options.command == "reward":

@@ -74,8 +74,8 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
 
 def _refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> None:
     try:
-        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError:
+        before = dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, ValueError, TypeError):
         raise UserError(f"{folder / 'recipe.yaml'} can't be read; move the folder away and start again") from None
     changed = [
         f"{key}: {before.get(key)!r} -> {recipe.get(key)!r}"
@@ -86,7 +86,8 @@ def _refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> N
     for key, digest in inputs.items():
         old = provenance.get("inputs", {}).get(key)
         if old is not None and old != digest and not any(c.startswith(f"{key}:") for c in changed):
-            changed.append(f"the content of {key} ({recipe.get(key)}) is not what it was")
+            named = f"{key} ({recipe.get(key)})" if recipe.get(key) else f"the {key} data"
+            changed.append(f"the content of {named} is not what it was")
     if changed:
         raise UserError(
             f"{recipe.where('output_dir')}: output_dir {folder} holds another run; it differs in {'; '.join(changed)}. "
@@ -98,6 +99,8 @@ def _check_writable(folder: Path, where: str) -> None:
     parent = folder
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{where}: output_dir {folder} lies below the file {parent}; name another folder")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{where}: output_dir {folder} can't be written to ({parent} is read-only for this user)")
 
@@ -118,7 +121,7 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
 def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any]) -> None:
     """Write recipe.yaml and provenance.json (main process only)."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = f"# {recipe.path}, as it was run by `{' '.join(sys.argv)}`\n"
+    text = f"# {recipe.path}, as it was run by `{' '.join(' '.join(sys.argv).split())}`\n"
     _write(run.folder / "recipe.yaml", text + yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     provenance = {
         "stage": recipe.stage,
@@ -127,7 +130,7 @@ def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
         **environment(),
-        "arguments": {k: v for k, v in arguments.items() if "token" not in k},
+        "arguments": {k: v for k, v in arguments.items() if k != "token" and not k.endswith("_token")},
     }
     _write(run.folder / "provenance.json", json.dumps(provenance, indent=2, default=str, ensure_ascii=False) + "\n")
 
@@ -140,6 +143,7 @@ def finish_run(run: Run, summary: dict[str, Any]) -> None:
 
 def mark_checkpoint(folder: Path) -> None:
     """Note the files and sizes of a checkpoint after all of them are written: from now on it may be resumed."""
+    (folder / "whole.json").unlink(missing_ok=True)
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     _write(folder / "whole.json", json.dumps({"files": files}) + "\n")
 

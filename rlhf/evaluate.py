@@ -167,6 +167,10 @@ def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]
 
     ids = tokenize_pair(tokenizer, row)
     prompt = len(ids["prompt_ids"])
+    if prompt >= max_length:
+        raise UserError(
+            f"a held-out prompt has {prompt} tokens, which leaves no room in max_length={max_length}: raise it"
+        )
     rows = [(ids["prompt_ids"] + ids[f"{side}_ids"])[:max_length] for side in _SIDES]
     longest = max(map(len, rows))
     device = next(model.parameters()).device
@@ -230,13 +234,18 @@ def wilson_interval(wins: float, count: int) -> tuple[float, float]:
     share, z2 = wins / count, Z_95**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return centre - half, centre + half
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def share(wins: list[float]) -> dict[str, Any]:
     """A share of wins (1), ties (0.5) and losses (0) with its 95% interval and count."""
     low, high = wilson_interval(sum(wins), len(wins))
     return {"share": sum(wins) / len(wins), "low": low, "high": high, "count": len(wins)}
+
+
+def logistic_loss(margin: float) -> float:
+    """-log sigmoid(margin) = log(1 + e^-margin), also where e^-margin is too large for a double."""
+    return max(0.0, -margin) + math.log1p(math.exp(-abs(margin)))
 
 
 def compare(a: float, b: float) -> float:
@@ -266,7 +275,7 @@ def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, 
         ]
         results["dpo"] = {
             "loss_before": math.log(2),
-            "loss_after": sum(math.log1p(math.exp(-m)) for m in margins) / len(margins),
+            "loss_after": sum(map(logistic_loss, margins)) / len(margins),
             "margin": sum(margins) / len(margins),
             "accuracy": share([compare(m, 0.0) for m in margins]),
         }
@@ -274,10 +283,10 @@ def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, 
         gaps = [p["reward"]["chosen"] - p["reward"]["rejected"] for p in pairs]
         results["reward"] = {
             "accuracy": share([compare(g, 0.0) for g in gaps]),
-            "loss_after": sum(math.log1p(math.exp(-g)) for g in gaps) / len(gaps),
+            "loss_after": sum(map(logistic_loss, gaps)) / len(gaps),
         }
-        if "dpo" in answers[0] and "sft" in answers[0]:
-            judged = [a for a in answers if a["sft"] and a["dpo"]]
+        judged = [a for a in answers if a.get("sft") and a.get("dpo")]
+        if judged:
             results["win_rate"] = {
                 **share([compare(a["dpo_reward"], a["sft_reward"]) for a in judged]),
                 "same_answer": sum(a["sft"] == a["dpo"] for a in judged),

@@ -108,6 +108,8 @@ def _sft_row(row: dict) -> dict[str, Any]:
             )
         if sum(m["role"] == "assistant" for m in messages) > 1:
             return {"messages": messages}
+        if len(messages) == 1:
+            raise RowError("the prompt is empty")
         return {"prompt": messages[:-1], "completion": messages[-1:]}
     prompt = _prompt(row)
     answer_key = next((k for k in ("completion", "chosen", "response", "output", "answer") if _has(row, k)), None)
@@ -136,6 +138,8 @@ def _preference_row(row: dict) -> dict[str, Any]:
         answers = tuple(_answer(row[side], side, prompt) for side in ("chosen", "rejected"))
     if not prompt:
         raise RowError("the prompt is empty")
+    if not any(m["role"] == "user" for m in prompt):
+        raise RowError("the prompt has no message of the user")
     if answers[0] == answers[1]:
         raise RowError("'chosen' and 'rejected' are the same; a pair without a difference teaches nothing: remove it")
     pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
@@ -151,8 +155,11 @@ def _prompt(row: dict) -> Messages | None:
             messages = (
                 [{"role": "user", "content": _text(value, key)}] if isinstance(value, str) else _messages(value, key)
             )
-            if messages[-1]["role"] == "assistant":
-                raise RowError(f"'{key}' ends with an assistant message; it must end with the user's")
+            if messages[-1]["role"] != "user":
+                article = "an" if messages[-1]["role"] == "assistant" else "a"
+                raise RowError(
+                    f"'{key}' ends with {article} {messages[-1]['role']} message; it must end with the user's"
+                )
             return messages
     if _has(row, "instruction"):
         text = _text(row["instruction"], "instruction")

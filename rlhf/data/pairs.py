@@ -22,8 +22,12 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", l
     Raises:
         UserError: the data can't be read, or a file of that name is already there (nothing is overwritten).
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; expected a number of pairs above 0")
     pairs = preference_rows(load_source(dataset_name, split).head(limit))
     folder = Path(output_dir)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder as --output_dir")
     for name in FILES:
         if (folder / name).exists():
             raise UserError(f"{folder / name} is already there; move it away or name another --output_dir")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def load_source(name: str, split: str = "train", config: str | None = None, aske
     prefix = f"{asked_by}: " if asked_by else ""
     if name == SAMPLE_NAME:
         name = str(SAMPLE_DIR)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         source = _from_directory(path, split, prefix)
     elif path.is_file():
@@ -134,20 +135,33 @@ def _from_file(path: Path, prefix: str) -> Source:
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{prefix}{path} is not a readable parquet file: {_first_line(error)}") from None
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        rows, lines = [], []
-        for row in reader:
-            rows.append(dict(row))
-            lines.append(reader.line_num)
-        return Source(str(path), rows, lines, digest)
+        return _csv_rows(path, text, digest)
+    if path.suffix == ".json" and text.lstrip().startswith("{") and "\n" in text.strip().split("}")[0]:
+        raise UserError(f"{path}:1: one JSON object over several lines; expected a list of rows, or one row a line")
     if text.lstrip().startswith("["):
         return Source(str(path), _json_list(path, text), None, digest)
     return _json_lines(path, text, digest)
+
+
+def _csv_rows(path: Path, text: str, digest: str) -> Source:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header, rows, lines = next(reader, []), [], []
+    for fields in reader:
+        if fields and len(fields) != len(header):
+            raise UserError(
+                f"{path}:{reader.line_num}: {len(fields)} fields, but the header has {len(header)}; "
+                "put a text with commas or line breaks in double quotes"
+            )
+        if fields:
+            rows.append(dict(zip(header, fields, strict=True)))
+            lines.append(reader.line_num)
+    return Source(str(path), rows, lines, digest)
 
 
 def _json_list(path: Path, text: str) -> list[dict]:
