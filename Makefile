@@ -16,7 +16,7 @@ $(VENV)/.core: requirements.lock pyproject.toml
 	@echo "Setting up $(VENV) (torch, transformers, trl, ...): a minute or two ..."
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is %d.%d. Try make setup PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --constraint requirements.lock --editable .
+	@$(subst --quiet,,$(PIP)) --constraint requirements.lock --editable .  # not quiet: torch may be a long download
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core

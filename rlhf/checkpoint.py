@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from rlhf import __version__
+from rlhf import __version__, embedded
 from rlhf.config import HARMLESS, Recipe, UserError
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
@@ -167,8 +167,11 @@ def newest_checkpoint(folder: Path) -> str | None:
 def model_digest(name: str) -> str:
     """What a model is, as a short text, so that a stage notices that its input model was trained anew.
 
-    The sha256 that the model's own run recorded; for other folders their weight files' names and sizes; a hub id as it is.
+    The sha256 of the embedded model, or the one that the model's own run recorded; for other folders the names and sizes
+    of their weight files; a hub id as it is (its commit is in provenance.json).
     """
+    if name == embedded.NAME:
+        return embedded.GGUF_SHA256
     folder = Path(name)
     if not folder.is_dir():
         return name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
-from rlhf.config import EvaluateConfig, load_recipe
+from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
 from rlhf.run import is_main, maker_of, quiet_libraries, say

@@ -162,7 +162,7 @@ def check_extras(recipe: Recipe) -> None:
     needs = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
     for key, package in needs.items():
         if recipe.get(key) and importlib.util.find_spec(package) is None:
-            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install 'rlhf-dpo[quant]'")
+            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install {package}")
     if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
         raise UserError(
             f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`"
@@ -182,7 +182,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     _check_devices(args, recipe)
     model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
     context = Context(recipe, args, model_args, stage_args, data, model_name)
-    check_length(context)
+    model_commit = check_length(context)
     merge = check_merge(context)
     check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
     trainer = stage.build(context)
@@ -193,7 +193,12 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
         )
     if is_main():
-        begin_run(run, recipe, inputs, args.to_dict() | {"model": model_args.__dict__, "stage": stage_args.__dict__})
+        begin_run(
+            run,
+            recipe,
+            inputs,
+            args.to_dict() | {"model": vars(model_args), "stage": vars(stage_args), "model_commit": model_commit},
+        )
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run, stage)
     started = time.time()
@@ -268,25 +273,32 @@ def check_merge(context: Context) -> bool:
     return merge
 
 
-def check_length(context: Context) -> None:
-    """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise)."""
+def check_length(context: Context) -> str | None:
+    """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise).
+
+    Returns:
+        The commit of a model from the hub, for the record.
+    """
     from transformers import AutoConfig
 
     name = context.model_name
     if (Path(name) / "adapter_config.json").is_file():
         name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(name, trust_remote_code=context.args.trust_remote_code).get_text_config()
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=context.args.trust_remote_code)
+    config = whole.get_text_config()
+    commit = getattr(whole, "_commit_hash", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     wanted = context.args.max_length
     if positions and (wanted is None or wanted > positions):
         if not context.recipe.get("max_length"):
             context.args.max_length = min(positions, wanted or positions)  # TRL's default, not the user's word
             say(f"note: max_length is {context.args.max_length}, all the positions this model has")
-            return
+            return commit
         raise UserError(
             f"{context.recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
             f"{context.recipe.get('model_name_or_path')}; use {positions} or less"
         )
+    return commit
 
 
 def _bytes_needed(model_name: str, model_args) -> int:
@@ -404,6 +416,7 @@ def score_labelled_positions_only() -> None:
     numbers for more work. DPO of SmolLM2-135M, LoRA, a pair a batch: 1.99 -> 1.50 s a pair on 2 cores. The reason
     given there is recompilation on Neuron. Remove it once TRL does so on CPUs; tests/test_dpo.py shows equal losses.
     """
+    from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+    utils._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)

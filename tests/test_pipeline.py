@@ -1,0 +1,79 @@
+"""launch/pipeline.sh on tiny models: every stage feeds the next, complete ones are skipped, interrupted ones go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.run import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1, "save_steps": 1}  # fmt: skip
+
+
+@pytest.fixture
+def recipes(tiny_llama, tmp_path):
+    """The quickstart's own recipes with a tiny model in place of the real one."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    for stage in ("sft", "reward", "dpo", "evaluate"):
+        values = yaml.safe_load((ROOT / "configs" / "quickstart" / f"{stage}.yaml").read_text())
+        for key in ("model_name_or_path", "base_model"):
+            if str(values.get(key)).startswith("embedded:"):
+                values[key] = tiny_llama
+        values |= {"max_eval_examples": 4, "max_new_tokens": 4} if stage == "evaluate" else TINY
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def pipeline(recipes, *words, code=0):
+    command = [str(ROOT / "launch" / "pipeline.sh"), str(recipes), *words]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=recipes.parent, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_all_stages_then_nothing_then_what_is_missing(recipes):
+    run = recipes.parent / "runs" / "quickstart"
+    first = pipeline(recipes)
+    assert first.index("=== SFT") < first.index("=== Reward model") < first.index("=== DPO") < first.index("=== Evaluation")
+    assert "On 4 held-out pairs" in first and f"Report    {Path('runs/quickstart/report.html')}" in first
+    assert read_metrics(run / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    inputs = json.loads((run / "dpo" / "provenance.json").read_text())["inputs"]
+    assert inputs["model_name_or_path"] == json.loads((run / "sft" / "complete.json").read_text())["weights_sha256"]
+
+    again = pipeline(recipes)
+    assert "===" not in again and "On 4 held-out pairs" in again
+    for title in ("SFT ", "Reward model ", "DPO ", "Evaluation "):
+        assert f"{title:<12} complete: runs/quickstart/" in again
+
+    (run / "dpo" / "complete.json").unlink()  # as if it had been killed after its last checkpoint
+    (run / "evaluation" / "complete.json").unlink()
+    third = pipeline(recipes)
+    assert "=== SFT" not in third and "=== DPO" in third and "resuming from runs/quickstart/dpo/checkpoint-2" in third
+
+
+def test_through_a_launch_file_on_two_processes(recipes):
+    shown = pipeline(recipes, str(ROOT / "launch" / "ddp.yaml"), "--num_processes", "2")
+    assert shown.count("(2 processes on cpu)") == 3 and "On 4 held-out pairs" in shown
+
+
+def test_a_mistake_in_the_last_recipe_stops_before_the_first_stage_trains(recipes):
+    (recipes / "evaluate.yaml").write_text((recipes / "evaluate.yaml").read_text() + "batchsize: 3\n")
+    shown = pipeline(recipes, code=2)
+    assert "evaluate.yaml:13: unknown key 'batchsize'; did you mean 'batch_size'?" in shown and "===" not in shown
+
+
+def test_metrics_reach_tensorboard(recipe, tiny_llama, few_pairs, tmp_path):
+    pytest.importorskip("tensorboard")
+    from rlhf.__main__ import main
+
+    file = recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"))
+    assert main(["sft", file, "--report_to", "tensorboard"]) == 0
+    assert list((tmp_path / "o").rglob("events.out.tfevents.*"))
