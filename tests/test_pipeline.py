@@ -42,7 +42,12 @@ def pipeline(recipes, *words, code=0):
 def test_all_stages_then_nothing_then_what_is_missing(recipes):
     run = recipes.parent / "runs" / "quickstart"
     first = pipeline(recipes)
-    assert first.index("=== SFT") < first.index("=== Reward model") < first.index("=== DPO") < first.index("=== Evaluation")
+    assert (
+        first.index("=== SFT")
+        < first.index("=== Reward model")
+        < first.index("=== DPO")
+        < first.index("=== Evaluation")
+    )
     assert "On 4 held-out pairs" in first and f"Report    {Path('runs/quickstart/report.html')}" in first
     assert read_metrics(run / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     inputs = json.loads((run / "dpo" / "provenance.json").read_text())["inputs"]
