@@ -87,9 +87,9 @@ def guarded_trainer_class():
             model.train(was_training)
             found = {side: self._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
             self._metrics["eval"].clear()
-            exact = (
-                not (self.args.bf16 or self.args.fp16) and self.accelerator.unwrap_model(model).dtype == torch.float32
-            )
+            # under QLoRA TRL trains the adapter in bf16 beside a reference in fp32
+            trained = [p.dtype for p in model.parameters() if p.requires_grad]
+            exact = not (self.args.bf16 or self.args.fp16) and all(dtype == torch.float32 for dtype in trained)
             refuse_wrong_start(loss, found["chosen"], found["rejected"], 1e-3 if exact else 2e-2, self.loss_types)
 
     return GuardedDPOTrainer

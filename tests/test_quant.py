@@ -38,6 +38,6 @@ def test_qlora_sft_then_dpo_goes_on_with_the_adapter(recipe, llama_64, few_pairs
         main(["dpo", recipe("dpo", model_name_or_path=str(sft), dataset_name=few_pairs, output_dir=str(dpo), **QLORA)])
         == 0
     )
-    assert read_metrics(dpo)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert read_metrics(dpo)[0]["loss"] == pytest.approx(math.log(2), abs=2e-2)
     complete = json.loads((Path(dpo) / "complete.json").read_text())
     assert complete["max_logit_difference"] <= 5e-2 * complete["max_logit"]
