@@ -227,6 +227,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
 
 def quiet_libraries(num_rows: int = 0) -> None:
     """No bars for what takes a second, and no warnings about names that TRL and transformers settle among themselves."""
+    import logging as standard_logging
     import warnings
 
     import datasets
@@ -235,6 +236,8 @@ def quiet_libraries(num_rows: int = 0) -> None:
     logging.disable_progress_bar()
     if num_rows < 5000:
         datasets.disable_progress_bars()
+    # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
