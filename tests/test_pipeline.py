@@ -55,7 +55,7 @@ def test_all_stages_then_nothing_then_what_is_missing(recipes):
 
     again = pipeline(recipes)
     assert "===" not in again and "On 4 held-out pairs" in again
-    for title in ("SFT ", "Reward model ", "DPO ", "Evaluation "):
+    for title in ("SFT", "Reward model", "DPO", "Evaluation"):
         assert f"{title:<12} complete: runs/quickstart/" in again
 
     (run / "dpo" / "complete.json").unlink()  # as if it had been killed after its last checkpoint

@@ -281,7 +281,7 @@ BAD_INPUT = {
     "too long": ({"max_length": 4096}, "max_length=4096 is more than the 1024 positions"),
     "all too long": ({"max_length": 4}, "max_length=4 leaves no training example; raise it"),
     "missing reporter": ({"report_to": "swanlab"}, "report_to swanlab needs the package; run: pip install swanlab"),
-    "4 bit without lora": ({"load_in_4bit": True, "use_peft": False}, "4bit"),
+    "4 bit without lora": ({"load_in_4bit": True, "use_peft": False}, "a quantised model is trained through LoRA"),
     "no template": ({"chat_template": "vicuna"}, "no template 'vicuna'; expected alpaca, chatml or the path"),
     "nothing to evaluate on": ({"eval_strategy": "epoch"}, "there is nothing to evaluate on"),
 }
