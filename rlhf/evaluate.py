@@ -16,7 +16,7 @@ from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
-from rlhf.run import is_main, maker_of, quiet_libraries, say
+from rlhf.run import is_main, maker_of, quiet_libraries, say, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
 Z_95 = 1.959964
@@ -35,7 +35,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     )
     rows = preference_rows(source.head(config.max_eval_examples))
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
-    waiting = {key: maker_of(recipe, name) for key, name in names.items() if not Path(name).is_dir()}
+    waiting = {key: waits_for(recipe, name) for key, name in names.items()}
     if check_only and any(waiting.values()):
         say(f"{recipe.path}: ok (waits for: {', '.join(w for w in waiting.values() if w)})")
         return None

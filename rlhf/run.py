@@ -81,7 +81,7 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], check_only: 
     """
     recipe = load_recipe(recipe_path, stage.name, overrides)
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
-    if check_only and made_by and not Path(recipe.get("model_name_or_path")).is_dir():
+    if check_only and waits_for(recipe, recipe.get("model_name_or_path")):
         say(f"{recipe.path}: ok (its model will come from: {made_by})")
         return
     data = read_data(stage, recipe)
@@ -114,6 +114,11 @@ def maker_of(recipe: Recipe, name: str | None) -> str:
         if output and os.path.normpath(output) == os.path.normpath(name):
             return f"rlhf {stage} {sibling}"
     return ""
+
+
+def waits_for(recipe: Recipe, name: str) -> str:
+    """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
+    return "" if (Path(name) / "complete.json").is_file() else maker_of(recipe, name)
 
 
 def read_data(stage: Stage, recipe: Recipe) -> StageData:
