@@ -207,7 +207,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run, stage)
     started = time.time()
-    result = trainer.train(resume_from_checkpoint=run.resume_from)
+    train_or_restore(trainer, run)
     seconds = time.time() - started
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_main():
@@ -220,7 +220,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
         summary = {
             "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
             "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
-            "last_loss": history[-1]["loss"] if history else result.training_loss,
+            "last_loss": history[-1]["loss"] if history else None,
             "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
         }  # fmt: skip
         finish_run(run, summary)
@@ -244,6 +244,22 @@ def quiet_libraries(num_rows: int = 0) -> None:
     # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
     standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+
+
+def train_or_restore(trainer, run: Run) -> None:
+    """Train; or, where the checkpoint is already the last step's, only load it.
+
+    transformers 5.23 takes one step more when it resumes a run that max_steps ended in the middle of an epoch.
+    """
+    from transformers import TrainerState
+
+    if run.resume_from:
+        state = TrainerState.load_from_json(str(Path(run.resume_from) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(run.resume_from)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=run.resume_from)
 
 
 def describe_complete(summary: dict[str, Any]) -> str:
