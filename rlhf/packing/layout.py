@@ -19,7 +19,7 @@ class Layout:
 
     Attributes:
         segments: a (prefix, chosen, rejected) triple of token counts each, in the order of the row, which holds
-            `[prefix chosen rejected]` for each; a row that shares nothing is (length, 0, 0).
+            `[prefix chosen rejected]` for each; a row that shares nothing, or all, is (length, 0, 0).
         token_index_T: int64; packed token t is token `token_index_T[t]` of the flattened (R*L) padded batch.
         position_ids_T: int64; starts at 0 in each segment, and `rejected` goes on where the prefix ended.
         padded_index_N: int64; the real positions of the flattened (R*L) padded batch...
@@ -51,7 +51,8 @@ def lay_out(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor, mode: s
         attention_mask_RL: (R, L), 1 for real tokens, then 0 (`is_right_padded`); a row may be empty.
         mode: `rows` shares nothing. `pairs` takes the first half of the rows as chosen and the second half as rejected,
             as TRL's collators for DPO and rewards lay them out, and lays the longest common prefix of rows i and
-            i + R/2 out once. At least one token of each row is its own, so that each has a last position. Any two rows
+            i + R/2 out once. Of two rows that differ each keeps one token at least for itself; equal rows are laid out
+            once, so that they stay equal to the bit, and a metric like `chosen > rejected` stays false. Any two rows
             may be a pair: what they have in common is the same under causal attention, whether it is a prompt or not.
             An odd number of rows holds no pairs and is laid out as `rows`.
 
@@ -77,40 +78,48 @@ def lay_out(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor, mode: s
     if mode not in MODES:
         raise ValueError(f"packing mode '{mode}' is unknown; expected {' or '.join(MODES)}")
     num_rows, length = input_ids_RL.shape
-    if mode == "pairs" and num_rows % 2 == 0:
-        segments, first_rows = pair_segments(input_ids_RL, attention_mask_RL), range(num_rows // 2)
+    paired = mode == "pairs" and num_rows % 2 == 0
+    if paired:
+        segments = pair_segments(input_ids_RL, attention_mask_RL)
     else:
-        segments, first_rows = [(n, 0, 0) for n in attention_mask_RL.sum(dim=1).tolist()], range(num_rows)
-    indices = _indices(segments, first_rows, num_rows // 2, length)
+        segments = [(n, 0, 0) for n in attention_mask_RL.sum(dim=1).tolist()]
+    indices = _indices(segments, length, num_rows // 2 if paired else None)
     return Layout(segments, *(index.to(input_ids_RL.device, non_blocking=True) for index in indices))
 
 
 def pair_segments(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Lengths of what rows i and i + R/2 share, and of what each has for itself (one token at least, if it has any)."""
+    """Lengths of what rows i and i + R/2 share, and of what each has for itself: nothing if they are equal, else one
+    token at least, if it has any."""
     mask = attention_mask_RL.bool()
     (chosen, rejected), (chosen_mask, rejected_mask) = input_ids_RL.chunk(2), mask.chunk(2)
     same = (chosen == rejected) & chosen_mask & rejected_mask
     common = same.long().cumprod(dim=1).sum(dim=1)
     chosen_length, rejected_length = chosen_mask.sum(dim=1), rejected_mask.sum(dim=1)
+    equal = (common == chosen_length) & (common == rejected_length)
     prefix = torch.minimum(common, torch.minimum(chosen_length, rejected_length) - 1).clamp(min=0)
+    prefix = torch.where(equal, common, prefix)
     lengths = torch.stack([prefix, chosen_length - prefix, rejected_length - prefix], dim=1)
     return [(p, c, r) for p, c, r in lengths.tolist()]  # the only wait for a GPU in this file
 
 
-def _indices(segments, first_rows, row_offset: int, length: int) -> tuple[torch.Tensor, ...]:
-    """token_index_T, position_ids_T, padded_index_N and packed_index_N; built on the CPU, a few aranges a segment."""
+def _indices(segments, length: int, second_row: int | None) -> tuple[torch.Tensor, ...]:
+    """token_index_T, position_ids_T, padded_index_N and packed_index_N, on the CPU.
+
+    Segment i is row i and, unless `second_row` is None, row i + second_row.
+    """
     tokens, positions, padded, packed = [], [], [], []
     start = 0  # of the segment in the packed row
-    for row, (p, c, r) in zip(first_rows, segments, strict=True):
-        first, second = row * length, (row + row_offset) * length  # of the two rows in the flattened padded batch
-        first_tokens = torch.arange(first, first + p + c)
-        second_tokens = torch.arange(second + p, second + p + r)
-        tokens += [first_tokens, second_tokens]
-        positions += [torch.arange(p + c), torch.arange(p, p + r)]
-        padded.append(first_tokens)
+    for row, (p, c, r) in enumerate(segments):
+        first = row * length  # of the row in the flattened padded batch
+        tokens.append(torch.arange(first, first + p + c))
+        positions.append(torch.arange(p + c))
+        padded.append(tokens[-1])
         packed.append(torch.arange(start, start + p + c))
-        if r:
-            padded += [torch.arange(second, second + p), second_tokens]
+        if second_row is not None:
+            second = (row + second_row) * length
+            tokens.append(torch.arange(second + p, second + p + r))
+            positions.append(torch.arange(p, p + r))
+            padded.append(torch.arange(second, second + p + r))
             packed += [torch.arange(start, start + p), torch.arange(start + p + c, start + p + c + r)]
         start += p + c + r
     return tuple(torch.cat(parts) for parts in (tokens, positions, padded, packed))
