@@ -1,0 +1,393 @@
+"""Packed backbones against padded ones: hidden states, gradients, saving, generation; and what can't be packed."""
+
+import copy
+import inspect
+import json
+import math
+import re
+
+import pytest
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma2Config,
+    MistralConfig,
+    Qwen2Config,
+    T5Config,
+)
+
+from rlhf.packing import backbone as packing
+from rlhf.packing import pack_backbone, why_not
+
+SIZES = {  # whatever a config calls them
+    "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8, "ffn_dim": 48,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "sliding_window": None, "attention_dropout": 0.0, "dropout": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0, "hidden_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0,
+}  # fmt: skip
+CAUSAL, REWARD = AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+def tiny_config(model_type, **values):
+    cls = CONFIG_MAPPING[model_type]
+    known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__dataclass_fields__", {}))
+    if model_type == "gpt2":
+        values = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | values
+    elif model_type == "gpt_bigcode":
+        values = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48} | values
+    sizes = {k: v for k, v in SIZES.items() if k in known and not (k == "hidden_size" and "n_embd" in values)}
+    return cls(**{**sizes, **values})
+
+
+def tiny_model(model_type, auto=CAUSAL, **values):
+    if auto is REWARD:
+        values["num_labels"] = 1
+    config = tiny_config(model_type, **values)
+    torch.manual_seed(0)
+    model = auto.from_config(config)
+    with torch.no_grad():  # so large that an error in attention shows
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model.train()
+
+
+def batch(chosen, rejected):
+    rows = chosen + rejected
+    length = max(map(len, rows)) + 1
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    return ids, (ids != 0).long()
+
+
+BATCHES = {
+    "uneven": batch([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]], [[5, 6, 7, 20, 21, 22, 23], [11, 12, 24]]),
+    "identical": batch([[5, 6, 7, 8]], [[5, 6, 7, 8]]),
+    "one begins the other": batch([[5, 6, 7], [9, 8, 7, 6]], [[5, 6, 7, 8, 9], [9, 8]]),
+    "one-token completions": batch([[5, 6, 7], [4]], [[5, 6, 8], [3]]),
+    "nothing in common": batch([[5, 6, 7]], [[8, 9]]),
+}
+UNEVEN = BATCHES["uneven"]
+
+
+def hidden_and_gradients(model, ids, mask):
+    """Last hidden states at the real positions, and the gradients of a random weighting of them."""
+    model.zero_grad()
+    hidden = packing.find_backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = hidden[mask.bool()]
+    hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)))
+    return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected):
+    """Hidden states and gradients to 1e-5 of the largest entry (fp32; a key bias has a gradient of 0, in rounding)."""
+    pairs = [(found[0], expected[0])] + [(found[1][name], grad) for name, grad in expected[1].items()]
+    scale = max(float(grad.abs().max()) for grad in expected[1].values())
+    assert found[1].keys() == expected[1].keys()
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, scale))
+
+
+class Calls:
+    """Counts the tokens that a model's embedding sees, call by call."""
+
+    def __init__(self, model):
+        self.tokens = []
+        model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: self.tokens.append(args[0].numel()))
+
+
+# --- packed = padded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", sorted(packing.VERIFIED))
+def test_verified_types(model_type):
+    model = tiny_model(model_type)
+    expected = hidden_and_gradients(model, *UNEVEN)
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    assert_same(hidden_and_gradients(model, *UNEVEN), expected)
+    assert calls.tokens == [19]  # 6 + 8 + 7 + 3 real tokens, less the shared 5 6 7 and 11 12
+
+
+@pytest.mark.parametrize("mode", packing.MODES)
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "phi"])
+def test_batches(model_type, name, mode):
+    model = tiny_model(model_type)
+    expected = hidden_and_gradients(model, *BATCHES[name])
+    pack_backbone(model, mode)
+    assert_same(hidden_and_gradients(model, *BATCHES[name]), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_gradient_checkpointing(model_type, reentrant):
+    model = tiny_model(model_type)
+    expected = hidden_and_gradients(model, *UNEVEN)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    assert_same(hidden_and_gradients(model, *UNEVEN), expected)
+    assert calls.tokens == [19]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_reward_model(model_type):
+    model = tiny_model(model_type, REWARD)
+    ids, mask = UNEVEN
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
+    assert calls.tokens == [19]
+
+
+def test_router_logits_of_a_mixture_of_experts():
+    model = tiny_model("qwen3_moe", output_router_logits=True)
+    ids, mask = UNEVEN
+    arguments = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    expected = model(**arguments, use_cache=False)
+    pack_backbone(model, "pairs")
+    found = model(**arguments, use_cache=False)
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_peft_adapter_on_and_off():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))  # fmt: skip
+    expected = hidden_and_gradients(model, *UNEVEN)
+    with model.disable_adapter(), torch.no_grad():
+        off = model(input_ids=UNEVEN[0], attention_mask=UNEVEN[1], use_cache=False).logits[UNEVEN[1].bool()]
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    assert_same(hidden_and_gradients(model, *UNEVEN), expected)
+    with model.disable_adapter(), torch.no_grad():
+        found = model(input_ids=UNEVEN[0], attention_mask=UNEVEN[1], use_cache=False).logits[UNEVEN[1].bool()]
+    torch.testing.assert_close(found, off, rtol=1e-5, atol=1e-5)
+    assert calls.tokens == [19, 19]
+
+
+def test_bfloat16():
+    """Packed bf16 is as far from fp32 as padded bf16 is."""
+    exact, model = tiny_model("llama"), tiny_model("llama").bfloat16()
+    hidden, _ = hidden_and_gradients(exact, *UNEVEN)
+    padded, _ = hidden_and_gradients(model, *UNEVEN)
+    pack_backbone(model, "pairs")
+    packed, _ = hidden_and_gradients(model, *UNEVEN)
+    assert packed.dtype == torch.bfloat16
+    assert (packed - hidden).abs().max() <= 2 * (padded - hidden).abs().max()
+
+
+def test_no_dense_mask():
+    """Nothing of T x T is made: at 2 x 1500 tokens a bool mask alone would be 9 MB."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    model = tiny_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
+    pack_backbone(model, "pairs")
+    ids = torch.randint(3, 64, (2, 1500))
+    ids[1, :1480] = ids[0, :1480]
+    with torch.no_grad(), Largest() as largest:
+        packing.find_backbone(model)(input_ids=ids, use_cache=False)
+    assert largest.numel < 2 * 1500 * 64
+
+
+def test_chosen_does_not_reach_rejected():
+    """Mutation: other chosen tokens after the prompt leave the rejected rows' hidden states bit for bit alone."""
+    model = tiny_model("llama")
+    pack_backbone(model, "pairs")
+    ids, mask = UNEVEN
+    changed = ids.clone()
+    changed[0, 4:6] += 20  # the prefix stays 5 6 7
+    before, after = (model.model(input_ids=x, attention_mask=mask, use_cache=False).last_hidden_state for x in (ids, changed))  # fmt: skip
+    assert torch.equal(before[1:], after[1:]) and torch.equal(before[0, :4], after[0, :4])
+    assert not torch.allclose(before[0, 4:6], after[0, 4:6], atol=1e-2)
+
+
+# --- what stays the model's own --------------------------------------------------------------------------------------
+
+
+def test_generation_is_unchanged():
+    model = tiny_model("llama").eval()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])  # left padding
+    options = {"attention_mask": (ids != 0).long(), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **options)
+    pack_backbone(model, "pairs")
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, **options, use_cache=False), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_cache": True},
+        {"output_hidden_states": True},
+        {"position_ids": torch.arange(9)[None]},
+        {"attention_mask": torch.tensor([[0] + [1] * 8] * 4)},  # left padding
+        {"attention_mask": torch.ones(4, 1, 9, 9, dtype=torch.bool).tril()},
+    ],
+    ids=["cache", "all hidden states", "positions", "left padding", "4-D mask"],
+)
+def test_other_calls_pass_through(arguments):
+    model = tiny_model("llama").eval()
+    ids = UNEVEN[0]
+    arguments = {"attention_mask": UNEVEN[1], "use_cache": False} | arguments
+    expected = model(input_ids=ids, **arguments)
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    found = model(input_ids=ids, **arguments)
+    assert calls.tokens == [36]
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
+    if arguments.get("output_hidden_states"):
+        assert len(found.hidden_states) == 3
+
+
+def test_embeddings_pass_through():
+    model = tiny_model("llama").eval()
+    embeds = model.get_input_embeddings()(UNEVEN[0])
+    expected = model(inputs_embeds=embeds, attention_mask=UNEVEN[1], use_cache=False).logits
+    pack_backbone(model, "pairs")
+    assert torch.equal(model(inputs_embeds=embeds, attention_mask=UNEVEN[1], use_cache=False).logits, expected)
+
+
+def test_documents_in_one_row_stay_apart():
+    """Restarting positions without segments (TRL's own padding_free) still get transformers' mask of packed documents."""
+    model = tiny_model("llama").eval()
+    ids, positions = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 1, 2, 0, 1]])
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    pack_backbone(model, "rows")
+    assert torch.equal(model(input_ids=ids, position_ids=positions, use_cache=False).logits, expected)
+
+
+def test_odd_rows_and_a_single_row_under_pairs():
+    model = tiny_model("llama").eval()
+    ids, mask = UNEVEN[0][:3], UNEVEN[1][:3]
+    expected = hidden_and_gradients(model, ids, mask)
+    pack_backbone(model, "pairs")
+    assert_same(hidden_and_gradients(model, ids, mask), expected)
+
+
+@pytest.mark.parametrize("auto", [CAUSAL, REWARD], ids=["causal", "reward"])
+def test_saved_model_is_plain(tmp_path, auto):
+    model = tiny_model("llama", auto).eval()
+    names = list(model.state_dict())
+    pack_backbone(model, "pairs")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "rlhf" not in json.dumps(config) and "packed" not in json.dumps(config)
+    again = auto.from_pretrained(tmp_path).eval()
+    assert again.config._attn_implementation == "sdpa" and list(again.state_dict()) == names
+    ids, mask = UNEVEN
+    want = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = again(input_ids=ids, attention_mask=mask).logits
+    if auto is CAUSAL:
+        want, found = want[mask.bool()], found[mask.bool()]
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_deep_copy_runs_its_own_weights():
+    """TRL copies policies to make references."""
+    model = tiny_model("llama")
+    pack_backbone(model, "pairs")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    assert model.model(input_ids=UNEVEN[0], use_cache=False).last_hidden_state.abs().max() == 0
+    assert twin.model(input_ids=UNEVEN[0], use_cache=False).last_hidden_state.abs().max() > 0.1
+
+
+def test_packing_again_sets_the_mode():
+    model = tiny_model("llama")
+    pack_backbone(model, "pairs")
+    forward = model.model.forward
+    pack_backbone(model, "rows")
+    assert model.model.forward == forward
+    calls = Calls(model)
+    model(input_ids=UNEVEN[0], attention_mask=UNEVEN[1], use_cache=False)
+    assert calls.tokens == [24]  # no sharing
+
+
+# --- what can't be packed --------------------------------------------------------------------------------------------
+
+
+def from_config(config, auto=AutoModel):
+    return auto.from_config(config)
+
+
+SMALL = {k: SIZES[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}  # fmt: skip
+REASONS = [
+    (lambda: from_config(BertConfig(**SMALL), REWARD), "BertModel is an encoder: its tokens see what comes after them"),
+    (lambda: from_config(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)), "T5Model is an encoder-decoder"),
+    (lambda: from_config(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)), "its attention sees a sliding window of 8 tokens only"),
+    (lambda: tiny_model("phi3", sliding_window=8), "its attention sees a sliding window of 8 tokens only"),
+    (lambda: from_config(Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)), "layers of type sliding_attention"),
+    (lambda: from_config(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2)), "attention scores are soft-capped"),
+    (lambda: from_config(AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)), "linear_attention|recurrent|encoder"),
+    (lambda: from_config(AutoConfig.for_model("lfm2", **SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])), "layers of type conv"),
+    (lambda: from_config(AutoConfig.for_model("bloom", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)), "BloomModel does not take the positions"),
+    (lambda: from_config(AutoConfig.for_model("stablelm", **SMALL, num_key_value_heads=2)), "packing has not been verified for StableLmModel .model type stablelm."),
+    (lambda: tiny_model("gpt2", attn_pdrop=0.1), r"attention has a dropout of 0.1; set attention_dropout .GPT-2: attn_pdrop. to 0"),
+    (lambda: tiny_model("llama", attention_dropout=0.2), "attention has a dropout of 0.2"),
+    (lambda: tiny_model("llama", attn_implementation="flex_attention"), "attention implementation is flex_attention, not sdpa or eager"),
+    (lambda: torch.nn.Linear(2, 2), "Linear is not a transformers model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, reason", REASONS, ids=[reason[:30] for _, reason in REASONS])
+def test_why_not(make, reason):
+    model = make()
+    assert re.search(reason, why_not(model))
+    assert "\n" not in why_not(model)
+    with pytest.raises(ValueError, match="this model can't be packed: "):
+        pack_backbone(model, "rows")
+
+
+def test_prompt_learning():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert why_not(model) == "its PEFT method PROMPT_TUNING puts virtual tokens before each row"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi"])
+def test_can_be_packed(model_type, implementation):
+    model = tiny_model(model_type, attn_implementation=implementation)
+    assert why_not(model) is None
+    pack_backbone(model, "pairs")
+    assert why_not(model) is None
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="packing mode 'pair' is unknown"):
+        pack_backbone(tiny_model("llama"), "pair")
+
+
+def test_log_probs_by_hand():
+    """The example of the layout through a model: log p(8 | 5 6) of the rejected row is the plain model's."""
+    model = tiny_model("llama").eval()
+    plain = model(input_ids=torch.tensor([[5, 6, 8, 9]])).logits.log_softmax(-1)
+    pack_backbone(model, "pairs")
+    ids = torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]])
+    found = model(input_ids=ids, attention_mask=(ids != 0).long(), use_cache=False).logits.log_softmax(-1)
+    assert math.isclose(found[1, 1, 8].item(), plain[0, 1, 8].item(), rel_tol=1e-5)
+    assert math.isclose(found[1, 2, 9].item(), plain[0, 2, 9].item(), rel_tol=1e-5)

@@ -1,0 +1,194 @@
+"""TRL's own trainers, packed and padded: the same losses, metrics and parameters after three optimizer steps."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from rlhf.packing import pack_backbone
+from rlhf.packing.backbone import find_backbone
+
+NOT_A_RESULT = ("runtime", "per_second", "flos", "time", "memory")  # of the machine, not of the model
+PAIRS = [  # prompt, chosen, rejected: token ids
+    ([5, 6, 7, 8, 9, 10, 11], [20, 21, 22, 23], [30, 31]),
+    ([12, 13], [24, 25, 26], [24, 25, 27, 28, 29, 30, 31, 32]),  # answers begin alike
+    ([14, 15, 16], [40, 41], [40, 41]),  # identical
+    ([17, 18, 19, 20], [50], [51]),  # one token
+    ([21, 22], [60, 61], [60, 61, 62, 63]),  # one begins the other
+    ([23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36], [70, 71, 72, 73, 74, 75], [80, 81, 82]),  # truncated
+]
+MAX_LENGTH = 16
+LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "init_lora_weights": True}
+
+
+def arguments(config, folder, **values):
+    common = {
+        "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "optim": "sgd", "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "bf16": False, "report_to": "none",
+        "disable_tqdm": True, "gradient_checkpointing": False, "max_length": MAX_LENGTH, "seed": 1,
+        "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
+    }  # fmt: skip
+    return config(**common | values)
+
+
+def dpo(folder, model, lora, **values):
+    placeholder = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        args=arguments(DPOConfig, folder, **values),
+        train_dataset=placeholder,
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if lora else None,
+    )
+    trainer.train_dataset = Dataset.from_list([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), p, strict=True)) for p in PAIRS])  # fmt: skip
+    return trainer, "pairs"
+
+
+def reward(folder, model, lora, margin=False, **values):
+    rows = [{"chosen_ids": (p + c)[:MAX_LENGTH], "rejected_ids": (p + r)[:MAX_LENGTH]} for p, c, r in PAIRS]
+    if margin:
+        rows = [row | {"margin": 0.1 * i} for i, row in enumerate(rows)]
+    torch.manual_seed(0)  # the new head
+    trainer = RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32),
+        args=arguments(RewardConfig, folder, center_rewards_coefficient=0.01, **values),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(task_type="SEQ_CLS", **LORA) if lora else None,
+    )
+    return trainer, "pairs"
+
+
+def sft(folder, model, lora, **values):
+    rows = [{"input_ids": (p + c)[:MAX_LENGTH], "completion_mask": ([0] * len(p) + [1] * len(c))[:MAX_LENGTH]} for p, c, _ in PAIRS]  # fmt: skip
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        args=arguments(SFTConfig, folder, **values),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if lora else None,
+    )
+    return trainer, "rows"
+
+
+def train(make, folder, model, packed, lora=False, **values):
+    """(logged metrics a step, parameters, tokens of each pass through the embedding, trainer)"""
+    torch.manual_seed(0)
+    trainer, mode = make(folder, model, lora, **values)
+    if packed:
+        for each in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+            pack_backbone(each, mode)
+    tokens = []
+    find_backbone(trainer.model).get_input_embeddings().register_forward_hook(
+        lambda _m, args, _o: tokens.append(args[0].numel())
+    )
+    trainer.train()
+    logs = [{k: v for k, v in log.items() if not any(word in k for word in NOT_A_RESULT)} for log in trainer.state.log_history]  # fmt: skip
+    return logs, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, tokens, trainer
+
+
+def assert_equal_runs(make, tmp_path, model, **values):
+    """Three steps, padded and packed; returns the packed trainer."""
+    logs, parameters, padded_tokens, _ = train(make, tmp_path / "padded", model, False, **values)
+    packed_logs, packed_parameters, tokens, trainer = train(make, tmp_path / "packed", model, True, **values)
+    assert len(logs) == len(packed_logs) == 4  # three steps and the end
+    for log, packed_log in zip(logs, packed_logs, strict=True):
+        assert log.keys() == packed_log.keys()
+        for name in log:
+            assert packed_log[name] == pytest.approx(log[name], rel=1e-5, abs=2e-6), name
+    assert parameters.keys() == packed_parameters.keys()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(packed_parameters[name], parameter, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")  # fmt: skip
+    assert len(tokens) == len(padded_tokens) and sum(tokens) < sum(padded_tokens)
+    return trainer
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("make", [dpo, reward, sft])
+def test_trainers(make, lora, tiny_llama, tmp_path):
+    trainer = assert_equal_runs(make, tmp_path, tiny_llama, lora=lora)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(set(losses)) == 3  # it did train
+
+
+def test_tokens_that_are_computed(tiny_llama, tmp_path):
+    """Policy and reference, one pair a batch: p + c + r with the longest common prefix."""
+    *_, tokens, _ = train(dpo, tmp_path, tiny_llama, True, lora=True, per_device_train_batch_size=1, max_steps=6)  # fmt: skip
+    want = {
+        7 + 4 + 2,
+        2 + 2 + 1 + 6,  # 24 25 are shared as well
+        3 + 2,  # equal answers once
+        4 + 1 + 1,
+        2 + 1 + 1 + 3,
+        14 + 2 + 2,  # cut at 16
+    }
+    assert set(tokens) == want and len(tokens) == 12 and tokens[::2] == tokens[1::2]
+
+
+@pytest.mark.parametrize("make", [dpo, reward, sft])
+def test_gradient_checkpointing(make, tiny_llama, tmp_path):
+    assert_equal_runs(make, tmp_path, tiny_llama, lora=True, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("make, values", [(dpo, {"loss_type": ["sigmoid", "sft"]}), (dpo, {"ld_alpha": 0.5}), (dpo, {"truncation_mode": "keep_end"}), (reward, {"margin": True}), (sft, {"completion_only_loss": False})])  # fmt: skip
+def test_options(make, values, tiny_llama, tmp_path):
+    assert_equal_runs(make, tmp_path, tiny_llama, lora=True, **values)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batch_sizes(size, tiny_llama, tmp_path):
+    assert_equal_runs(dpo, tmp_path, tiny_llama, lora=True, per_device_train_batch_size=size)
+
+
+@pytest.mark.parametrize("make", [dpo, reward])
+def test_gpt2(make, tiny_gpt2, tmp_path):
+    assert_equal_runs(make, tmp_path, tiny_gpt2, lora=False, pad_token="<|endoftext|>")
+
+
+def test_equal_answers(tiny_llama, tmp_path):
+    """Identical answers: the margin is 0 to the bit and the loss ln 2, as padded."""
+    trainer, _ = dpo(tmp_path, tiny_llama, True, per_device_train_batch_size=1)
+    pack_backbone(trainer.model, "pairs")
+    inputs = trainer.data_collator([trainer.train_dataset[2]])
+    with torch.no_grad():
+        next(p for n, p in trainer.model.named_parameters() if "lora_B" in n).fill_(0.1)  # no longer its own reference
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(0.6931472, abs=1e-6)
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, inputs)
+    assert torch.equal(chosen, rejected) and trainer._metrics["train"]["rewards/margins"] == [0.0]
+
+
+def test_chosen_does_not_reach_rejected(tiny_llama, tmp_path):
+    """Mutation: other chosen tokens leave the rejected answer's log-probability alone."""
+    trainer, _ = dpo(tmp_path, tiny_llama, True)
+    pack_backbone(trainer.model, "pairs")
+    example = trainer.train_dataset[0]
+    other = example | {"chosen_ids": [90, 91, 92, 93]}
+    (chosen, rejected), (other_chosen, other_rejected) = (
+        trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([x])) for x in (example, other)
+    )
+    assert abs(rejected.item() - other_rejected.item()) <= 1e-6 * abs(rejected.item())
+    assert abs(chosen.item() - other_chosen.item()) > 0.1
+
+
+def test_precomputed_reference(tiny_llama, tmp_path):
+    """compute_ref_log_probs goes through the packed backbone too."""
+    padded, packed = (dpo(tmp_path, tiny_llama, True)[0] for _ in range(2))
+    pack_backbone(packed.model, "pairs")
+    inputs = padded.data_collator([padded.train_dataset[i] for i in range(6)])
+    for want, found in zip(*(t.compute_ref_log_probs(t.model, inputs) for t in (padded, packed)), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [dpo, reward, sft])
+def test_trained_model_is_plain(make, tiny_llama, tmp_path):
+    """Saved after packed training, loaded without this project: the same logits."""
+    *_, trainer = train(make, tmp_path / "run", tiny_llama, True)
+    trainer.save_model(str(tmp_path / "model"))
+    auto = AutoModelForSequenceClassification if make is reward else AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path / "model").eval()
+    assert again.config._attn_implementation == "sdpa" and "forward" not in vars(find_backbone(again))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model.eval()(input_ids=ids).logits, again(input_ids=ids).logits, rtol=1e-5, atol=1e-5)  # fmt: skip
