@@ -52,6 +52,12 @@ class StageConfig:
         default=None,
         metadata={"help": "alpaca, chatml or a .jinja file; default: the model's own, alpaca where it has none."},
     )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute on one row without padding, in which a pair shares its prompt (same numbers, faster)."
+        },
+    )
     continue_adapter: bool = field(
         default=True,
         metadata={"help": "The input model is a LoRA adapter: train it further (true) or merge it first (false)."},
@@ -119,8 +125,9 @@ REFUSED = {
     "deepspeed": "hardware belongs into a launch file: accelerate launch --config_file launch/...",
     "fsdp": "hardware belongs into a launch file: accelerate launch --config_file launch/...",
     "fsdp_config": "hardware belongs into a launch file: accelerate launch --config_file launch/...",
-    "packing": "rows are laid out by this project, not by TRL's packing",
-    "padding_free": "TRL's flag is switched off in 1.16",
+    "padding_free": "use packing, which is padding-free in every stage; TRL's flag is switched off for DPO in 1.16",
+    "packing_strategy": "packing here lays each batch out in one row; TRL's packing of several examples is not used",
+    "eval_packing": "packing here lays each batch out in one row; TRL's packing of several examples is not used",
     "hub_token": "a token in a recipe would end up in files; log in with `hf auth login` or set HF_TOKEN",
 }
 

@@ -14,7 +14,7 @@ import math
 
 from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
-from rlhf.run import Context, Stage, score_labelled_positions_only
+from rlhf.run import Context, Stage, pack, score_labelled_positions_only
 
 
 def build(context: Context):
@@ -37,7 +37,7 @@ def build(context: Context):
         reference = load_policy(
             context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
         )
-    return guarded_trainer_class()(
+    trainer = guarded_trainer_class()(
         model=model,
         ref_model=reference,
         args=args,
@@ -46,6 +46,8 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if goes_on else get_peft_config(model_args),
     )
+    pack(trainer, context, "pairs")
+    return trainer
 
 
 def check_same_adapter(context: Context) -> None:

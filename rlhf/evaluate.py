@@ -93,6 +93,8 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
     from accelerate import PartialState
     from transformers import set_seed
 
+    from rlhf.packing import pack_backbone, why_not
+
     state = PartialState(cpu=config.use_cpu or None)
     set_seed(config.seed)
     mine = list(range(len(rows)))[state.process_index :: state.num_processes]
@@ -102,6 +104,8 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
         if key in names:
             short = key.removesuffix("_model")
             model, tokenizer = _load(names[key], config, state, reward=False)
+            if why_not(model) is None:
+                pack_backbone(model, "pairs")  # the prompt of a pair is computed once
             for i in _bar(mine, f"{short}: pairs"):
                 pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
             asked = [i for i in mine if short != "base" or i < config.num_shown]
@@ -180,7 +184,9 @@ def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]
         input_ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = 1
     with torch.no_grad():  # the logits of the answers' tokens alone: position t predicts token t + 1
-        logits = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=longest - prompt + 1).logits[:, :-1]
+        logits = model(
+            input_ids=input_ids, attention_mask=mask, logits_to_keep=longest - prompt + 1, use_cache=False
+        ).logits[:, :-1]
     logps = torch.log_softmax(logits.float(), -1).gather(-1, input_ids[:, prompt:, None])[..., 0]
     counts = [len(tokens) - prompt for tokens in rows]
     sums = [float(logps[i, :n].double().sum()) for i, n in enumerate(counts)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.data.formats import preference_rows
-from rlhf.run import Context, Stage
+from rlhf.run import Context, Stage, pack
 
 
 def build(context: Context):
@@ -24,7 +24,7 @@ def build(context: Context):
     model, new_modules = load_reward_model(context.model_name, tokenizer, model_args, args.trust_remote_code)
     model_args.lora_task_type = "SEQ_CLS"
     model_args.lora_modules_to_save = sorted({*(model_args.lora_modules_to_save or []), *new_modules}) or None
-    return RewardTrainer(
+    trainer = RewardTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(context.data.train),
@@ -32,6 +32,8 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    pack(trainer, context, "pairs")
+    return trainer
 
 
 def probe(dataset) -> list[list[int]]:

@@ -246,6 +246,26 @@ def quiet_libraries(num_rows: int = 0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
+def pack(trainer, context: Context, mode: str) -> None:
+    """Let the trainer's models compute on one padding-free row, or say why they can't (never a silent change).
+
+    Args:
+        mode: `pairs` where the batch is [chosen rows, rejected rows], whose prompts are then computed once; `rows` else.
+    """
+    if not context.stage_args.packing:
+        return
+    from rlhf.packing import pack_backbone, why_not
+
+    models = [trainer.model]
+    if getattr(trainer, "ref_model", None) is not None:
+        models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
+    for reason in filter(None, map(why_not, models)):
+        say(f"note: batches are padded, not packed: {reason}")
+        return
+    for model in models:
+        pack_backbone(model, mode)
+
+
 def train_or_restore(trainer, run: Run) -> None:
     """Train; or, where the checkpoint is already the last step's, only load it.
 

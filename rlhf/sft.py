@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.data.formats import sft_rows
-from rlhf.run import Context, Stage, score_labelled_positions_only
+from rlhf.run import Context, Stage, pack, score_labelled_positions_only
 
 
 def build(context: Context):
@@ -21,7 +21,7 @@ def build(context: Context):
         context.model_name, tokenizer, context.model_args, args.trust_remote_code,
         continue_adapter=stage_args.continue_adapter and context.model_args.use_peft,
     )  # fmt: skip
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(context.data.train),
@@ -29,6 +29,8 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if hasattr(model, "peft_config") else get_peft_config(context.model_args),
     )
+    pack(trainer, context, "rows")
+    return trainer
 
 
 def probe(dataset) -> list[list[int]]:
