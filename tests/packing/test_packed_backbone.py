@@ -177,6 +177,28 @@ def test_peft_adapter_on_and_off():
     assert calls.tokens == [19, 19]
 
 
+def test_4_bit_base(tmp_path):
+    """QLoRA: packed and padded read the same quantised base."""
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    tiny_model("llama", hidden_size=64).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora).train()
+    assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+    expected = hidden_and_gradients(model, *UNEVEN)
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    assert_same(hidden_and_gradients(model, *UNEVEN), expected)
+    assert calls.tokens == [19]
+
+
 def test_bfloat16():
     """Packed bf16 is as far from fp32 as padded bf16 is."""
     exact, model = tiny_model("llama"), tiny_model("llama").bfloat16()

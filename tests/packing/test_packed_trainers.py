@@ -192,3 +192,28 @@ def test_trained_model_is_plain(make, tiny_llama, tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(trainer.model.eval()(input_ids=ids).logits, again(input_ids=ids).logits, rtol=1e-5, atol=1e-5)  # fmt: skip
+
+
+def test_packed_before_the_trainer(tiny_llama, tmp_path):
+    """TRL then asks for packed attention when it loads the reference; that one is padded, with the same result."""
+    padded, _ = dpo(tmp_path, tiny_llama, False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    pack_backbone(model, "pairs")
+    packed = DPOTrainer(
+        model=model, args=arguments(DPOConfig, tmp_path), train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=padded.processing_class,
+    )  # fmt: skip
+    inputs = padded.data_collator([padded.train_dataset[i] for i in range(6)])
+    with torch.no_grad():
+        for trainer in (padded, packed):  # away from the reference
+            next(trainer.model.parameters()).mul_(1.1)
+    want, found = (trainer.compute_loss(trainer.model, dict(inputs)).item() for trainer in (padded, packed))
+    assert found == pytest.approx(want, rel=1e-5) and abs(want - 0.6931) > 1e-3
+
+
+def test_bfloat16_autocast(tiny_llama, tmp_path):
+    """bf16 keeps 8 bits: losses to 1e-2."""
+    runs = [train(dpo, tmp_path / str(packed), tiny_llama, packed, lora=True, bf16=True) for packed in (False, True)]
+    for log, packed_log in zip(runs[0][0][:3], runs[1][0][:3], strict=True):
+        assert packed_log["loss"] == pytest.approx(log["loss"], abs=1e-2)
+    assert sum(runs[1][2]) < sum(runs[0][2])
