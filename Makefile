@@ -4,19 +4,22 @@
 # make lint        ruff and shellcheck
 # make lock        resolve requirements.lock anew
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint lock clean
+.PHONY: setup quickstart test lint lock
 setup: $(VENV)/.core
 
 $(VENV)/.core: requirements.lock pyproject.toml
 	@echo "Setting up $(VENV) (torch, transformers, trl, ...): a minute or two ..."
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is %d.%d. Try make setup PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(subst --quiet,,$(PIP)) --constraint requirements.lock --editable .  # not quiet: torch may be a long download
+	@$(subst --quiet,,$(PIP)) --constraint requirements.lock --editable . \
+	  | awk '/Downloading .*\([0-9][0-9]+\.?[0-9]* [MG]B\)/ {print "  " $$1, $$2, $$3, $$4; fflush()}'  # the long ones
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
