@@ -94,7 +94,7 @@ def _load(name: str, reward: bool):
     import torch
 
     from rlhf.models import is_reward_model, load_finished, locate
-    from rlhf.run import quiet_libraries
+    from rlhf.progress import quiet_libraries
 
     quiet_libraries()
     path = locate(name, "chat", say=lambda text: print(text, file=sys.stderr))

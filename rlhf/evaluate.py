@@ -16,7 +16,8 @@ from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
-from rlhf.run import is_main, maker_of, quiet_libraries, say, waits_for
+from rlhf.progress import is_main, quiet_libraries, say
+from rlhf.run import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
 Z_95 = 1.959964
@@ -329,7 +330,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append(("DPO implicit-reward accuracy", "guess 50%", *_share_text(dpo["accuracy"])))
         for key, label in (
             ("prefers_chosen", "Chosen is likelier"),
-            ("prefers_chosen_per_token", "Chosen is likelier a token"),
+            ("prefers_chosen_per_token", "Chosen is likelier per token"),
         ):
             after, interval = _share_text(policies["dpo"][key])
             rows.append((label, f"{policies['sft'][key]['share']:.0%}", after, f"{interval}; SFT, DPO"))

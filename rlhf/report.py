@@ -23,7 +23,7 @@ from rlhf.config import STAGES, UserError
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
 from rlhf.evaluate import read_answers, shown_answers, table_rows
-from rlhf.run import read_metrics, say
+from rlhf.progress import read_metrics, say
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 SHORT = {"base": "base", "sft": "SFT", "dpo": "DPO"}

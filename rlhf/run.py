@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import Run, begin_run, check_disk, finish_run, mark_checkpoint, model_digest, open_run
+from rlhf.checkpoint import Run, begin_run, check_disk, finish_run, model_digest, open_run
 from rlhf.config import TRAINING_STAGES, Recipe, UserError, build_configs, load_recipe
 from rlhf.data.formats import join_chosen_rejected, prompt_key
 from rlhf.data.sources import Source, load_source
+from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 
 
 @dataclass
@@ -63,16 +64,6 @@ class Context:
     model_name: str
 
 
-def is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def say(text: str = "") -> None:
-    """Print on the main process only, at once."""
-    if is_main():
-        print(text, flush=True)
-
-
 def run_stage(stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False) -> None:
     """Check everything, then train the stage unless its folder is already complete.
 
@@ -81,10 +72,10 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], check_only: 
     """
     recipe = load_recipe(recipe_path, stage.name, overrides)
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
-    if check_only and waits_for(recipe, recipe.get("model_name_or_path")):
-        say(f"{recipe.path}: ok (its model will come from: {made_by})")
-        return
     data = read_data(stage, recipe)
+    if check_only and waits_for(recipe, recipe.get("model_name_or_path")):
+        say(f"{recipe.path}: ok ({len(data.train)} training rows; its model will come from: {made_by})")
+        return
     inputs = data.digests | {"model_name_or_path": model_digest(recipe.get("model_name_or_path"))}
     run = open_run(recipe, inputs)
     if run.complete:
@@ -205,7 +196,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
             args.to_dict() | {"model": vars(model_args), "stage": vars(stage_args), "model_commit": model_commit},
         )
     _announce(stage, context, trainer, run)
-    add_callbacks(trainer, run, stage)
+    add_callbacks(trainer, run.folder, stage.title)
     started = time.time()
     train_or_restore(trainer, run)
     seconds = time.time() - started
@@ -228,22 +219,6 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
         say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-
-
-def quiet_libraries(num_rows: int = 0) -> None:
-    """No bars for what takes a second, and no warnings about names that TRL and transformers settle among themselves."""
-    import logging as standard_logging
-    import warnings
-
-    import datasets
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if num_rows < 5000:
-        datasets.disable_progress_bars()
-    # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
-    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
 def pack(trainer, context: Context, mode: str) -> None:
@@ -379,78 +354,6 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} K"
-
-
-def add_callbacks(trainer, run: Run, stage: Stage) -> None:
-    """Our progress bar in place of the trainer's printed dicts, metrics.jsonl, and the mark of a whole checkpoint."""
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    class Progress(ProgressCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            super().on_train_begin(args, state, control, **kwargs)
-            if self.training_bar is not None:
-                self.training_bar.set_description(stage.title)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.training_bar is not None and logs:
-                shown = {label: logs[key] for key, label in SHOWN_METRICS.items() if key in logs}
-                self.training_bar.set_postfix_str(", ".join(f"{k} {float(v):.3f}" for k, v in shown.items()))
-
-    class Metrics(TrainerCallback):
-        path = run.folder / "metrics.jsonl"
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                kept = [m for m in read_metrics(run.folder) if m["step"] <= state.global_step and state.global_step > 0]
-                self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and logs:
-                line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
-                line |= {
-                    k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v
-                    for k, v in logs.items()
-                    if k != "epoch"
-                }
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-
-    class Marker(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            folder = run.folder / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero and folder.is_dir():
-                mark_checkpoint(folder)
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics, Marker]:
-        trainer.add_callback(callback)
-
-
-SHOWN_METRICS = {
-    "loss": "loss", "mean_token_accuracy": "token acc", "accuracy": "pair acc", "margin": "margin",
-    "rewards/accuracies": "pair acc", "rewards/margins": "margin", "eval_loss": "held-out loss",
-}  # fmt: skip
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a torn last line (a kill while writing) is left out."""
-    rows = []
-    path = Path(folder) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-        return True
-    except (TypeError, ValueError):
-        return False
 
 
 def score_labelled_positions_only() -> None:

@@ -34,6 +34,7 @@ LEVELS = (
     {"rlhf.packing.backbone"},
     {"rlhf.packing"},
     {"rlhf.checkpoint"},
+    {"rlhf.progress"},
     {"rlhf.run"},
     {"rlhf.sft", "rlhf.reward", "rlhf.dpo"},
     {"rlhf.evaluate"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.run import read_metrics
+from rlhf.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "per_device_train_batch_size": 2,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.run import read_metrics
+from rlhf.progress import read_metrics
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 QLORA = {"use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_target_modules": "all-linear"}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.__main__ import main
 from rlhf.config import UserError, build_configs, load_recipe
-from rlhf.run import read_metrics
+from rlhf.progress import read_metrics
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 

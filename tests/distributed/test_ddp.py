@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.run import read_metrics
+from rlhf.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -1,0 +1,109 @@
+"""What a run tells: lines and progress bars on the screen, metrics.jsonl beside the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import mark_checkpoint
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(text: str = "") -> None:
+    """Print on the main process only, at once."""
+    if is_main():
+        print(text, flush=True)
+
+
+def quiet_libraries(num_rows: int = 0) -> None:
+    """No bars for what takes a second, and no warnings about names that TRL and transformers settle among themselves."""
+    import logging as standard_logging
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if num_rows < 5000:
+        datasets.disable_progress_bars()
+    # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+
+
+def add_callbacks(trainer, run_folder: Path, title: str) -> None:
+    """Our progress bar in place of the trainer's printed dicts, metrics.jsonl, and the mark of a whole checkpoint."""
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Progress(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description(title)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and logs:
+                shown = {label: logs[key] for key, label in SHOWN_METRICS.items() if key in logs}
+                self.training_bar.set_postfix_str(", ".join(f"{k} {float(v):.3f}" for k, v in shown.items()))
+
+    class Metrics(TrainerCallback):
+        path = run_folder / "metrics.jsonl"
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                kept = [m for m in read_metrics(run_folder) if m["step"] <= state.global_step and state.global_step > 0]
+                self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs:
+                line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
+                line |= {
+                    k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v
+                    for k, v in logs.items()
+                    if k != "epoch"
+                }
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    class Marker(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = run_folder / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero and folder.is_dir():
+                mark_checkpoint(folder)
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics, Marker]:
+        trainer.add_callback(callback)
+
+
+SHOWN_METRICS = {
+    "loss": "loss", "mean_token_accuracy": "token acc", "accuracy": "pair acc", "margin": "margin",
+    "rewards/accuracies": "pair acc", "rewards/margins": "margin", "eval_loss": "held-out loss",
+}  # fmt: skip
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last line (a kill while writing) is left out."""
+    rows = []
+    path = Path(folder) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+        return True
+    except (TypeError, ValueError):
+        return False
