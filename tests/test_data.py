@@ -1,6 +1,7 @@
 """Rows from every kind of place and of every shape, and the exact sentence for those that can't be read."""
 
 import json
+import os
 
 import pytest
 from hypothesis import assume, given, settings
@@ -633,3 +634,31 @@ def test_any_pairs_survive_writing_and_reading(tmp_path_factory, pairs):
     assert write_pair_files(str(folder / "in.jsonl"), str(folder)) == len(pairs)
     read, joined = read_back(folder)
     assert (texts(read), texts(joined)) == (pairs, pairs)
+
+
+@pytest.mark.parametrize(
+    ("environment", "resolves", "offline"),
+    [
+        ({}, False, "1"),
+        ({}, True, None),
+        ({"HTTPS_PROXY": "http://proxy:1"}, False, None),
+        ({"HF_HUB_OFFLINE": "0"}, False, "0"),
+    ],
+)
+def test_without_network_the_hub_client_goes_to_its_cache(environment, resolves, offline, monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_HUB_OFFLINE", environment.get("HF_HUB_OFFLINE", ""))  # so that it is restored afterwards
+
+    def getaddrinfo(host, port):
+        assert host == "huggingface.co"
+        if not resolves:
+            raise OSError("no such name")
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    from rlhf.data.sources import use_cache_without_network
+
+    use_cache_without_network()
+    assert os.environ["HF_HUB_OFFLINE"] == (offline or "")
