@@ -1,5 +1,5 @@
 # make setup       a virtual environment in .venv with the locked versions
-# make quickstart  SFT -> reward model -> DPO -> evaluation -> report, on a small real model (about 15 minutes on 2 cores)
+# make quickstart  SFT -> reward model -> DPO -> evaluation -> report, on a small real model (about 12 minutes on 2 cores)
 # make test        the whole test suite
 # make lint        ruff and shellcheck
 # make lock        resolve requirements.lock anew
