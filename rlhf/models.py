@@ -61,6 +61,10 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
         if not (path / "config.json").is_file() and not is_adapter(str(path)):
             hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
             raise UserError(f"{asked_by}: {name} holds no finished model (no config.json or adapter_config.json){hint}")
+        if is_adapter(str(path)) and not (path / "adapter_model.safetensors").is_file():
+            raise UserError(
+                f"{asked_by}: the adapter in {name} has no adapter_model.safetensors; pickled weights are not read"
+            )
         return str(path.resolve())
     if made_by:
         raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")
@@ -252,7 +256,7 @@ def load_finished(
         (model in eval mode on `device`, tokenizer)
     """
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    options = {"dtype": getattr(torch, dtype) if dtype else "auto"}
+    options = {"dtype": getattr(torch, dtype) if dtype else "auto", "use_safetensors": True}
     if is_adapter(name):
         from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 

@@ -361,7 +361,7 @@ def score_labelled_positions_only() -> None:
 
     TRL 1.16 scores every position on devices without Triton, prompts and padding too, and masks afterwards: the same
     numbers for more work. DPO of SmolLM2-135M, LoRA, a pair a batch: 1.99 -> 1.50 s a pair on 2 cores. The reason
-    given there is recompilation on Neuron. Remove it once TRL does so on CPUs; tests/test_dpo.py shows equal losses.
+    given there is recompilation on Neuron. Remove it once TRL does so on CPUs; tests/test_stages.py shows equal numbers.
     """
     from trl.kernels import chunked_logprob
     from trl.trainer import utils

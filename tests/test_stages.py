@@ -220,6 +220,24 @@ def test_reward_model_on_the_real_minilm(minilm, recipe, few_pairs, tmp_path):
     assert ids.count(tokenizer.cls_token_id) == 1 and ids.count(tokenizer.sep_token_id) == 1
 
 
+def test_pickled_weights_are_not_read(sft_model, sft_adapter, recipe, few_pairs, tmp_path, capsys):
+    from rlhf.models import load_finished
+
+    weights = Path(sft_adapter) / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    file = recipe(
+        "dpo", model_name_or_path=sft_adapter, dataset_name=few_pairs, output_dir=str(tmp_path / "dpo"), **LORA
+    )
+    assert main(["dpo", file]) == 2
+    assert "has no adapter_model.safetensors; pickled weights are not read" in capsys.readouterr().err
+    whole = Path(sft_model) / "model.safetensors"
+    torch.save(load_file(whole), Path(sft_model) / "pytorch_model.bin")
+    whole.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_finished(sft_model)
+
+
 class Crash(Exception):
     pass
 
