@@ -58,6 +58,18 @@ class StageConfig:
             "help": "Compute on one row without padding, in which a pair shares its prompt (same numbers, faster)."
         },
     )
+    reference: str = field(
+        default="cached",
+        metadata={
+            "choices": ["cached", "online"],
+            "help": "DPO: the policy's log-probabilities before its first update, computed once and kept on disk "
+            "(cached), or the reference's pass in every step (online).",
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "DPO: folder for cached reference log-probabilities; default: the user's cache."},
+    )
     continue_adapter: bool = field(
         default=True,
         metadata={"help": "The input model is a LoRA adapter: train it further (true) or merge it first (false)."},
@@ -128,6 +140,8 @@ REFUSED = {
     "padding_free": "use packing, which is padding-free in every stage; TRL's flag is switched off for DPO in 1.16",
     "packing_strategy": "packing here lays each batch out in one row; TRL's packing of several examples is not used",
     "eval_packing": "packing here lays each batch out in one row; TRL's packing of several examples is not used",
+    "precompute_ref_log_probs": "use `reference: cached`, the default, which keeps them on disk; or `reference: online`",
+    "precompute_ref_batch_size": "batches of the reference pass are laid out by length",
     "hub_token": "a token in a recipe would end up in files; log in with `hf auth login` or set HF_TOKEN",
 }
 

@@ -1,20 +1,24 @@
 """Direct Preference Optimization: the policy moves towards chosen and away from rejected answers, held by its reference.
 
-The reference is exactly the policy before its first update. Where that policy is
-    a whole model, trained by LoRA       the reference is the model with the new adapter switched off
-    an SFT adapter that goes on          the reference is a frozen copy of that adapter, named `ref` (TRL makes it);
-                                         with the adapter off it would be the model before SFT
-    a whole model, fully fine-tuned      the reference is a second copy of it
-and the first thing the run does is to check this: at step 0 the loss must be ln 2.
+The reference is exactly the policy before its first update. With `reference: cached` (the default) its log-probabilities
+are computed then, once, and kept on disk (reference.py). With `reference: online` every step asks the reference itself,
+which is, where the policy is
+    a whole model, trained by LoRA       the model with the new adapter switched off
+    an SFT adapter that goes on          a frozen copy of that adapter, named `ref` (TRL makes it); with the adapter off
+                                         it would be the model before SFT
+    a whole model, fully fine-tuned      a second copy of it
+Either way the first thing the run does is to check it: at step 0 the loss must be ln 2.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
 
 from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
-from rlhf.run import Context, Stage, pack, score_labelled_positions_only
+from rlhf.run import Context, Stage, pack
 
 
 def build(context: Context):
@@ -23,21 +27,23 @@ def build(context: Context):
     from trl import get_peft_config
 
     from rlhf.models import is_adapter, load_policy, load_tokenizer
+    from rlhf.packing import head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     if args.use_cpu:
-        score_labelled_positions_only()
+        head.install()
     goes_on = is_adapter(context.model_name) and stage_args.continue_adapter and model_args.use_peft
     if goes_on:
         check_same_adapter(context)
     tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
     model = load_policy(context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on)
     reference = None
-    if not model_args.use_peft and not args.precompute_ref_log_probs:
+    args.precompute_ref_log_probs = stage_args.reference == "cached"
+    if not model_args.use_peft and stage_args.reference == "online":
         reference = load_policy(
             context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
         )
-    trainer = guarded_trainer_class()(
+    return trainer_class(context)(
         model=model,
         ref_model=reference,
         args=args,
@@ -46,8 +52,6 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if goes_on else get_peft_config(model_args),
     )
-    pack(trainer, context, "pairs")
-    return trainer
 
 
 def check_same_adapter(context: Context) -> None:
@@ -64,12 +68,31 @@ def check_same_adapter(context: Context) -> None:
             )
 
 
-def guarded_trainer_class():
-    """DPOTrainer that checks, before its first step, that the policy is its own reference."""
+def trainer_class(context: Context):
+    """DPOTrainer on packed rows, with the cached reference, that checks its start before its first step."""
     from trl import DPOTrainer
 
-    class GuardedDPOTrainer(DPOTrainer):
+    from rlhf.reference import add_reference_logps
+
+    class CheckedDPOTrainer(DPOTrainer):
         _start_checked = False
+
+        def __init__(self, **kwargs):
+            with without_hashing():
+                super().__init__(**kwargs)
+            self._make_ready()
+
+        def _make_ready(self) -> str:
+            """Pack once, as soon as the model stands: TRL's constructor asks for the reference before it ends."""
+            if not hasattr(self, "_attention_path"):
+                make_ref_adapter_equal(self.model)
+                packed = pack(self, context, "pairs")
+                self._attention_path = "packed" if packed else self.model.config._attn_implementation
+            return self._attention_path
+
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            folder = context.stage_args.reference_cache
+            return add_reference_logps(self, dataset, self._make_ready(), folder and Path(folder))
 
         def training_step(self, model, inputs, *args, **kwargs):
             if not self._start_checked and self.state.global_step == 0:
@@ -89,12 +112,33 @@ def guarded_trainer_class():
             model.train(was_training)
             found = {side: self._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
             self._metrics["eval"].clear()
-            # under QLoRA TRL trains the adapter in bf16 beside a reference in fp32
-            trained = [p.dtype for p in model.parameters() if p.requires_grad]
-            exact = not (self.args.bf16 or self.args.fp16) and all(dtype == torch.float32 for dtype in trained)
+            exact = not (self.args.bf16 or self.args.fp16)
             refuse_wrong_start(loss, found["chosen"], found["rejected"], 1e-3 if exact else 2e-2, self.loss_types)
 
-    return GuardedDPOTrainer
+    return CheckedDPOTrainer
+
+
+@contextlib.contextmanager
+def without_hashing():
+    """TRL 1.16 hashes all weights for a cache of its own, which reference.py stands in for; it takes minutes for 8B."""
+    from trl.trainer import dpo_trainer
+
+    hash_module, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda module: None
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = hash_module
+
+
+def make_ref_adapter_equal(model) -> None:
+    """Give TRL's frozen `ref` adapter the very weights of the policy's.
+
+    Under QLoRA TRL 1.16 casts the trained adapter to bf16 after it has copied it: DPO would start 2e-3 off ln 2.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".ref." in name:
+            parameter.data = parameters[name.replace(".ref.", ".default.")].detach().clone()
 
 
 def refuse_wrong_start(loss: float, chosen: float, rejected: float, tolerance: float, loss_types: list[str]) -> None:

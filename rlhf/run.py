@@ -221,14 +221,17 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     trainer.accelerator.end_training()
 
 
-def pack(trainer, context: Context, mode: str) -> None:
+def pack(trainer, context: Context, mode: str) -> bool:
     """Let the trainer's models compute on one padding-free row, or say why they can't (never a silent change).
+
+    Returns:
+        Whether they do.
 
     Args:
         mode: `pairs` where the batch is [chosen rows, rejected rows], whose prompts are then computed once; `rows` else.
     """
     if not context.stage_args.packing:
-        return
+        return False
     from rlhf.packing import pack_backbone, why_not
 
     models = [trainer.model]
@@ -236,9 +239,10 @@ def pack(trainer, context: Context, mode: str) -> None:
         models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
     for reason in filter(None, map(why_not, models)):
         say(f"note: batches are padded, not packed: {reason}")
-        return
+        return False
     for model in models:
         pack_backbone(model, mode)
+    return True
 
 
 def train_or_restore(trainer, run: Run) -> None:
@@ -354,16 +358,3 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} K"
-
-
-def score_labelled_positions_only() -> None:
-    """On a CPU, let TRL's fused LM head score the answers' tokens only, as it does on a GPU.
-
-    TRL 1.16 scores every position on devices without Triton, prompts and padding too, and masks afterwards: the same
-    numbers for more work. DPO of SmolLM2-135M, LoRA, a pair a batch: 1.99 -> 1.50 s a pair on 2 cores. The reason
-    given there is recompilation on Neuron. Remove it once TRL does so on CPUs; tests/test_stages.py shows equal numbers.
-    """
-    from trl.kernels import chunked_logprob
-    from trl.trainer import utils
-
-    utils._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)

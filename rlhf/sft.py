@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.data.formats import sft_rows
-from rlhf.run import Context, Stage, pack, score_labelled_positions_only
+from rlhf.run import Context, Stage, pack
 
 
 def build(context: Context):
@@ -12,10 +12,11 @@ def build(context: Context):
     from trl import SFTTrainer, get_peft_config
 
     from rlhf.models import load_policy, load_tokenizer
+    from rlhf.packing import head
 
     args, stage_args = context.args, context.stage_args
     if args.use_cpu:
-        score_labelled_positions_only()
+        head.install()
     tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
     model = load_policy(
         context.model_name, tokenizer, context.model_args, args.trust_remote_code,

@@ -142,6 +142,8 @@ def recipe(tmp_path):
             "max_length": 256, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3,
             "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "lora_dropout": 0.0, "seed": 1,
         }  # fmt: skip
+        if stage == "dpo":
+            training["reference_cache"] = str(tmp_path / "reference")
         lines = {"stage": stage, **({} if stage == "evaluate" else training), **values}
         file = tmp_path / f"{name or stage}.yaml"
         file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()))

@@ -82,12 +82,12 @@ def test_sft_adapter_is_small_and_loads_with_peft(sft_adapter, sft_model):
 
 DPO_WAYS = {
     "lora on a merged policy": ("merged", LORA),
-    "lora on a merged policy, precomputed": ("merged", LORA | {"precompute_ref_log_probs": True}),
+    "lora on a merged policy, online": ("merged", LORA | {"reference": "online"}),
     "adapter goes on": ("adapter", LORA),
-    "adapter goes on, precomputed": ("adapter", LORA | {"precompute_ref_log_probs": True}),
+    "adapter goes on, online": ("adapter", LORA | {"reference": "online"}),
     "adapter merged first": ("adapter", LORA | {"continue_adapter": False}),
     "full fine-tuning": ("merged", {}),
-    "full fine-tuning, precomputed": ("merged", {"precompute_ref_log_probs": True}),
+    "full fine-tuning, online": ("merged", {"reference": "online"}),
     "full fine-tuning of a merged adapter": ("adapter", {}),
 }
 
@@ -119,7 +119,7 @@ def first_batch_rows(recipe_file, rows, tokenizer):
     from datasets import Dataset
     from trl import DPOTrainer
 
-    args, _, _ = build_configs(load_recipe(str(recipe_file), "dpo", ["--precompute_ref_log_probs", "false"]))
+    args, _, _ = build_configs(load_recipe(str(recipe_file), "dpo", ["--reference", "online"]))
     model = AutoModelForCausalLM.from_pretrained(Path(recipe_file).parent / "dpo")
     trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -136,12 +136,15 @@ def first_batch_rows(recipe_file, rows, tokenizer):
 def test_dpo_with_another_reference_is_stopped(sft_model, tiny_llama, recipe, few_pairs, tmp_path):
     from datasets import Dataset
 
-    from rlhf.dpo import guarded_trainer_class
+    from rlhf.dpo import trainer_class
+    from rlhf.run import Context
 
-    file = recipe("dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"))
-    args, _, _ = build_configs(load_recipe(file, "dpo"))
+    file = recipe(
+        "dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), reference="online"
+    )
+    args, model_args, stage_args = build_configs(load_recipe(file, "dpo"))
     rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
-    trainer = guarded_trainer_class()(
+    trainer = trainer_class(Context(None, args, model_args, stage_args, None, sft_model))(
         model=AutoModelForCausalLM.from_pretrained(sft_model), ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama),
         args=args, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(sft_model),
     )  # fmt: skip

@@ -1,0 +1,54 @@
+"""DPO: this project against TRL's DPOTrainer at its own best settings, side by side.
+
+python bench/dpo.py --data pairs.jsonl             SmolLM2-135M, LoRA, fp32, 4 pairs a step
+python bench/dpo.py --data completion-heavy        a short prompt, long answers
+python bench/dpo.py --model llama-1b --dtype bfloat16 --examples 16     random weights in a known shape, on a GPU
+"""
+
+import compare
+
+from rlhf.dpo import DPO as STAGE
+
+VARIANTS = {
+    "trl": "TRL's DPOTrainer as people run it, a reference pass in every step",
+    "trl-precomputed": "TRL with precompute_ref_log_probs",
+    "packed": "this project without sharing prompts: one padding-free row, cached reference",
+    "shared": "this project: one padding-free row in which a pair shares its prompt, cached reference",
+}
+
+
+def build(variant, context, clock):
+    import rlhf.dpo
+    import rlhf.reference
+
+    if variant.startswith("trl"):
+        return build_trl(variant, context, clock)
+    if variant == "packed":
+        pack = rlhf.dpo.pack
+        rlhf.dpo.pack = lambda trainer, context, mode: pack(trainer, context, "rows")
+    rlhf.reference.add_reference_logps = clock(rlhf.reference.add_reference_logps)
+    return STAGE.build(context)
+
+
+def build_trl(variant, context, clock):
+    from datasets import Dataset
+    from trl import DPOTrainer, get_peft_config
+
+    from rlhf.models import load_policy, load_tokenizer
+
+    class Clocked(DPOTrainer):
+        _precompute_ref_logps = clock(DPOTrainer._precompute_ref_logps)
+
+    context.args.precompute_ref_log_probs = variant == "trl-precomputed"
+    tokenizer = load_tokenizer(context.model_name)
+    return Clocked(
+        model=load_policy(context.model_name, tokenizer, context.model_args),
+        args=context.args,
+        train_dataset=Dataset.from_list(context.data.train),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(context.model_args),
+    )
+
+
+if __name__ == "__main__":
+    compare.main(compare.Bench("dpo", VARIANTS, build))

@@ -1,0 +1,37 @@
+"""SFT: this project against TRL's SFTTrainer, padded and padding-free, side by side.
+
+python bench/sft.py --data pairs.jsonl             SmolLM2-135M, LoRA, fp32, the chosen answers, 4 a step
+"""
+
+import compare
+
+from rlhf.sft import SFT as STAGE
+
+VARIANTS = {
+    "trl": "TRL's SFTTrainer, padded batches",
+    "trl-padding-free": "TRL's SFTTrainer with padding_free (meant for flash attention; on other devices sdpa with a mask)",
+    "packed": "this project: one padding-free row",
+}
+
+
+def build(variant, context, clock):
+    if variant == "packed":
+        return STAGE.build(context)
+    from datasets import Dataset
+    from trl import SFTTrainer, get_peft_config
+
+    from rlhf.models import load_policy, load_tokenizer
+
+    context.args.packing, context.args.padding_free = False, variant == "trl-padding-free"
+    tokenizer = load_tokenizer(context.model_name)
+    return SFTTrainer(
+        model=load_policy(context.model_name, tokenizer, context.model_args),
+        args=context.args,
+        train_dataset=Dataset.from_list(context.data.train),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(context.model_args),
+    )
+
+
+if __name__ == "__main__":
+    compare.main(compare.Bench("sft", VARIANTS, build))

@@ -1,0 +1,290 @@
+"""Reference log-probabilities of DPO: computed once, on packed rows, and kept on disk for every later run.
+
+Before its first update the policy *is* the reference, so no second model is needed: a forward pass over the data then
+gives them exactly. They stay in
+
+    <cache>/reference/<key of the reference>/<sha256 of the file>.safetensors
+
+where the key covers the reference's weights and adapter, dtypes, quantisation, config, the attention path and `ld_alpha`,
+and each entry of a file its pair's token ids. So another seed, LoRA rank, beta, learning rate or loss finds everything; a
+changed pair is computed anew alone; a changed weight or dtype finds nothing. Files are named by their checksum and
+appear by a rename: one that is damaged doesn't match its name, is removed and computed again; an interrupted build has
+lost the last half minute; and runs that share a folder at the same time at worst write the same thing twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.embedded import cache_dir
+from rlhf.progress import is_main, say
+
+FORMAT = 1  # part of every key: raise it when what is computed changes
+MAX_TOKENS = 4096  # of a forward pass
+SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs, or this long
+Logps = dict[bytes, tuple[float, float]]  # (chosen, rejected) by pair key
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """The files of one reference."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self) -> Logps:
+        """All entries of the files that match their checksum; removes those that don't, and says so."""
+        found: Logps = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                content = path.read_bytes()
+            except OSError:  # another run has removed it
+                continue
+            if hashlib.sha256(content).hexdigest() != path.stem:
+                say(f"note: {path} is damaged (its content doesn't match its name); it is removed and computed again")
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                continue
+            found |= decode(content)
+        return found
+
+    def write(self, entries: Logps) -> None:
+        """Add a file, whole or not at all; a cache that can't be written costs time later, not this run."""
+        if not entries:
+            return
+        content = encode(entries)
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        partial = self.folder / f".{os.getpid()}-{path.name}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            say(f"note: reference log-probabilities are not kept ({error}); this run goes on with them in memory")
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def encode(entries: Logps) -> bytes:
+    """Entries as a safetensors file: keys (N, 16) uint8, logps (N, 2) float32."""
+    from safetensors.numpy import save
+
+    keys = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(len(entries), 16)
+    return save({"keys": keys, "logps": np.array(list(entries.values()), dtype=np.float32)})
+
+
+def decode(content: bytes) -> Logps:
+    """The inverse of `encode`."""
+    from safetensors.numpy import load
+
+    arrays = load(content)
+    return {key.tobytes(): (float(c), float(r)) for key, (c, r) in zip(arrays["keys"], arrays["logps"], strict=True)}
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def pair_key(row: dict[str, list[int]], max_length: int | None, truncation_mode: str) -> bytes:
+    """16 bytes that stand for a pair's token ids and where its answers begin, after TRL's collator has cut them."""
+    digest = hashlib.sha256()
+    for side in ("chosen_ids", "rejected_ids"):
+        ids, num_prompt = row["prompt_ids"] + row[side], len(row["prompt_ids"])
+        if max_length is not None and truncation_mode == "keep_end":
+            num_prompt = max(0, num_prompt - max(0, len(ids) - max_length))
+            ids = ids[-max_length:]
+        elif max_length is not None:
+            ids = ids[:max_length]
+        digest.update(np.array([len(ids), num_prompt, *ids], dtype=np.int64).tobytes())
+    return digest.digest()[:16]
+
+
+def reference_key(model, path: str, **more: Any) -> str:
+    """What the reference is, as 32 hex digits.
+
+    Args:
+        model: the policy before its first update, as TRL's trainer holds it. Of a PEFT model the base counts, and the
+            adapter `ref` where there is one: a new adapter is switched off for the reference.
+        path: how attention is computed (`packed`, `sdpa`, ...).
+        more: what else changes the numbers (autocast dtype, device type, ld_alpha).
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT, path, more], sort_keys=True, default=str).encode())
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_MATTER and not k.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    if "ref" in getattr(model, "peft_config", {}):
+        adapter = model.peft_config["ref"].to_dict()
+        digest.update(json.dumps({k: adapter[k] for k in sorted(adapter) if k in _ADAPTER_KEYS}, default=str).encode())
+    for name, tensor in reference_tensors(model):
+        tensor = tensor.detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()[:32]
+
+
+_NO_MATTER = frozenset("transformers_version use_cache architectures torch_dtype dtype pad_token_id".split())
+_ADAPTER_KEYS = frozenset(
+    "peft_type r lora_alpha use_rslora use_dora fan_in_fan_out alpha_pattern rank_pattern".split()
+)
+
+
+def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name without PEFT's additions, whole tensor) of everything the reference computes with, in a fixed order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrapped = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    wrapped = tuple(f"{name}." for name in wrapped)
+    base = ("base_layer.", "original_module.")
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        inside = [name.removeprefix(prefix) for prefix in wrapped if name.startswith(prefix)]
+        if ".ref." in name or all(rest.startswith(base) for rest in inside):
+            short = name.removeprefix("base_model.model.")
+            tensors[short.replace(".base_layer.", ".").replace(".original_module.", ".")] = (name, tensor)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen = set()  # embeddings that are the LM head too
+    for short, (name, tensor) in sorted(tensors.items()):
+        parameter = parameters.get(name)
+        if parameter is None or id(parameter) not in seen:
+            with _gathered(parameter) as whole:
+                yield short, tensor if whole is None else whole
+        seen.add(id(parameter))
+
+
+@contextlib.contextmanager
+def _gathered(parameter):
+    """The whole of a parameter that ZeRO-3 or FSDP2 has split; None for one that is whole."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.data
+    else:
+        yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else None
+
+
+# --- computing -------------------------------------------------------------------------------------------------------
+
+
+def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None):
+    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer looks for.
+
+    Args:
+        trainer: TRL's DPOTrainer before its first update, packed or not.
+        dataset: its tokenised rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+        path: how attention is computed, for the key.
+        folder: the cache; default: `reference` in the user's cache folder of this project.
+
+    All processes must call it; they share the work, the main one reads and writes files.
+    """
+    args = trainer.args
+    if not hasattr(trainer, "_reference_key"):  # the weights are read once, for training and held-out rows
+        trainer._reference_key = reference_key(
+            trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model), path,
+            autocast=trainer.accelerator.mixed_precision, device=args.device.type, ld_alpha=trainer.ld_alpha,
+        )  # fmt: skip
+    shards = Shards((folder or cache_dir() / "reference") / trainer._reference_key)
+    rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    keys = [pair_key(row, args.max_length, args.truncation_mode) for row in rows]
+    known = _from_main(trainer, lambda: _only(shards.read(), keys))
+    missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal pairs once
+    say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
+    if missing:
+        known |= compute_logps(trainer, rows, missing, shards)
+    chosen, rejected = (np.array([known[k][side] for k in keys], dtype=np.float32) for side in (0, 1))
+    return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+
+def _only(entries: Logps, keys: list[bytes]) -> Logps:
+    return {key: entries[key] for key in keys if key in entries}
+
+
+def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> Logps:
+    """The entries of the `missing` pairs (key to row): every process computes its part and gets all of them."""
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    batches = token_batches(rows, missing)
+    found: Logps = {}
+    unwritten: Logps = {}
+    written_at = time.monotonic()
+    bar = tqdm(total=len(missing), desc="Reference", unit="pair", disable=not is_main() or trainer.args.disable_tqdm)
+    try:
+        for start in range(0, len(batches), world):
+            turn = batches[start : start + world]
+            # one that has nothing left to do repeats the first: ZeRO-3 gathers weights from all in every pass
+            mine = forward_logps(trainer, rows, turn[rank] if rank < len(turn) else turn[0], missing)
+            mine = list(mine.items()) if rank < len(turn) else []
+            new = dict(gather_object(mine) if world > 1 else mine)
+            found |= new
+            unwritten |= new
+            bar.update(len(new))
+            if len(unwritten) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
+                _write(shards, unwritten)
+                unwritten, written_at = {}, time.monotonic()
+    finally:  # a stop keeps what there is
+        bar.close()
+        _write(shards, unwritten)
+    return found
+
+
+def token_batches(rows, missing: dict[bytes, int], max_tokens: int = MAX_TOKENS) -> list[list[bytes]]:
+    """Keys in batches of like length, long ones first, each of at most `max_tokens` padded tokens (or one pair)."""
+    lengths = {
+        key: max(len(rows[i]["chosen_ids"]), len(rows[i]["rejected_ids"])) + len(rows[i]["prompt_ids"])
+        for key, i in missing.items()
+    }
+    batches: list[list[bytes]] = []
+    for key in sorted(missing, key=lambda k: (-lengths[k], k)):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and 2 * longest * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(key)
+        else:
+            batches.append([key])
+    return batches
+
+
+def forward_logps(trainer, rows, batch: list[bytes], missing: dict[bytes, int]) -> Logps:
+    """Log-probabilities of one batch, from TRL's own reference pass."""
+    model = trainer.ref_model or trainer.model
+    if trainer.ref_model is None and trainer.is_deepspeed_enabled:  # as TRL does: places and gathers the weights
+        from trl.models import prepare_deepspeed
+
+        trainer._precompute_engine = trainer._precompute_engine or prepare_deepspeed(model, trainer.accelerator)
+        model = trainer._precompute_engine
+    inputs = trainer._prepare_inputs(trainer.data_collator([rows[missing[key]] for key in batch]))
+    was_training = model.training
+    model.eval()
+    chosen, rejected = trainer.compute_ref_log_probs(model, inputs)
+    model.train(was_training)
+    return dict(zip(batch, zip(chosen.float().tolist(), rejected.float().tolist(), strict=True), strict=True))
+
+
+def _write(shards: Shards, entries: Logps) -> None:
+    if is_main():
+        shards.write(entries)
+
+
+def _from_main(trainer, read) -> Logps:
+    """What the main process reads, on all of them: nodes may not share a cache folder."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [read() if is_main() else None]
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
