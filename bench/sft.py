@@ -22,7 +22,9 @@ def build(variant, context, clock):
 
     from rlhf.models import load_policy, load_tokenizer
 
-    context.args.packing, context.args.padding_free = False, variant == "trl-padding-free"
+    context.args.packing = False
+    if variant == "trl-padding-free":  # which wants rows that are short enough already
+        context.args.padding_free, context.args.max_length = True, None
     tokenizer = load_tokenizer(context.model_name)
     return SFTTrainer(
         model=load_policy(context.model_name, tokenizer, context.model_args),

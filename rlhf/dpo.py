@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
+from rlhf.progress import say
 from rlhf.run import Context, Stage, pack
 
 
@@ -30,6 +32,7 @@ def build(context: Context):
     from rlhf.packing import head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
+    check_reference(context)
     if args.use_cpu:
         head.install()
     goes_on = is_adapter(context.model_name) and stage_args.continue_adapter and model_args.use_peft
@@ -52,6 +55,21 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if goes_on else get_peft_config(model_args),
     )
+
+
+def check_reference(context: Context) -> None:
+    """Refuse a reference that can't be, and fall back where a cached one is not possible yet."""
+    args, stage_args, recipe = context.args, context.stage_args, context.recipe
+    if args.sync_ref_model and context.model_args.use_peft:
+        raise UserError(f"{recipe.where('sync_ref_model')}: sync_ref_model needs full fine-tuning; remove `use_peft`")
+    if args.sync_ref_model and stage_args.reference == "cached":
+        raise UserError(
+            f"{recipe.where('sync_ref_model')}: sync_ref_model moves the reference during training; set `reference: online`"
+        )
+    if stage_args.reference == "cached" and os.environ.get("ACCELERATE_USE_FSDP") == "true" and not args.use_cpu:
+        # the trainer shards the model, and so brings it to the GPU, only when training starts
+        say("note: under FSDP the reference's pass is made in every step (`reference: online`), not cached")
+        stage_args.reference = "online"
 
 
 def check_same_adapter(context: Context) -> None:

@@ -167,11 +167,13 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
     options = _load_options(model_args, trust_remote_code)
     if not is_adapter(name):
         model = AutoModelForCausalLM.from_pretrained(name, revision=_revision(name, model_args), **options)
-        return _fit_tokenizer(model, tokenizer)
+        return _fit_tokenizer(keep_4bit_layout(model), tokenizer)
     from peft import PeftConfig, PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **options)
-    model = PeftModel.from_pretrained(_fit_tokenizer(base, tokenizer), name, is_trainable=continue_adapter)
+    model = PeftModel.from_pretrained(
+        _fit_tokenizer(keep_4bit_layout(base), tokenizer), name, is_trainable=continue_adapter
+    )
     return model if continue_adapter else model.merge_and_unload().requires_grad_(True)  # PEFT froze it
 
 
@@ -197,10 +199,23 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
         model, info = AutoModelForSequenceClassification.from_pretrained(base, **options)
     finally:
         logging.set_verbosity(before)
-    model = _fit_tokenizer(model, tokenizer)
+    model = _fit_tokenizer(keep_4bit_layout(model), tokenizer)
     if policy is not None:
         model.base_model.load_state_dict(policy.base_model.state_dict())
     return model, sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
+
+
+def keep_4bit_layout(model):
+    """Let bitsandbytes' layers on a CPU keep their weights in the layout that has a backward pass.
+
+    bitsandbytes 0.50 lays 4-bit weights out anew in the first pass in eval mode, on CPUs with AVX512-BF16, and for good:
+    from then on training goes through `gemv_4bit`, which gives no gradient, with a warning at most. Remove it once a layer
+    in train mode goes back; tests/test_quant.py shows it.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _load_options(model_args, trust_remote_code: bool) -> dict[str, Any]:
@@ -269,7 +284,7 @@ def load_finished(
     else:
         model = auto.from_pretrained(name, **options)
     tokenizer = load_tokenizer(name, encoder=reward)
-    return _fit_tokenizer(model, tokenizer).to(device).eval(), tokenizer
+    return _fit_tokenizer(keep_4bit_layout(model), tokenizer).to(device).eval(), tokenizer
 
 
 def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:

@@ -219,31 +219,50 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> L
     from tqdm import tqdm
 
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    batches = token_batches(rows, missing)
+    batches = token_batches(rows, missing, MAX_TOKENS)
     found: Logps = {}
     unwritten: Logps = {}
     written_at = time.monotonic()
     bar = tqdm(total=len(missing), desc="Reference", unit="pair", disable=not is_main() or trainer.args.disable_tqdm)
     try:
-        for start in range(0, len(batches), world):
-            turn = batches[start : start + world]
-            # one that has nothing left to do repeats the first: ZeRO-3 gathers weights from all in every pass
-            mine = forward_logps(trainer, rows, turn[rank] if rank < len(turn) else turn[0], missing)
-            mine = list(mine.items()) if rank < len(turn) else []
-            new = dict(gather_object(mine) if world > 1 else mine)
-            found |= new
-            unwritten |= new
-            bar.update(len(new))
-            if len(unwritten) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
-                _write(shards, unwritten)
-                unwritten, written_at = {}, time.monotonic()
+        with reference_model(trainer) as model:
+            for start in range(0, len(batches), world):
+                turn = batches[start : start + world]
+                # one that has nothing left to do repeats the first: ZeRO-3 gathers weights from all in every pass
+                mine = forward_logps(trainer, model, rows, turn[rank] if rank < len(turn) else turn[0], missing)
+                mine = list(mine.items()) if rank < len(turn) else []
+                new = dict(gather_object(mine) if world > 1 else mine)
+                found |= new
+                unwritten |= new
+                bar.update(len(new))
+                if len(unwritten) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
+                    _write(shards, unwritten)
+                    unwritten, written_at = {}, time.monotonic()
     finally:  # a stop keeps what there is
         bar.close()
         _write(shards, unwritten)
     return found
 
 
-def token_batches(rows, missing: dict[bytes, int], max_tokens: int = MAX_TOKENS) -> list[list[bytes]]:
+@contextlib.contextmanager
+def reference_model(trainer):
+    """What the reference's pass calls. Under DeepSpeed the policy in an engine for inference, which places and gathers its
+    weights; taken apart again afterwards (TRL leaves its own standing: ZeRO-3's hooks then run twice in training, and
+    LoRA ends in "pop from an empty deque", deepspeed 0.19)."""
+    model = trainer.ref_model or trainer.model
+    if trainer.ref_model is not None or not trainer.is_deepspeed_enabled:
+        yield model
+        return
+    from trl.models import prepare_deepspeed
+
+    engine = prepare_deepspeed(model, trainer.accelerator)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def token_batches(rows, missing: dict[bytes, int], max_tokens: int) -> list[list[bytes]]:
     """Keys in batches of like length, long ones first, each of at most `max_tokens` padded tokens (or one pair)."""
     lengths = {
         key: max(len(rows[i]["chosen_ids"]), len(rows[i]["rejected_ids"])) + len(rows[i]["prompt_ids"])
@@ -259,14 +278,8 @@ def token_batches(rows, missing: dict[bytes, int], max_tokens: int = MAX_TOKENS)
     return batches
 
 
-def forward_logps(trainer, rows, batch: list[bytes], missing: dict[bytes, int]) -> Logps:
+def forward_logps(trainer, model, rows, batch: list[bytes], missing: dict[bytes, int]) -> Logps:
     """Log-probabilities of one batch, from TRL's own reference pass."""
-    model = trainer.ref_model or trainer.model
-    if trainer.ref_model is None and trainer.is_deepspeed_enabled:  # as TRL does: places and gathers the weights
-        from trl.models import prepare_deepspeed
-
-        trainer._precompute_engine = trainer._precompute_engine or prepare_deepspeed(model, trainer.accelerator)
-        model = trainer._precompute_engine
     inputs = trainer._prepare_inputs(trainer.data_collator([rows[missing[key]] for key in batch]))
     was_training = model.training
     model.eval()

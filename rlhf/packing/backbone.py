@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -134,6 +135,13 @@ def packed_forward(forward: Callable) -> Callable:
     def wrapper(self, *args, **kwargs):
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if not can_pack(self, arguments):
+            if self.training and torch.is_grad_enabled():
+                given = sorted(name for name, value in arguments.items() if value is not None)
+                warnings.warn(
+                    f"packing: a batch in training is computed padded, because of its arguments ({', '.join(given)}) or "
+                    "because it is not padded on the right",
+                    stacklevel=2,
+                )
             return forward(self, *args, **kwargs)
         input_ids = arguments.pop("input_ids")
         attention_mask = arguments.pop("attention_mask", None)

@@ -1,10 +1,11 @@
-"""Packed attention against one dense mask over the whole row, forward and backward, with both of its paths."""
+"""Packed attention against one dense mask over the whole row, forward and backward, with each of its paths."""
 
 import pytest
 import torch
 from torch import nn
 
 from rlhf.packing.attention import (
+    CpuAttention,
     Segments,
     VarlenPlan,
     attend_by_segment,
@@ -69,6 +70,10 @@ def by_segment(query, key, value, lengths, scaling):
     return attend_by_segment(query, key, value, Segments(lengths, CPU), scaling)
 
 
+def by_cpu_kernel(query, key, value, lengths, scaling):
+    return CpuAttention.apply(query, key, value, Segments(lengths, CPU), scaling)
+
+
 def by_varlen(query, key, value, lengths, scaling):
     return attend_varlen(query, key, value, varlen_plan(lengths, CPU), scaling, stand_in_kernel)
 
@@ -80,7 +85,7 @@ def with_gradients(attend, tensors, lengths, scaling):
     return [output.detach(), *(x.grad for x in tensors)]
 
 
-@pytest.mark.parametrize("attend", [by_segment, by_varlen])
+@pytest.mark.parametrize("attend", [by_segment, by_cpu_kernel, by_varlen])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_dense_mask(case, heads, kv_heads, attend):
@@ -93,13 +98,43 @@ def test_equals_dense_mask(case, heads, kv_heads, attend):
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_as_near_as_its_rounding():
+@pytest.mark.parametrize("attend", [by_segment, by_cpu_kernel])
+def test_bfloat16_is_as_near_as_its_rounding(attend):
     lengths = CASES["uneven pairs"]
     tensors = [torch.randn(1, 4, sum(map(sum, lengths)), 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]  # fmt: skip
     expected = reference(*tensors, lengths, 0.3)
-    found = by_segment(*(x.bfloat16() for x in tensors), lengths, 0.3)
+    found = attend(*(x.bfloat16() for x in tensors), lengths, 0.3)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_cpu_kernel_in_other_dtypes(dtype):
+    """Its own backward pass against autograd's through SDPA, in the same dtype."""
+    lengths = CASES["uneven pairs"]
+    tensors = [torch.randn(1, n, sum(map(sum, lengths)), 16, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (6, 2, 2)]  # fmt: skip
+    want = [x.double() for x in with_gradients_in(by_segment, tensors, lengths)]
+    tolerance = {torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for found, expected in zip(with_gradients_in(by_cpu_kernel, tensors, lengths), want, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def with_gradients_in(attend, tensors, lengths):
+    tensors = [x.clone().requires_grad_() for x in tensors]
+    output = attend(*tensors, lengths, 0.3)
+    output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype))
+    return [output.detach(), *(x.grad for x in tensors)]
+
+
+def test_cpu_kernel_keeps_the_row_once():
+    """Query, key, value and output of the row, and a number a query and head: no repeated heads, no cut-outs."""
+    lengths = [(20, 10, 10)] * 3
+    query, key, value = (torch.randn(1, n, 120, 8, requires_grad=True) for n in (6, 2, 2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+        by_cpu_kernel(query, key, value, lengths, 0.3)
+    assert sum(kept) == 120 * 8 * (6 + 2 + 2 + 6) + 120 * 6
 
 
 def test_chosen_does_not_reach_rejected():

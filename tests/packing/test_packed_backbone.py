@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -281,6 +282,21 @@ def test_other_calls_pass_through(arguments):
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0)
     if arguments.get("output_hidden_states"):
         assert len(found.hidden_states) == 3
+
+
+def test_a_padded_batch_in_training_is_told():
+    """Never a silent change: an argument that packing does not know makes the batch padded, with a warning."""
+    model = tiny_model("llama").train()
+    pack_backbone(model, "pairs")
+    ids, mask = UNEVEN
+    with pytest.warns(UserWarning, match="computed padded, because of its arguments .*position_ids"):
+        model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(9)[None], use_cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(9)[None], use_cache=False)
 
 
 def test_embeddings_pass_through():

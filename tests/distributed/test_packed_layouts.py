@@ -1,0 +1,67 @@
+"""Packed and padded under DDP, ZeRO-2, ZeRO-3 and FSDP2, two processes (gloo): the same losses and gradient norms."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+WORKER = Path(__file__).parent / "packed_worker.py"
+COMMON = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "main_process_port": 0,
+          "rdzv_backend": "static", "same_network": True, "use_cpu": False}  # fmt: skip
+LAYOUTS = {
+    "ddp": {"distributed_type": "MULTI_GPU"},
+    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+    "zero3": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}},
+    "fsdp2": {"distributed_type": "FSDP", "fsdp_config": {
+        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+        "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "fsdp_state_dict_type": "SHARDED_STATE_DICT"}},
+}  # fmt: skip
+KINDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+
+
+def train(layout, stage, model, packed, kind, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "launch.yaml").write_text(yaml.safe_dump(COMMON | LAYOUTS[layout]))
+    out = folder / f"{packed}.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    command += ["--num_processes", "2", str(WORKER), stage, model, packed, kind, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dpo(layout, kind, tiny_llama, tmp_path):
+    """The packed run with its cached reference, against TRL's reference in every step."""
+    check(layout, "dpo", tiny_llama, kind, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero3", "fsdp2"])
+def test_reward(layout, tiny_llama, tmp_path):
+    check(layout, "reward", tiny_llama, "lora", tmp_path)
+
+
+def check(layout, stage, model, kind, tmp_path):
+    if layout.startswith("zero"):
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("the extra `deepspeed` is not installed")
+        if shutil.which("g++") is None:
+            pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
+    padded, packed = (train(layout, stage, model, way, kind, tmp_path / "run") for way in ("padded", "packed"))
+    for run in (padded, packed):
+        assert run["processes"] == 2 and KINDS[layout] in run["layout"] and len(run["logs"]) == 3
+        assert run["sharded"] == (layout in ("zero3", "fsdp2"))
+    for want, found in zip(padded["logs"], packed["logs"], strict=True):
+        for name in want.keys() & {"loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/rejected", "accuracy", "margin"}:  # fmt: skip
+            assert found[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), name
+    assert len({log["loss"] for log in packed["logs"]}) == 3
+    assert packed["tokens"] < padded["tokens"]
+    if stage == "dpo":
+        files = list((tmp_path / "run" / "cache").rglob("*.safetensors"))
+        assert len(files) == 1  # one writer

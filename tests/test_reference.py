@@ -1,0 +1,365 @@
+"""Cached reference log-probabilities: what they are, when they are found again, and what happens to damaged files."""
+
+import json
+import math
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from rlhf import reference
+from rlhf.__main__ import main
+from rlhf.data.sources import SAMPLE_DIR
+from rlhf.progress import read_metrics
+from rlhf.reference import Shards, add_reference_logps, decode, encode, pair_key, reference_key, token_batches
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
+ROW = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [3, 6]}
+
+
+# --- keys of pairs ---------------------------------------------------------------------------------------------------
+
+
+def test_pair_key_is_the_tokens_after_truncation():
+    key = pair_key(ROW, None, "keep_start")
+    assert len(key) == 16 and key == pair_key(ROW | {"prompt": "text"}, 5, "keep_start")  # nothing is cut at 5
+    assert key == pair_key(ROW, 5, "keep_end")
+    assert key != pair_key(ROW, 4, "keep_start")
+    assert pair_key(ROW, 4, "keep_start") == pair_key(ROW | {"chosen_ids": [3, 4, 9]}, 4, "keep_start")  # 9 is cut off
+    assert pair_key(ROW, 4, "keep_end") != pair_key(ROW | {"chosen_ids": [3, 4, 9]}, 4, "keep_end")
+    assert pair_key(ROW, 4, "keep_end") != pair_key(ROW, 4, "keep_start")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"prompt_ids": [1, 7]},
+        {"chosen_ids": [3, 4, 7]},
+        {"rejected_ids": [3, 7]},
+        {"chosen_ids": [3, 4]},
+        {"chosen_ids": [3, 6], "rejected_ids": [3, 4, 5]},  # swapped
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},  # the same rows, answers begin later
+        {"prompt_ids": [1], "chosen_ids": [2, 3, 4, 5], "rejected_ids": [2, 3, 6]},
+    ],
+)
+def test_pair_key_changes_with(other):
+    assert pair_key(ROW, 8, "keep_start") != pair_key(ROW | other, 8, "keep_start")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+entries = st.dictionaries(
+    st.binary(min_size=16, max_size=16), st.tuples(*[st.floats(-1e4, 0, width=32)] * 2), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(entries)
+def test_encode_and_decode(found):
+    assert decode(encode(found)) == found
+
+
+def some(start, count=3):
+    return {bytes([start + i] * 16): (-1.5 * i, -2.25 - start) for i in range(count)}
+
+
+def test_shards_add_up(tmp_path):
+    shards = Shards(tmp_path / "cache")
+    assert shards.read() == {}
+    shards.write({})
+    assert not (tmp_path / "cache").exists()
+    shards.write(some(0))
+    shards.write(some(3))
+    shards.write(some(3))  # a run beside this one has written the same
+    assert shards.read() == some(0) | some(3)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit", "empty", "swapped"])
+def test_a_damaged_file_is_not_trusted(damage, tmp_path, capsys):
+    shards = Shards(tmp_path)
+    shards.write(some(0))
+    first = next(tmp_path.iterdir())
+    shards.write(some(3))
+    content = bytearray(first.read_bytes())
+    if damage == "bit":
+        content[-3] ^= 4  # in a log-probability
+    elif damage == "swapped":
+        content = bytearray(encode(some(7)))  # a good file under another one's name
+    first.write_bytes(content[: {"truncated": len(content) - 5, "empty": 0}.get(damage)])
+    assert shards.read() == some(3)
+    assert f"{first} is damaged" in capsys.readouterr().out and not first.exists()
+    shards.write(some(0))
+    assert shards.read() == some(0) | some(3)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    Shards(tmp_path / "file" / "key").write(some(0))
+    assert "are not kept" in capsys.readouterr().out
+
+
+def test_a_half_written_file_is_no_file(tmp_path):
+    shards = Shards(tmp_path)
+    shards.write(some(0))
+    (tmp_path / ".123-abc.safetensors.partial").write_bytes(encode(some(3))[:20])  # a kill while writing
+    assert shards.read() == some(0)
+
+
+def _write_and_read(folder, start):
+    for i in range(20):
+        shards = Shards(Path(folder))
+        shards.write(some(start + i, 1) | some(100, 2))
+        assert shards.read().items() >= (some(start + i, 1) | some(100, 2)).items()
+
+
+def test_two_runs_share_a_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    runs = [context.Process(target=_write_and_read, args=(str(tmp_path), start)) for start in (0, 40)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0]
+    want = some(100, 2)
+    for start in (0, 40):
+        for i in range(20):
+            want |= some(start + i, 1)
+    assert Shards(tmp_path).read() == want
+
+
+# --- what is computed ------------------------------------------------------------------------------------------------
+
+
+def make_trainer(model, folder, lora=True, **values):
+    rows = [json.loads(line) for line in (SAMPLE_DIR / "train.jsonl").read_text().splitlines()[:7]]
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    defaults = {"use_cpu": True, "bf16": False, "max_length": 256, "report_to": "none", "disable_tqdm": True}
+    return DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        args=DPOConfig(output_dir=str(folder), **defaults | values),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+
+
+@pytest.mark.parametrize("values", [{}, {"ld_alpha": 0.5}, {"truncation_mode": "keep_end", "max_length": 40}])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_values_are_trls_own_in_the_order_of_the_rows(lora, values, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "MAX_TOKENS", 200)  # several batches
+    trainer = make_trainer(tiny_llama, tmp_path / "out", lora, **values)
+    found = add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    for row in found:
+        chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
+        assert row["ref_chosen_logps"] == pytest.approx(chosen.item(), rel=1e-5)
+        assert row["ref_rejected_logps"] == pytest.approx(rejected.item(), rel=1e-5)
+    again = add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    for side in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert again[side] == found[side]
+
+
+def test_token_batches():
+    """Padded tokens of a batch: 2 rows a pair of the longest pair's length."""
+    sizes = [(10, 5, 2), (1, 1, 1), (10, 2, 5), (2, 2, 2)]
+    rows = [{"prompt_ids": [0] * p, "chosen_ids": [0] * c, "rejected_ids": [0] * r} for p, c, r in sizes]
+    keys = {name: i for i, name in enumerate(b"abcd")}
+    assert token_batches(rows, keys, 60) == [[ord("a"), ord("c")], [ord("d"), ord("b")]]
+    assert token_batches(rows, keys, 1) == [[ord("a")], [ord("c")], [ord("d")], [ord("b")]]  # never none at all
+
+
+def test_an_interrupted_build_goes_on(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "MAX_TOKENS", 1)  # a pair a batch
+    forward, calls = reference.forward_logps, []
+
+    def breaking(trainer, model, rows, batch, missing):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(batch)
+        return forward(trainer, model, rows, batch, missing)
+
+    trainer = make_trainer(tiny_llama, tmp_path / "out")
+    monkeypatch.setattr(reference, "forward_logps", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    rest = []
+    monkeypatch.setattr(reference, "forward_logps", lambda *a: (rest.append(a[3]), forward(*a))[1])
+    add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    assert len(calls) == 3 and len(rest) == 4 and not {k[0] for k in calls} & {k[0] for k in rest}
+
+
+# --- keys of references ----------------------------------------------------------------------------------------------
+
+
+def key_of(model, lora=None, dtype=torch.float32, path="packed", change=None, **more):
+    from peft import get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    if change:
+        change(model)
+    if lora:
+        torch.manual_seed(more.pop("seed", 0))
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    return reference_key(model, path, **more)
+
+
+def test_reference_key_is_what_the_reference_is(tiny_llama, tiny_gpt2):
+    key = key_of(tiny_llama)
+    assert len(key) == 32
+    same = [
+        key_of(tiny_llama, {"r": 4, "target_modules": "all-linear"}),
+        key_of(tiny_llama, {"r": 16, "target_modules": "all-linear"}, seed=5),
+        key_of(tiny_llama, {"r": 4, "target_modules": ["q_proj"]}),
+        key_of(tiny_llama, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["gate_proj"]}),
+    ]
+    assert set(same) == {key}  # a new adapter is not part of the reference
+    one_bit = lambda m: m.model.layers[1].mlp.up_proj.weight.data[0, 0].mul_(1 + 2**-22)  # noqa: E731
+    rope = lambda m: setattr(m.config, "rope_parameters", {"rope_type": "default", "rope_theta": 5e5})  # noqa: E731
+    others = [
+        key_of(tiny_gpt2), key_of(tiny_llama, change=one_bit), key_of(tiny_llama, change=rope),
+        key_of(tiny_llama, dtype=torch.bfloat16), key_of(tiny_llama, path="sdpa"), key_of(tiny_llama, ld_alpha=0.5),
+        key_of(tiny_llama, autocast="bf16"), key_of(tiny_llama, device="cuda"),
+    ]  # fmt: skip
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_reference_key_of_an_adapter_that_goes_on(tiny_llama):
+    """Its frozen copy `ref` is the reference: its weights and its scale count, those of the trained one don't."""
+    from peft import get_peft_model
+
+    def key(alpha=8, reference=0.1, trained=0.0):
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tiny_llama),
+            LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        model.add_adapter("ref", model.peft_config["default"])
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.fill_(reference if ".ref." in name else trained)
+        return reference_key(model, "packed")
+
+    assert key() == key(trained=1.0)
+    assert len({key(), key(reference=0.2), key(alpha=16)}) == 3
+
+
+def test_4_bit_weights_have_a_key_of_their_own(smollm2):
+    pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
+    from transformers import BitsAndBytesConfig
+
+    def key(**options):
+        config = BitsAndBytesConfig(load_in_4bit=True, **options)
+        return reference_key(AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config), "packed")
+
+    nf4 = key(bnb_4bit_quant_type="nf4")
+    assert nf4 == key(bnb_4bit_quant_type="nf4")
+    assert (
+        len({nf4, key(bnb_4bit_quant_type="fp4"), key(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)}) == 3
+    )
+
+
+# --- in the stage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many pairs each reference pass computes."""
+    counts = []
+    compute = reference.compute_logps
+    monkeypatch.setattr(
+        reference, "compute_logps", lambda t, rows, missing, s: (counts.append(len(missing)), compute(t, rows, missing, s))[1]
+    )  # fmt: skip
+    return counts
+
+
+def dpo(recipe, tmp_path, name, **values):
+    out = tmp_path / name
+    assert main(["dpo", recipe("dpo", name=name, output_dir=str(out), max_steps=1, **LORA | values)]) == 0
+    return read_metrics(out)
+
+
+def test_what_uses_the_cache_again(recipe, tiny_llama, few_pairs, tmp_path, computed, capsys):
+    common = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs)
+    first = dpo(recipe, tmp_path, "first", **common)
+    assert computed == [12] and first[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert "12 pairs, 0 of them in the cache" in capsys.readouterr().out
+    for name, values in {
+        "seed": {"seed": 7}, "rank": {"lora_r": 8}, "beta": {"beta": 0.5}, "rate": {"learning_rate": 1e-4},
+        "loss": {"loss_type": "ipo"}, "batch": {"per_device_train_batch_size": 3}, "subset": {"max_train_examples": 5},
+        "full": {"use_peft": False},
+    }.items():  # fmt: skip
+        dpo(recipe, tmp_path, name, **common | values)
+        assert computed == [12], name
+    assert "12 pairs, 12 of them in the cache" in capsys.readouterr().out
+    dpo(recipe, tmp_path, "length", **common, max_length=512)
+    assert computed == [12, 1]  # one pair is longer than 256
+    lines = Path(few_pairs).read_text().splitlines()
+    changed = json.loads(lines[3])
+    changed["chosen"][0]["content"] = "Indeed. " + changed["chosen"][0]["content"]
+    (tmp_path / "changed.jsonl").write_text("\n".join([*lines[:3], json.dumps(changed), *lines[4:]]) + "\n")
+    dpo(recipe, tmp_path, "token", **common | {"dataset_name": str(tmp_path / "changed.jsonl")})
+    assert computed == [12, 1, 1]
+    dpo(recipe, tmp_path, "padded", packing=False, **common)
+    dpo(recipe, tmp_path, "dtype", dtype="bfloat16", **common)
+    dpo(recipe, tmp_path, "part", ld_alpha=0.5, **common)
+    assert computed == [12, 1, 1, 12, 12, 12]
+
+
+def test_held_out_rows_have_their_reference_too(recipe, tiny_llama, few_pairs, tmp_path, computed):
+    values = dict(eval_dataset_name="embedded:sample", dataset_test_split="heldout", max_eval_examples=5)
+    both = {}
+    for way in ("cached", "online"):
+        rows = dpo(recipe, tmp_path, way, model_name_or_path=tiny_llama, dataset_name=few_pairs, reference=way,
+                   eval_strategy="steps", eval_steps=1, **values)  # fmt: skip
+        both[way] = next(row for row in rows if "eval_loss" in row)
+    assert computed == [12, 5]
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert both["cached"][name] == pytest.approx(both["online"][name], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "aot", "sigmoid_norm"])
+def test_cached_and_online_train_alike(loss_type, recipe, tiny_llama, few_pairs, tmp_path):
+    runs = []
+    for way in ("cached", "online"):
+        out = tmp_path / way
+        file = recipe("dpo", name=way, model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out),
+                      reference=way, loss_type=loss_type, **LORA)  # fmt: skip
+        assert main(["dpo", file]) == 0
+        runs.append([row for row in read_metrics(out) if "loss" in row])
+    for cached, online in zip(*runs, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/margins", "logps/chosen", "grad_norm"):
+            assert cached[name] == pytest.approx(online[name], rel=1e-4, abs=1e-5), name
+
+
+def test_full_fine_tuning_needs_no_second_model(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):
+    import rlhf.models
+
+    loaded = []
+    load = rlhf.models.load_policy
+    monkeypatch.setattr(rlhf.models, "load_policy", lambda *a, **k: (loaded.append(a), load(*a, **k))[1])
+    dpo(recipe, tmp_path, "cached", model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=False)
+    assert len(loaded) == 1
+    dpo(recipe, tmp_path, "online", model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=False, reference="online")  # fmt: skip
+    assert len(loaded) == 3
+
+
+def test_a_wrong_value_is_caught_before_the_first_step(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    """A file that is whole and says something wrong: DPO would not start at ln 2."""
+    decode_right = reference.decode
+    dpo(recipe, tmp_path, "first", model_name_or_path=tiny_llama, dataset_name=few_pairs)
+    monkeypatch.setattr(reference, "decode", lambda c: {k: (a + 3, b) for k, (a, b) in decode_right(c).items()})
+    file = recipe("dpo", name="x", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), **LORA)  # fmt: skip
+    assert main(["dpo", file]) == 2
+    assert "DPO does not start from its reference" in capsys.readouterr().err
+
+
+def test_a_moving_reference_cannot_be_cached(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), sync_ref_model=True)  # fmt: skip
+    assert main(["dpo", file]) == 2
+    assert "sync_ref_model moves the reference during training; set `reference: online`" in capsys.readouterr().err
