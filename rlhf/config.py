@@ -58,6 +58,16 @@ class StageConfig:
             "help": "Compute on one row without padding, in which a pair shares its prompt (same numbers, faster)."
         },
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples an optimizer step, over all processes; replaces per_device_train_batch_size and "
+            "gradient_accumulation_steps. The same steps on any number of processes."
+        },
+    )
+    max_tokens_per_device: int = field(
+        default=4096, metadata={"help": "With global_batch_size: packed tokens a process computes at a time at most."}
+    )
     reference: str = field(
         default="cached",
         metadata={
@@ -149,7 +159,8 @@ REFUSED = {
 HARMLESS = frozenset(
     "logging_steps logging_first_step logging_strategy logging_dir report_to run_name disable_tqdm log_level "
     "log_level_replica save_steps save_total_limit save_strategy eval_steps eval_strategy dataloader_num_workers "
-    "dataloader_pin_memory dataset_num_proc per_device_eval_batch_size output_dir".split()
+    "dataloader_pin_memory dataset_num_proc per_device_eval_batch_size output_dir max_tokens_per_device "
+    "reference_cache".split()
 )
 
 
@@ -215,6 +226,12 @@ def _check_required(recipe: Recipe) -> None:
         return
     if not recipe.get("model_name_or_path"):
         raise UserError(f"{recipe.path}: key 'model_name_or_path' is missing; it names the model to start from")
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if recipe.get("global_batch_size") and recipe.get(key):
+            raise UserError(
+                f"{recipe.where(key)}: {key} and global_batch_size say the same in two ways; remove {key} "
+                "(max_tokens_per_device bounds what a process computes at a time)"
+            )
     halves = [bool(recipe.get(f"{side}_dataset_name")) for side in ("chosen", "rejected")]
     if any(halves) and (not all(halves) or recipe.get("dataset_name")):
         raise UserError(
@@ -399,7 +416,7 @@ _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or fa
 _POSITIVE = frozenset(
     "learning_rate num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "max_length lora_r lora_alpha beta logging_steps save_steps eval_steps max_train_examples max_eval_examples "
-    "max_new_tokens batch_size num_shown".split()
+    "max_new_tokens batch_size num_shown global_batch_size max_tokens_per_device".split()
 )
 
 

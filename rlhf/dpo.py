@@ -20,7 +20,7 @@ from pathlib import Path
 from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
 from rlhf.progress import say
-from rlhf.run import Context, Stage, pack
+from rlhf.run import Context, Stage, pack, use_global_batches
 
 
 def build(context: Context):
@@ -46,7 +46,7 @@ def build(context: Context):
         reference = load_policy(
             context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
         )
-    return trainer_class(context)(
+    trainer = trainer_class(context)(
         model=model,
         ref_model=reference,
         args=args,
@@ -55,6 +55,8 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if goes_on else get_peft_config(model_args),
     )
+    use_global_batches(trainer, context, trainer.is_packed)
+    return trainer
 
 
 def check_reference(context: Context) -> None:
@@ -91,8 +93,9 @@ def trainer_class(context: Context):
     from trl import DPOTrainer
 
     from rlhf.reference import add_reference_logps
+    from rlhf.trainer import GlobalBatches
 
-    class CheckedDPOTrainer(DPOTrainer):
+    class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
 
         def __init__(self, **kwargs):
@@ -100,17 +103,17 @@ def trainer_class(context: Context):
                 super().__init__(**kwargs)
             self._make_ready()
 
-        def _make_ready(self) -> str:
+        def _make_ready(self) -> None:
             """Pack once, as soon as the model stands: TRL's constructor asks for the reference before it ends."""
-            if not hasattr(self, "_attention_path"):
+            if not hasattr(self, "is_packed"):
                 make_ref_adapter_equal(self.model)
-                packed = pack(self, context, "pairs")
-                self._attention_path = "packed" if packed else self.model.config._attn_implementation
-            return self._attention_path
+                self.is_packed = pack(self, context, "pairs")
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
+            self._make_ready()
+            path = "packed" if self.is_packed else self.model.config._attn_implementation
             folder = context.stage_args.reference_cache
-            return add_reference_logps(self, dataset, self._make_ready(), folder and Path(folder))
+            return add_reference_logps(self, dataset, path, folder and Path(folder))
 
         def training_step(self, model, inputs, *args, **kwargs):
             if not self._start_checked and self.state.global_step == 0:
@@ -123,10 +126,11 @@ def trainer_class(context: Context):
 
             was_training = model.training
             model.eval()
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(
-                    self.accelerator.gather(self.compute_loss(model, self._prepare_inputs(dict(inputs)))).mean()
-                )
+            part = inputs.get("micro_batches", [{"batch": inputs, "examples": 1}])[0]
+            with torch.no_grad(), self.compute_loss_context_manager(), self._step_metrics("eval") as note:
+                loss = self.compute_loss(model, self._prepare_inputs(dict(part["batch"])))
+                note(part)
+            loss = float(self.accelerator.gather(loss).mean())
             model.train(was_training)
             found = {side: self._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
             self._metrics["eval"].clear()

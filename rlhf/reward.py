@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.data.formats import preference_rows
-from rlhf.run import Context, Stage, pack
+from rlhf.run import Context, Stage, pack, use_global_batches
 
 
 def build(context: Context):
@@ -12,6 +12,10 @@ def build(context: Context):
     from trl import RewardTrainer, get_peft_config
 
     from rlhf.models import load_reward_model, load_tokenizer
+    from rlhf.trainer import GlobalBatches
+
+    class Trainer(GlobalBatches, RewardTrainer):
+        pass
 
     args, model_args = context.args, context.model_args
     tokenizer = load_tokenizer(
@@ -24,7 +28,7 @@ def build(context: Context):
     model, new_modules = load_reward_model(context.model_name, tokenizer, model_args, args.trust_remote_code)
     model_args.lora_task_type = "SEQ_CLS"
     model_args.lora_modules_to_save = sorted({*(model_args.lora_modules_to_save or []), *new_modules}) or None
-    trainer = RewardTrainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(context.data.train),
@@ -32,7 +36,7 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    pack(trainer, context, "pairs")
+    use_global_batches(trainer, context, pack(trainer, context, "pairs"))
     return trainer
 
 

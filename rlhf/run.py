@@ -245,6 +245,26 @@ def pack(trainer, context: Context, mode: str) -> bool:
     return True
 
 
+def use_global_batches(trainer, context: Context, packed: bool) -> None:
+    """Give the trainer the recipe's global batch size, if it has one, after a look at its longest example.
+
+    Raises:
+        UserError: an example alone has more tokens than max_tokens_per_device.
+    """
+    stage_args, args, recipe = context.stage_args, context.args, context.recipe
+    if stage_args.global_batch_size is None:
+        return
+    from rlhf.trainer import count_tokens
+
+    longest = max((count_tokens(row, args.max_length, not packed) for row in trainer.train_dataset), default=0)
+    if longest > stage_args.max_tokens_per_device:
+        raise UserError(
+            f"{recipe.where('max_tokens_per_device')}: the longest example takes {longest} tokens, more than "
+            f"max_tokens_per_device={stage_args.max_tokens_per_device}; raise it to {longest}, or lower max_length"
+        )
+    trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed)
+
+
 def train_or_restore(trainer, run: Run) -> None:
     """Train; or, where the checkpoint is already the last step's, only load it.
 
@@ -337,7 +357,9 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
     world = trainer.accelerator.num_processes
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    batch = context.stage_args.global_batch_size or (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    )
     steps = (
         args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.data.formats import sft_rows
-from rlhf.run import Context, Stage, pack
+from rlhf.run import Context, Stage, pack, use_global_batches
 
 
 def build(context: Context):
@@ -13,6 +13,10 @@ def build(context: Context):
 
     from rlhf.models import load_policy, load_tokenizer
     from rlhf.packing import head
+    from rlhf.trainer import GlobalBatches
+
+    class Trainer(GlobalBatches, SFTTrainer):
+        pass
 
     args, stage_args = context.args, context.stage_args
     if args.use_cpu:
@@ -22,7 +26,7 @@ def build(context: Context):
         context.model_name, tokenizer, context.model_args, args.trust_remote_code,
         continue_adapter=stage_args.continue_adapter and context.model_args.use_peft,
     )  # fmt: skip
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(context.data.train),
@@ -30,7 +34,7 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if hasattr(model, "peft_config") else get_peft_config(context.model_args),
     )
-    pack(trainer, context, "rows")
+    use_global_batches(trainer, context, pack(trainer, context, "rows"))
     return trainer
 
 

@@ -37,6 +37,8 @@ LEVELS = (
     {"rlhf.checkpoint"},
     {"rlhf.progress"},
     {"rlhf.reference"},
+    {"rlhf.batching"},
+    {"rlhf.trainer"},
     {"rlhf.run"},
     {"rlhf.sft", "rlhf.reward", "rlhf.dpo"},
     {"rlhf.evaluate"},

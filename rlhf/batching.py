@@ -1,0 +1,107 @@
+"""One global batch -> micro-batches that hold at most so many tokens, balanced over processes.
+
+The examples of an optimizer step depend on the seed and the step alone. How they are split over processes and
+micro-batches depends on the hardware, and does not change the step: each loss is weighted by its share of the *global*
+batch (pairs; tokens for SFT). All processes have the same number of micro-batches, because gradients are exchanged in
+the last one, and ZeRO-3 and FSDP2 exchange weights in each.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a global batch is split.
+
+    Attributes:
+        ranks: for each process its micro-batches, for each of these the places in the global batch. Of a process that
+            has nothing in a micro-batch the list is empty.
+        imbalance: the tokens of the fullest process over the mean, less 1; 0 is perfect.
+    """
+
+    ranks: list[list[list[int]]]
+    imbalance: float
+
+
+def split_batch(num_tokens: list[int], num_processes: int, max_tokens: int, padded: bool = False) -> Split:
+    """Split a global batch over processes and micro-batches.
+
+    As few micro-batches as fit; examples go, the longest first, into the emptiest one (LPT, Graham 1969: at most 4/3 of
+    the best possible maximum). Micro-batches of like size run at the same time, and the fuller ones are dealt out to the
+    processes in turns.
+
+    Args:
+        num_tokens: of each example; packed, or of its longest row where rows are padded.
+        num_processes: how many share the batch.
+        max_tokens: that a micro-batch may hold.
+        padded: a micro-batch takes (examples x longest) tokens instead of the sum.
+
+    Raises:
+        ValueError: an example that is longer than `max_tokens` (names its place), or no examples.
+
+    Example:
+        >>> split_batch([5, 9, 2, 4], num_processes=2, max_tokens=11).ranks  # 9 + 2 and 5 + 4 tokens
+        [[[1, 2]], [[0, 3]]]
+        >>> split_batch([5, 9, 2, 4], num_processes=1, max_tokens=11).ranks
+        [[[1, 2], [0, 3]]]
+    """
+    if not num_tokens:
+        raise ValueError("a global batch has no examples")
+    longest = int(np.argmax(num_tokens))
+    if num_tokens[longest] > max_tokens:
+        raise ValueError(f"example {longest} has {num_tokens[longest]} tokens, more than max_tokens={max_tokens}")
+    order = sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i))
+    num_micro = max(1, -(-sum(num_tokens) // (num_processes * max_tokens)))
+    while (bins := _fill(order, num_tokens, num_processes * num_micro, max_tokens, padded)) is None:
+        num_micro += 1
+    return _deal(bins, num_tokens, num_processes)
+
+
+def _fill(order, num_tokens, num_bins: int, max_tokens: int, padded: bool) -> list[list[int]] | None:
+    """Examples in `num_bins` bins by LPT; None if a bin then holds too much."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    emptiest = [(0, number) for number in range(num_bins)]
+    for example in order:
+        _, number = heapq.heappop(emptiest)
+        bins[number].append(example)
+        load = _load(bins[number], num_tokens, padded)
+        if load > max_tokens:
+            return None
+        heapq.heappush(emptiest, (load, number))
+    return bins
+
+
+def _load(examples: list[int], num_tokens, padded: bool) -> int:
+    lengths = [num_tokens[i] for i in examples]
+    return len(lengths) * max(lengths, default=0) if padded else sum(lengths)
+
+
+def _deal(bins: list[list[int]], num_tokens, num_processes: int) -> Split:
+    """Bins of like size at the same time; in each round the fullest goes to the process that has least so far."""
+    bins = sorted(bins, key=lambda b: (-_load(b, num_tokens, False), b))
+    ranks: list[list[list[int]]] = [[] for _ in range(num_processes)]
+    loads = [0] * num_processes
+    for start in range(0, len(bins), num_processes):
+        order = sorted(range(num_processes), key=lambda rank: (loads[rank], rank))
+        for rank, examples in zip(order, bins[start : start + num_processes], strict=True):
+            ranks[rank].append(sorted(examples))
+            loads[rank] += _load(examples, num_tokens, False)
+    return Split(ranks, max(loads) * num_processes / sum(loads) - 1)
+
+
+def step_examples(step: int, num_examples: int, global_batch_size: int, seed: int) -> list[int]:
+    """The rows of an optimizer step (counted from 0): a new order each epoch; the last step of an epoch may be smaller.
+
+    Example:
+        >>> [len(step_examples(k, 10, 4, seed=1)) for k in range(4)]
+        [4, 4, 2, 4]
+    """
+    steps_per_epoch = -(-num_examples // global_batch_size)
+    epoch, place = divmod(step, steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    return order[place * global_batch_size : (place + 1) * global_batch_size].tolist()

@@ -1,0 +1,289 @@
+"""TRL's trainers, one *global* batch an optimizer step: the same losses and metrics on any number of processes.
+
+The trainer's loop sees one batch a step (gradient_accumulation_steps is 1); inside it, `training_step` goes over this
+process's micro-batches (batching.py), weights each loss by its share of the global batch and lets gradients be exchanged
+in the last one. TRL's metrics are taken a micro-batch, without communication, and put together once a step, weighted
+by the pairs or tokens that they are means of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from rlhf.batching import split_batch, step_examples
+
+# What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).
+MEANS_OF = {
+    "entropy": "scored", "logits/chosen": "chosen", "logits/rejected": "rejected", "mean_token_accuracy": "chosen",
+}  # fmt: skip
+
+
+class Steps(Dataset):
+    """Item k: what this process does in step k, its micro-batches collated.
+
+    Attributes:
+        rows: tokenised examples.
+        num_tokens: of each of them, for the split.
+    """
+
+    def __init__(self, rows, num_tokens: list[int], collate: Callable, order: Callable[[int], list[int]], **split: Any):
+        self.rows, self.num_tokens, self.collate, self.order = rows, num_tokens, collate, order
+        self.rank, self.split = split.pop("rank"), split
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        examples = self.order(step)
+        split = split_batch([self.num_tokens[i] for i in examples], **self.split)
+        shortest = min(examples, key=lambda i: self.num_tokens[i])
+        micro_batches = []
+        for places in split.ranks[self.rank]:
+            chosen = [examples[place] for place in places]
+            # a process with nothing to do computes along, with weight 0
+            batch = self.collate([self.rows[i] for i in chosen or [shortest]])
+            micro_batches.append({"batch": batch, "examples": len(chosen)})
+        return {"micro_batches": micro_batches, "examples": len(examples), "imbalance": split.imbalance}
+
+
+class StepLoader(DataLoader):
+    """Steps of an epoch, one at a time; `set_epoch` moves on to the next."""
+
+    def __init__(self, steps: Steps, steps_per_epoch: int, **options):
+        super().__init__(steps, batch_sampler=EpochSteps(steps_per_epoch), collate_fn=_first, **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class EpochSteps:
+    """Yields `[k]` for each step k of an epoch: a batch sampler, so that accelerate can skip what is done already."""
+
+    def __init__(self, steps_per_epoch: int):
+        self.steps_per_epoch, self.epoch = steps_per_epoch, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.epoch * self.steps_per_epoch
+        return iter([k] for k in range(first, first + self.steps_per_epoch))
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+
+def _first(items):
+    return items[0]
+
+
+class GlobalBatches:
+    """Mixed in before SFTTrainer, RewardTrainer or DPOTrainer; does nothing until `use_global_batches` is called."""
+
+    _step_weight: float | None = None  # of the micro-batch at hand; None outside of a step
+    _global = None
+
+    def use_global_batches(self, global_batch_size: int, max_tokens: int, padded: bool) -> None:
+        """From now on a step takes `global_batch_size` examples over all processes.
+
+        Args:
+            global_batch_size: examples an optimizer step.
+            max_tokens: that a micro-batch may hold on one process.
+            padded: rows are padded, not packed.
+        """
+        self.args.gradient_accumulation_steps = 1
+        self._global = {"size": global_batch_size, "max_tokens": max_tokens, "padded": padded}
+
+    # --- data
+
+    def get_train_dataloader(self):
+        if self._global is None:
+            return super().get_train_dataloader()
+        size, seed = self._global["size"], self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        number = len(self.train_dataset)
+        steps = self._steps(self.train_dataset, lambda step: step_examples(step, number, size, seed))
+        return StepLoader(
+            steps, -(-number // size), num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )  # fmt: skip
+
+    def _steps(self, rows, order) -> Steps:
+        self._set_signature_columns_if_needed()
+        rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
+        return Steps(
+            rows, [count_tokens(row, self.args.max_length, self._global["padded"]) for row in rows], self.data_collator,
+            order, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
+            max_tokens=self._global["max_tokens"], padded=self._global["padded"],
+        )  # fmt: skip
+
+    # --- training
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if "micro_batches" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        started = time.perf_counter()
+        micro_batches, total = inputs["micro_batches"], torch.zeros((), device=self.args.device)
+        tokens = self._global_tokens(micro_batches)
+        self.current_gradient_accumulation_steps = 1
+        with self._step_metrics("train") as note:
+            for number, part in enumerate(micro_batches):
+                last = number == len(micro_batches) - 1
+                self.accelerator.gradient_state._set_sync_gradients(last)
+                with self._exchange_gradients(model, last):
+                    loss = self._weighed(
+                        part, inputs, lambda b: super(GlobalBatches, self).training_step(model, b, tokens)
+                    )
+                total += loss
+                note(part)
+        found = self._metrics["train"]
+        found["imbalance"].append(inputs["imbalance"])
+        found["micro_batches"].append(len(micro_batches))
+        found["step_seconds"].append(time.perf_counter() - started)
+        return total
+
+    def _weighed(self, part, inputs, compute):
+        """Run `compute` on a micro-batch with the weight of its loss set."""
+        world = self.accelerator.num_processes  # gradients and losses are averaged over processes
+        share = part["examples"] * world / inputs["examples"]
+        by_tokens = "labels" in part["batch"]  # TRL divides by the global number of tokens itself
+        self._step_weight = float(part["examples"] > 0) if by_tokens else share
+        try:
+            return compute(part["batch"])
+        finally:
+            self._step_weight = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._step_weight is None:
+            return found
+        return (found[0] * self._step_weight, found[1]) if return_outputs else found * self._step_weight
+
+    def _exchange_gradients(self, model, last: bool):
+        if last or self.is_deepspeed_enabled:  # DeepSpeed's engine looks at sync_gradients itself
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model=model)
+
+    def _global_tokens(self, micro_batches) -> torch.Tensor | None:
+        """Labelled tokens of the global batch (SFT)."""
+        if "labels" not in micro_batches[0]["batch"]:
+            return None
+        count = sum(int((p["batch"]["labels"][:, 1:] != -100).sum()) for p in micro_batches if p["examples"])
+        return self.accelerator.reduce(torch.tensor(float(count), device=self.args.device))
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0 if "micro_batches" in inputs else super().floating_point_ops(inputs)
+
+    # --- evaluation
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):  # fmt: skip
+        """Every row once, whatever the number of processes."""
+        if self._global is None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        from transformers.trainer_utils import EvalLoopOutput
+
+        rows = dataloader.dataset
+        size, number = self._global["size"], len(rows)
+        steps = self._steps(rows, lambda step: list(range(step * size, min(number, (step + 1) * size))))
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        total, weight = 0.0, 0.0
+        with self._step_metrics("eval") as note:
+            for number_of_step in range(-(-number // size)):
+                step = steps[number_of_step]
+                tokens = self._global_tokens(step["micro_batches"])
+                mass = step["examples"] if tokens is None else float(tokens)
+                for part in step["micro_batches"]:
+                    batch = self._prepare_inputs(part["batch"])
+                    with torch.no_grad(), self.compute_loss_context_manager():
+                        loss = self._weighed(
+                            {**part, "batch": batch}, step,
+                            lambda b, tokens=tokens: self.compute_loss(model, b, num_items_in_batch=tokens),
+                        )  # fmt: skip
+                    total += float(loss) * mass
+                    note(part)
+                weight += mass
+        loss = float(self.accelerator.reduce(torch.tensor(total / weight, device=self.args.device), "mean"))
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, number)
+
+    # --- metrics
+
+    @contextlib.contextmanager
+    def _step_metrics(self, mode: str):
+        """Collect TRL's metrics of micro-batches without communication; at the end put one value of each for the step."""
+        outer, self._metrics[mode] = self._metrics[mode], defaultdict(list)
+        tokens_before, self._total_train_tokens = self._total_train_tokens, 0
+        sums: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        extremes: dict[str, float] = {}
+
+        def note(part) -> None:
+            inner, self._metrics[mode] = self._metrics[mode], defaultdict(list)
+            counts = count_means(part["batch"], part["examples"])
+            for name, values in inner.items():
+                if name in ("min_reward", "max_reward"):
+                    sign = -1 if name == "min_reward" else 1
+                    value = sign * values[-1] if part["examples"] else -float("inf")
+                    extremes[name] = max(extremes.get(name, -float("inf")), value)
+                elif name != "num_tokens":
+                    weight = counts[MEANS_OF.get(name, "examples") if "labels" not in counts else "labels"]
+                    sums[name] += values[-1] * weight if weight else 0.0
+                    weights[name] += weight
+            if mode == "train" and not part["examples"]:
+                self._total_train_tokens -= int(part["batch"]["attention_mask"].sum())
+
+        accelerator = self.accelerator
+        local = {name: (lambda x, *a, **k: x) for name in ("gather", "gather_for_metrics")}
+        try:
+            vars(accelerator).update(local)
+            yield note
+        finally:
+            for name in local:
+                vars(accelerator).pop(name, None)
+            self._metrics[mode], tokens = outer, self._total_train_tokens
+            self._total_train_tokens = tokens_before
+        names = sorted(sums)
+        both = torch.tensor([[sums[n], weights[n]] for n in names] + [[tokens, 0.0]], dtype=torch.float64)
+        both = accelerator.reduce(both.to(self.args.device)).cpu().tolist()
+        for name, (total, weight) in zip(names, both, strict=False):
+            outer[name].append(total / weight if weight else 0.0)
+        for name in sorted(extremes):
+            largest = accelerator.gather(torch.tensor([extremes[name]], device=self.args.device)).max().item()
+            outer[name].append(-largest if name == "min_reward" else largest)
+        self._total_train_tokens += int(both[-1][0])
+        outer["num_tokens"] = [self._total_train_tokens]
+
+
+def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]:
+    """How many pairs and tokens a micro-batch's metrics are means of; all 0 for one that only computes along."""
+    counts = {"examples": examples}
+    if "completion_mask" in batch:
+        mask = batch["completion_mask"][:, 1:]
+        chosen, rejected = (int(half.sum()) for half in mask.chunk(2))
+        counts |= {"chosen": chosen, "rejected": rejected, "scored": chosen + rejected}
+    if "labels" in batch:
+        counts["labels"] = int((batch["labels"][:, 1:] != -100).sum())
+    return counts if examples else dict.fromkeys(counts, 0)
+
+
+def count_tokens(row: dict[str, list[int]], max_length: int | None, padded: bool) -> int:
+    """Tokens that an example costs: packed, with a shared prompt; or its longest row, twice for a pair, where rows are padded."""
+    cut = lambda n: n if max_length is None else min(n, max_length)  # noqa: E731
+    if "input_ids" in row:
+        return cut(len(row["input_ids"]))
+    prompt = len(row.get("prompt_ids", []))
+    chosen, rejected = cut(prompt + len(row["chosen_ids"])), cut(prompt + len(row["rejected_ids"]))
+    if padded:
+        return 2 * max(chosen, rejected)
+    if not prompt:  # rewards: what the rows have in common
+        pairs = enumerate(zip(row["chosen_ids"], row["rejected_ids"], strict=False))
+        prompt = next((i for i, (a, b) in pairs if a != b), min(chosen, rejected))
+    return chosen + rejected - min(prompt, chosen, rejected)

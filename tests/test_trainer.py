@@ -1,0 +1,128 @@
+"""One global batch a step: the same numbers whatever a process may hold at a time, and the same as TRL's own batches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.__main__ import main
+from rlhf.progress import read_metrics
+from rlhf.trainer import count_tokens
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
+OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "step_seconds"}
+NOT_A_RESULT = ("runtime", "per_second", "flos", "eval_runtime")
+
+
+def train(recipe, stage, tmp_path, name, model, data, **values):
+    """(metrics a step, weights)"""
+    out = tmp_path / name
+    values = {"per_device_train_batch_size": None, "max_steps": 4} | values
+    file = recipe(stage, name=name, model_name_or_path=model, dataset_name=data, output_dir=str(out), **LORA | values)
+    text = [line for line in Path(file).read_text().splitlines(keepends=True) if not line.endswith(" null\n")]
+    Path(file).write_text("".join(text))
+    assert main([stage, file]) == 0
+    rows = [{k: v for k, v in row.items() if k not in OF_THE_SPLIT and not any(w in k for w in NOT_A_RESULT)} for row in read_metrics(out)]  # fmt: skip
+    return rows, load_file(out / "model.safetensors")
+
+
+def assert_equal(one, other):
+    assert len(one[0]) == len(other[0]) >= 4
+    for want, found in zip(one[0], other[0], strict=True):
+        assert want.keys() == found.keys()
+        for name in want:
+            if name == "rewards/accuracies" and want["step"] == 1:
+                continue  # the policy is its reference: margins of 0, to rounding
+            absolute = 1e-5 if "rewards" in name else 5e-6
+            assert found[name] == pytest.approx(want[name], rel=1e-5, abs=absolute), (name, want["step"])
+    for name in one[1]:
+        torch.testing.assert_close(other[1][name], one[1][name], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_the_split_changes_no_number(stage, recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    """12 rows, 5 a step: 5 + 5 + 2, and the first of a second epoch; in one piece and in many."""
+    heldout = dict(eval_dataset_name="embedded:sample", dataset_test_split="heldout", max_eval_examples=7,
+                   eval_strategy="steps", eval_steps=2)  # fmt: skip
+    runs = [
+        train(recipe, stage, tmp_path, f"{tokens}", tiny_llama, few_pairs, global_batch_size=5, max_tokens_per_device=tokens, **heldout)
+        for tokens in (100_000, 520)
+    ]  # fmt: skip
+    pieces = [
+        [row["micro_batches"] for row in read_metrics(tmp_path / f"{tokens}") if "micro_batches" in row]
+        for tokens in (100_000, 520)
+    ]
+    assert set(pieces[0]) == {1} and max(pieces[1]) > 1
+    assert_equal(*runs)
+    assert any("eval_loss" in row for row in runs[0][0]) and len({row["loss"] for row in runs[0][0] if "loss" in row}) == 4  # fmt: skip
+    assert "of 5 examples (1 process on cpu)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_padded_models_too(stage, recipe, tiny_llama, few_pairs, tmp_path):
+    runs = [
+        train(recipe, stage, tmp_path, f"{tokens}", tiny_llama, few_pairs, global_batch_size=5, packing=packing, max_tokens_per_device=tokens)
+        for tokens, packing in ((100_000, True), (1200, False))
+    ]  # fmt: skip
+    assert_equal(*runs)
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):
+    """Stopped after step 4 (the first of the second epoch), gone on to 6: as if nothing had been."""
+    from transformers import TrainerCallback
+
+    from rlhf import run
+
+    values = dict(global_batch_size=5, max_tokens_per_device=520, max_steps=6, save_strategy="steps", save_steps=1)
+    whole = train(recipe, "dpo", tmp_path, "whole", tiny_llama, few_pairs, **values)
+    add_callbacks = run.add_callbacks
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "add_callbacks", lambda t, *a: (add_callbacks(t, *a), t.add_callback(Stop()))[0])
+    with pytest.raises(AssertionError, match="130"):  # the exit code of Ctrl-C
+        train(recipe, "dpo", tmp_path, "stopped", tiny_llama, few_pairs, **values)
+    monkeypatch.setattr(run, "add_callbacks", add_callbacks)
+    assert main(["dpo", str(tmp_path / "stopped.yaml")]) == 0
+    kept = [row for row in read_metrics(tmp_path / "stopped") if "loss" in row]
+    want = [row for row in whole[0] if "loss" in row]
+    assert [row["step"] for row in kept] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in kept] == [row["loss"] for row in want]
+    again = load_file(tmp_path / "stopped" / "model.safetensors")
+    assert all(torch.equal(again[name], whole[1][name]) for name in again)
+
+
+def test_equals_trls_own_batches(recipe, tiny_llama, few_pairs, tmp_path):
+    """12 rows in one step: no order, no split, so TRL's loss, gradient norm and metrics."""
+    ours = train(
+        recipe, "dpo", tmp_path, "ours", tiny_llama, few_pairs, global_batch_size=12, max_tokens_per_device=900
+    )
+    theirs = train(recipe, "dpo", tmp_path, "theirs", tiny_llama, few_pairs, per_device_train_batch_size=12, packing=False)  # fmt: skip
+    assert_equal(theirs, ours)
+
+
+def test_bad_sizes(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    common = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"))
+    assert main(["dpo", recipe("dpo", global_batch_size=4, **common)]) == 2
+    error = capsys.readouterr().err
+    assert "per_device_train_batch_size and global_batch_size say the same in two ways; remove per_device" in error
+    file = Path(recipe("dpo", global_batch_size=4, max_tokens_per_device=30, **common))
+    file.write_text("".join(x for x in file.read_text().splitlines(keepends=True) if "per_device_train" not in x))
+    assert main(["dpo", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "the longest example takes " in error and "more than max_tokens_per_device=30; raise it to" in error
+
+
+def test_count_tokens():
+    pair = {"prompt_ids": [1] * 5, "chosen_ids": [2] * 3, "rejected_ids": [3]}
+    assert count_tokens(pair, None, padded=False) == 5 + 3 + 1
+    assert count_tokens(pair, None, padded=True) == 2 * 8
+    assert count_tokens(pair, 6, padded=False) == 5 + 1 + 1
+    assert count_tokens({"chosen_ids": [1, 2, 3], "rejected_ids": [1, 2, 4, 5]}, None, padded=False) == 2 + 1 + 2
+    assert count_tokens({"input_ids": [1] * 9}, 6, padded=False) == 6
+    assert json.dumps(count_tokens(pair, 6, padded=True)) == "12"
