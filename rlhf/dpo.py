@@ -23,25 +23,41 @@ from rlhf.progress import say
 from rlhf.run import Context, Stage, pack, use_global_batches
 
 
+def load(context: Context):
+    """(policy, tokenizer)"""
+    from rlhf.models import load_policy, load_tokenizer
+
+    args, model_args = context.args, context.model_args
+    tokenizer = load_tokenizer(context.model_name, context.stage_args.chat_template, args.trust_remote_code)
+    return load_policy(
+        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on(context)
+    ), tokenizer
+
+
+def goes_on(context: Context) -> bool:
+    """Whether the policy is an SFT adapter that is trained further."""
+    from rlhf.models import is_adapter
+
+    return is_adapter(context.model_name) and context.stage_args.continue_adapter and context.model_args.use_peft
+
+
 def build(context: Context):
     """TRL's DPOTrainer for this recipe, with the check of step 0."""
     from datasets import Dataset
     from trl import get_peft_config
 
-    from rlhf.models import is_adapter, load_policy, load_tokenizer
+    from rlhf.models import load_policy
     from rlhf.packing import head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     check_reference(context)
+    if goes_on(context):
+        check_same_adapter(context)
     if args.use_cpu:
         head.install()
-    goes_on = is_adapter(context.model_name) and stage_args.continue_adapter and model_args.use_peft
-    if goes_on:
-        check_same_adapter(context)
-    tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
-    model = load_policy(context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on)
-    reference = None
     args.precompute_ref_log_probs = stage_args.reference == "cached"
+    model, tokenizer = load(context)
+    reference = None
     if not model_args.use_peft and stage_args.reference == "online":
         reference = load_policy(
             context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
@@ -53,7 +69,7 @@ def build(context: Context):
         train_dataset=Dataset.from_list(context.data.train),
         eval_dataset=Dataset.from_list(context.data.heldout) if context.data.heldout else None,
         processing_class=tokenizer,
-        peft_config=None if goes_on else get_peft_config(model_args),
+        peft_config=None if goes_on(context) else get_peft_config(model_args),
     )
     use_global_batches(trainer, context, trainer.is_packed)
     return trainer
@@ -188,4 +204,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["prompt_ids"] + row["chosen_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-DPO = Stage("dpo", "DPO", preference_rows, build, probe)
+DPO = Stage("dpo", "DPO", preference_rows, load, build, probe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -177,6 +178,28 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
     return model if continue_adapter else model.merge_and_unload().requires_grad_(True)  # PEFT froze it
 
 
+def _editable(parameter):
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+@contextlib.contextmanager
+def whole_parameter(parameter):
+    """The whole of a parameter that ZeRO-3 or FSDP2 has split over processes, all of which must ask; else itself."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.data
+    elif hasattr(parameter, "full_tensor"):
+        yield parameter.full_tensor()
+    else:
+        yield parameter
+
+
 def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False):
     """A sequence classifier with one output, on the backbone of any model (policy, adapter or encoder).
 
@@ -236,12 +259,14 @@ def _revision(name: str, model_args) -> str:
 
 def _fit_tokenizer(model, tokenizer):
     """Make room for an added pad token and tell the model's configs about pad and EOS."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves a parameter of no size
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():  # a definite value (the mean), so that two loads of one model are the same model
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-                layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
+                with _editable(layer.weight):
+                    layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -299,7 +324,7 @@ def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:
 
 
 def save_finished(
-    model, tokenizer, folder: Path, *, reward: bool, merge: bool, probe: list[list[int]]
+    model, tokenizer, folder: Path, *, reward: bool, merge: bool, probe: list[list[int]], expected=None
 ) -> dict[str, Any]:
     """Write a trained model so that plain transformers (or PEFT) loads it, load it again, compare, then put it in place.
 
@@ -307,6 +332,7 @@ def save_finished(
         model: the trained, unwrapped model; a PeftModel is merged first if `merge`.
         folder: where the files go; they appear there only after the comparison.
         probe: rows of token ids on which the written and the trained model must agree.
+        expected: the trained model's logits on them, if they were taken from a model that is split over processes.
 
     Returns:
         {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float}
@@ -314,7 +340,7 @@ def save_finished(
     Raises:
         RuntimeError: the written model disagrees with the trained one.
     """
-    expected = probe_logits(model, probe)
+    expected = probe_logits(model, probe) if expected is None else expected
     device = next(model.parameters()).device
     is_peft = hasattr(model, "peft_config")
     if is_peft and "ref" in model.peft_config:

@@ -34,6 +34,8 @@ def quiet_libraries(num_rows: int = 0) -> None:
         datasets.disable_progress_bars()
     # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
     standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
+    # deepspeed 0.19, which accelerate imports where it is installed, says on every CPU that it has found no GPU
+    standard_logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 
@@ -73,6 +75,10 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
 
     class Marker(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
+            import torch
+
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # split checkpoints are written by all processes
             folder = run_folder / f"checkpoint-{state.global_step}"
             if state.is_world_process_zero and folder.is_dir():
                 mark_checkpoint(folder)

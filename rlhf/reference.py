@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from rlhf.embedded import cache_dir
+from rlhf.models import whole_parameter
 from rlhf.progress import is_main, say
 
 FORMAT = 1  # part of every key: raise it when what is computed changes
@@ -160,21 +161,9 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
     for short, (name, tensor) in sorted(tensors.items()):
         parameter = parameters.get(name)
         if parameter is None or id(parameter) not in seen:
-            with _gathered(parameter) as whole:
-                yield short, tensor if whole is None else whole
+            with whole_parameter(parameter) as whole:
+                yield short, tensor if whole is parameter else whole
         seen.add(id(parameter))
-
-
-@contextlib.contextmanager
-def _gathered(parameter):
-    """The whole of a parameter that ZeRO-3 or FSDP2 has split; None for one that is whole."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.data
-    else:
-        yield parameter.full_tensor() if hasattr(parameter, "full_tensor") else None
 
 
 # --- computing -------------------------------------------------------------------------------------------------------

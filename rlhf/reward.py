@@ -6,35 +6,39 @@ from rlhf.data.formats import preference_rows
 from rlhf.run import Context, Stage, pack, use_global_batches
 
 
+def load(context: Context):
+    """(reward model, tokenizer); notes the new head's modules, which LoRA trains and saves whole."""
+    from transformers import set_seed
+
+    from rlhf.models import load_reward_model, load_tokenizer
+
+    args, model_args, stage_args = context.args, context.model_args, context.stage_args
+    tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code, encoder=True)
+    set_seed(args.seed)  # transformers draws the new head's weights while it loads: two runs of one seed start alike
+    model, new_modules = load_reward_model(context.model_name, tokenizer, model_args, args.trust_remote_code)
+    model_args.lora_task_type = "SEQ_CLS"
+    model_args.lora_modules_to_save = sorted({*(model_args.lora_modules_to_save or []), *new_modules}) or None
+    return model, tokenizer
+
+
 def build(context: Context):
-    """TRL's RewardTrainer for this recipe; new heads are trained and saved whole beside LoRA."""
+    """TRL's RewardTrainer for this recipe."""
     from datasets import Dataset
     from trl import RewardTrainer, get_peft_config
 
-    from rlhf.models import load_reward_model, load_tokenizer
     from rlhf.trainer import GlobalBatches
 
     class Trainer(GlobalBatches, RewardTrainer):
         pass
 
-    args, model_args = context.args, context.model_args
-    tokenizer = load_tokenizer(
-        context.model_name, context.stage_args.chat_template, args.trust_remote_code, encoder=True
-    )
-    # transformers draws the new head's weights while it loads: two runs of one seed must start alike
-    from transformers import set_seed
-
-    set_seed(args.seed)
-    model, new_modules = load_reward_model(context.model_name, tokenizer, model_args, args.trust_remote_code)
-    model_args.lora_task_type = "SEQ_CLS"
-    model_args.lora_modules_to_save = sorted({*(model_args.lora_modules_to_save or []), *new_modules}) or None
+    model, tokenizer = load(context)
     trainer = Trainer(
         model=model,
-        args=args,
+        args=context.args,
         train_dataset=Dataset.from_list(context.data.train),
         eval_dataset=Dataset.from_list(context.data.heldout) if context.data.heldout else None,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=get_peft_config(context.model_args),
     )
     use_global_batches(trainer, context, pack(trainer, context, "pairs"))
     return trainer
@@ -44,4 +48,4 @@ def probe(dataset) -> list[list[int]]:
     return [row[side] for row in dataset.select(range(min(2, len(dataset)))) for side in ("chosen_ids", "rejected_ids")]
 
 
-REWARD = Stage("reward", "Reward model", preference_rows, build, probe)
+REWARD = Stage("reward", "Reward model", preference_rows, load, build, probe)

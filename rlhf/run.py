@@ -41,6 +41,7 @@ class Stage:
         name: `sft`, `reward` or `dpo`.
         title: what it is called on the screen.
         to_rows: a Source to canonical rows.
+        load: (context) to the model to train (a PeftModel where an adapter goes on) and its tokenizer.
         build: (context) to TRL's trainer.
         probe: the trainer's tokenised training set to a few rows of token ids.
     """
@@ -48,6 +49,7 @@ class Stage:
     name: str
     title: str
     to_rows: Callable[[Source], list[dict[str, Any]]]
+    load: Callable[[Any], tuple[Any, Any]]
     build: Callable[[Any], Any]
     probe: Callable[[Any], list[list[int]]]
 
@@ -176,6 +178,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
 
     args, model_args, stage_args = build_configs(recipe)
     _check_devices(args, recipe)
+    prepare_processes(args)
     model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
     context = Context(recipe, args, model_args, stage_args, data, model_name)
     model_commit = check_length(context)
@@ -200,12 +203,13 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
     started = time.time()
     train_or_restore(trainer, run)
     seconds = time.time() - started
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    probe = stage.probe(trainer.train_dataset)
+    model, expected = finished_model(stage, context, trainer, probe)
     if is_main():
         say("Writing the model, loading it again and comparing ...")
         saved = save_finished(
             model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=merge,
-            probe=stage.probe(trainer.train_dataset),
+            probe=probe, expected=expected,
         )  # fmt: skip
         history = [h for h in trainer.state.log_history if "loss" in h]
         summary = {
@@ -219,6 +223,56 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
         say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def prepare_processes(args) -> None:
+    """What accelerate 1.15 and DeepSpeed 0.19 have to be told where processes are on CPUs; nothing elsewhere."""
+    if not args.use_cpu:
+        return
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # before a model loads, or zero.Init sees one process
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # MULTI_CPU is never made FSDP: it would train DDP, in silence
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+
+
+def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int]]):
+    """The trained model in one piece on the main process, whatever it was split over.
+
+    Returns:
+        (model, None), or, where it was split: (model loaded anew with the trained parameters, on the main process only;
+        the split model's logits on `probe`)
+    """
+    from rlhf.models import probe_logits, whole_parameter
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+        return model, None
+    expected = probe_logits(model, probe)
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with whole_parameter(parameter) as whole:
+                if is_main():
+                    trained[name] = whole.detach().cpu().clone()
+    if not is_main():
+        return None, None
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or ZeRO-3 would split what is loaded now
+    from peft import get_peft_model
+    from trl import get_peft_config
+
+    again = stage.load(context)[0]
+    if context.model_args.use_peft and not hasattr(again, "peft_config"):
+        again = get_peft_model(again, get_peft_config(context.model_args))
+    missing = again.load_state_dict(trained, strict=False)
+    assert not missing.unexpected_keys, f"trained parameters that a new model lacks: {missing.unexpected_keys[:3]}"
+    return again, expected
 
 
 def pack(trainer, context: Context, mode: str) -> bool:
@@ -353,8 +407,9 @@ def _bytes_needed(model_name: str, model_args) -> int:
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     args, data = trainer.args, context.data
     model = trainer.model
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731  ZeRO-3 keeps the whole size there
+    total = sum(map(size, model.parameters()))
+    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
     kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
     world = trainer.accelerator.num_processes
     batch = context.stage_args.global_batch_size or (

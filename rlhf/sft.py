@@ -6,29 +6,35 @@ from rlhf.data.formats import sft_rows
 from rlhf.run import Context, Stage, pack, use_global_batches
 
 
+def load(context: Context):
+    """(policy, tokenizer)"""
+    from rlhf.models import load_policy, load_tokenizer
+
+    args, model_args, stage_args = context.args, context.model_args, context.stage_args
+    tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
+    goes_on = stage_args.continue_adapter and model_args.use_peft
+    return load_policy(
+        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on
+    ), tokenizer
+
+
 def build(context: Context):
     """TRL's SFTTrainer for this recipe."""
     from datasets import Dataset
     from trl import SFTTrainer, get_peft_config
 
-    from rlhf.models import load_policy, load_tokenizer
     from rlhf.packing import head
     from rlhf.trainer import GlobalBatches
 
     class Trainer(GlobalBatches, SFTTrainer):
         pass
 
-    args, stage_args = context.args, context.stage_args
-    if args.use_cpu:
+    if context.args.use_cpu:
         head.install()
-    tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
-    model = load_policy(
-        context.model_name, tokenizer, context.model_args, args.trust_remote_code,
-        continue_adapter=stage_args.continue_adapter and context.model_args.use_peft,
-    )  # fmt: skip
+    model, tokenizer = load(context)
     trainer = Trainer(
         model=model,
-        args=args,
+        args=context.args,
         train_dataset=Dataset.from_list(context.data.train),
         eval_dataset=Dataset.from_list(context.data.heldout) if context.data.heldout else None,
         processing_class=tokenizer,
@@ -42,4 +48,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["input_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-SFT = Stage("sft", "SFT", sft_rows, build, probe)
+SFT = Stage("sft", "SFT", sft_rows, load, build, probe)

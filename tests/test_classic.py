@@ -32,7 +32,7 @@ def alpaca(tmp_path_factory):
 
 def test_every_stage_of_the_classic(tiny_gpt2, tiny_distilbert, alpaca, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
+    short = ["--max_steps", "2", "--global_batch_size", "2"]
     assert main(["dpo", str(RECIPES / "dpo.yaml")]) == 2
     assert (
         "no data file at data/processed/preference_data.jsonl; write it with `rlhf pairs DATASET"

@@ -81,7 +81,12 @@ class _LogProbs(torch.autograd.Function):
             return (None,) * 6
         if len(ctx.saved_tensors) == 1:
             return grad_N[:, None] * ctx.saved_tensors[0], *(None,) * 5
-        return *head_gradients(grad_N, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad[:3]), None, None, None
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+        _, weight_VH, bias_V, *_ = ctx.saved_tensors
+        with maybe_gather_lm_head_ctx(weight_VH, bias_V):  # ZeRO-3
+            grads = head_gradients(grad_N, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad[:3])
+        return *grads, None, None, None
 
 
 def head_gradients(grad_N, hidden_NH, weight_VH, bias_V, targets_N, log_z_N, scale: float, needs) -> tuple:
