@@ -84,6 +84,12 @@ def check_reference(context: Context) -> None:
         raise UserError(
             f"{recipe.where('sync_ref_model')}: sync_ref_model moves the reference during training; set `reference: online`"
         )
+    local = sorted({"aot", "aot_unpaired", "sft"} & set(args.loss_type))
+    if local and stage_args.global_batch_size:
+        say(
+            f"note: the loss {' and '.join(local)} compares the pairs that are computed together (or counts their tokens): "
+            "its value depends on how the global batch is split"
+        )
     if stage_args.reference == "cached" and os.environ.get("ACCELERATE_USE_FSDP") == "true" and not args.use_cpu:
         # the trainer shards the model, and so brings it to the GPU, only when training starts
         say("note: under FSDP the reference's pass is made in every step (`reference: online`), not cached")
