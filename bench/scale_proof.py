@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LAUNCH = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-STAGES = ("sft", "reward", "dpo", "dpo-full")
+STAGES = ("sft", "reward", "dpo", "dpo-full", "dpo-nf4")  # nf4: full, against a 4-bit reference
 LOSS, GRADIENT = 5e-6, 1e-5  # largest allowed difference: absolute, and relative
 BUDGETS = {1: 100_000, 2: 600, 4: 900}  # other token budgets, so that the split differs besides
 
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def make_tiny_model(folder: Path) -> str:
-    """A Llama of 2 layers with random weights and the embedded model's tokenizer, cut to its first 1,000 tokens' weights."""
+    """A Llama of 2 layers with random weights and the embedded model's tokenizer; as wide as bitsandbytes' blocks need."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -71,8 +71,8 @@ def make_tiny_model(folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(resolve(NAME))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.2,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -93,7 +93,9 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
         "max_tokens_per_device": BUDGETS.get(processes, 1000), "max_steps": args.steps, "learning_rate": 1e-4,
         "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "seed": 1,
     }  # fmt: skip
-    if not stage.endswith("full"):
+    if stage == "dpo-nf4":
+        recipe |= {"reference": "nf4", "max_reference_bias_nats": 1000}
+    elif stage != "dpo-full":
         recipe |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
     if stage.startswith("dpo"):
         recipe["reference_cache"] = str(folder / f"reference-{launch}-{processes}")
@@ -116,7 +118,7 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
 
 def compare(one: tuple[list[dict], dict], other: tuple[list[dict], dict]) -> dict[str, float]:
     """Largest differences: loss and weights absolute, gradient norm relative, metrics relative to the larger of them and 1."""
-    own = {"time", "imbalance", "micro_batches", "step_seconds", "loss", "grad_norm"}
+    own = {"time", "imbalance", "micro_batches", "tokens_per_second", "examples_per_second", "loss", "grad_norm"}
     found = {"loss": 0.0, "gradient": 0.0, "metrics": 0.0}
     assert [row["step"] for row in one[0]] == [row["step"] for row in other[0]]
     for a, b in zip(one[0], other[0], strict=True):

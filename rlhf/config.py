@@ -71,9 +71,19 @@ class StageConfig:
     reference: str = field(
         default="cached",
         metadata={
-            "choices": ["cached", "online"],
+            "choices": ["cached", "online", "nf4"],
             "help": "DPO: the policy's log-probabilities before its first update, computed once and kept on disk "
-            "(cached), or the reference's pass in every step (online).",
+            "(cached); the reference's pass in every step (online); or that of a second model in 4 bits (nf4).",
+        },
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "DPO with `reference: nf4`: another model than the policy before its first update."},
+    )
+    max_reference_bias_nats: float = field(
+        default=1.0,
+        metadata={
+            "help": "DPO with `reference: nf4`: stop if quantising moves an answer's log-probability by more on average."
         },
     )
     reference_cache: str | None = field(
@@ -416,7 +426,7 @@ _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or fa
 _POSITIVE = frozenset(
     "learning_rate num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "max_length lora_r lora_alpha beta logging_steps save_steps eval_steps max_train_examples max_eval_examples "
-    "max_new_tokens batch_size num_shown global_batch_size max_tokens_per_device".split()
+    "max_new_tokens batch_size num_shown global_batch_size max_tokens_per_device max_reference_bias_nats".split()
 )
 
 

@@ -7,7 +7,9 @@ which is, where the policy is
     an SFT adapter that goes on          a frozen copy of that adapter, named `ref` (TRL makes it); with the adapter off
                                          it would be the model before SFT
     a whole model, fully fine-tuned      a second copy of it
-Either way the first thing the run does is to check it: at step 0 the loss must be ln 2.
+Either way the first thing the run does is to check it: at step 0 the loss must be ln 2. With `reference: nf4` a second
+model in 4 bits is asked, for one that is not the policy's start; it is never quite right, so its bias is measured, shown
+and bounded before anything is trained.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def build(context: Context):
     from datasets import Dataset
     from trl import get_peft_config
 
-    from rlhf.models import load_policy
+    from rlhf.models import load_nf4, load_policy
     from rlhf.packing import head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
@@ -62,6 +64,8 @@ def build(context: Context):
         reference = load_policy(
             context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
         )
+    elif stage_args.reference == "nf4":
+        reference = load_nf4(reference_name(context), tokenizer, model.dtype, args.trust_remote_code)
     trainer = trainer_class(context)(
         model=model,
         ref_model=reference,
@@ -71,8 +75,56 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if goes_on(context) else get_peft_config(model_args),
     )
+    if stage_args.reference == "nf4":
+        check_bias(trainer, context, tokenizer)
     use_global_batches(trainer, context, trainer.is_packed)
     return trainer
+
+
+def reference_name(context: Context) -> str:
+    """The model that a 4-bit reference is made of, located."""
+    from rlhf.models import locate
+
+    name = context.stage_args.reference_model
+    return locate(name, context.recipe.where("reference_model"), say=say) if name else context.model_name
+
+
+def check_bias(trainer, context: Context, tokenizer) -> None:
+    """Show what the 4-bit reference costs and saves; refuse it where it is off by more than the recipe allows.
+
+    Raises:
+        UserError: with the measured bias and what to do.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    from rlhf.models import load_policy
+    from rlhf.reference import measure_bias
+
+    args, stage_args, recipe = context.args, context.stage_args, context.recipe
+    exact = trainer.model
+    if stage_args.reference_model:
+        exact = load_policy(reference_name(context), tokenizer, context.model_args, args.trust_remote_code, False)
+        exact = exact.to(args.device).eval()
+        add_fused_lm_head(exact)  # as TRL's trainer calls it
+    unwrapped = trainer.accelerator.unwrap_model(trainer.ref_model)
+    small, whole = unwrapped.get_memory_footprint() / 1e6, 0.0
+    whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for n, p in exact.named_parameters() if "lora_" not in n) / 1e6  # fmt: skip
+    found = measure_bias(trainer, exact, args.beta)
+    say(
+        f"  reference {reference_name(context)} in 4 bits (NF4): {small:.0f} MB instead of {whole:.0f} MB\n"
+        f"            its bias on {found['pairs']} pairs: an answer's log-probability {found['mean_nats']:.2f} nats (worst "
+        f"{found['worst_nats']:.2f}), a pair's margin {found['mean_margin_nats']:.2f} (worst {found['worst_margin_nats']:.2f})\n"
+        f"            DPO's loss at step 0 is {found['loss']:.3f} instead of {found['exact_loss']:.3f}"
+    )
+    if not stage_args.reference_model:
+        say("note: the policy starts from these weights; `reference: cached` is exact and needs no second model")
+    if not found["mean_nats"] <= stage_args.max_reference_bias_nats:
+        fix = "quantise a larger model" if stage_args.reference_model else "use `reference: cached`"
+        raise UserError(
+            f"{recipe.where('reference')}: the 4-bit reference is off by {found['mean_nats']:.2f} nats an answer on average, "
+            f"more than max_reference_bias_nats={stage_args.max_reference_bias_nats:g}: DPO would train against another "
+            f"model than the one it is named after; {fix}, or raise max_reference_bias_nats. Nothing was trained"
+        )
 
 
 def check_reference(context: Context) -> None:
@@ -84,6 +136,24 @@ def check_reference(context: Context) -> None:
         raise UserError(
             f"{recipe.where('sync_ref_model')}: sync_ref_model moves the reference during training; set `reference: online`"
         )
+    if stage_args.reference_model and stage_args.reference != "nf4":
+        raise UserError(
+            f"{recipe.where('reference_model')}: reference_model goes with `reference: nf4`; add that, or remove it"
+        )
+    if stage_args.reference == "nf4":
+        from rlhf.models import is_adapter
+
+        if context.model_args.load_in_4bit or context.model_args.load_in_8bit:
+            raise UserError(
+                f"{recipe.where('reference')}: a quantised policy is its own 4-bit reference, exact and for nothing; use "
+                "`reference: cached` or `reference: online`"
+            )
+        name = reference_name(context)
+        if is_adapter(name):
+            raise UserError(
+                f"{recipe.where('reference')}: {name} is an adapter, and only a whole model can be quantised; set "
+                "`merge_adapter: true` in the recipe that makes it"
+            )
     local = sorted({"aot", "aot_unpaired", "sft"} & set(args.loss_type))
     if local and stage_args.global_batch_size:
         say(
@@ -138,7 +208,7 @@ def trainer_class(context: Context):
             return add_reference_logps(self, dataset, path, folder and Path(folder))
 
         def training_step(self, model, inputs, *args, **kwargs):
-            if not self._start_checked and self.state.global_step == 0:
+            if not self._start_checked and self.state.global_step == 0 and context.stage_args.reference != "nf4":
                 self.check_start(model, inputs)
             self._start_checked = True
             return super().training_step(model, inputs, *args, **kwargs)

@@ -228,6 +228,19 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
     return model, sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
 
 
+def load_nf4(name: str, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False):
+    """A frozen 4-bit copy of a whole model (NF4, doubly quantised), which computes in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return _fit_tokenizer(keep_4bit_layout(model), tokenizer).eval().requires_grad_(False)
+
+
 def keep_4bit_layout(model):
     """Let bitsandbytes' layers on a CPU keep their weights in the layout that has a backward pass.
 

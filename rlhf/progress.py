@@ -36,6 +36,7 @@ def quiet_libraries(num_rows: int = 0) -> None:
     standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
     # deepspeed 0.19, which accelerate imports where it is installed, says on every CPU that it has found no GPU
     standard_logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
 
 

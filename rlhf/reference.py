@@ -214,7 +214,7 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> L
     written_at = time.monotonic()
     bar = tqdm(total=len(missing), desc="Reference", unit="pair", disable=not is_main() or trainer.args.disable_tqdm)
     try:
-        with reference_model(trainer) as model:
+        with callable_model(trainer, trainer.ref_model or trainer.model) as model:
             for start in range(0, len(batches), world):
                 turn = batches[start : start + world]
                 # one that has nothing left to do repeats the first: ZeRO-3 gathers weights from all in every pass
@@ -234,12 +234,11 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> L
 
 
 @contextlib.contextmanager
-def reference_model(trainer):
-    """What the reference's pass calls. Under DeepSpeed the policy in an engine for inference, which places and gathers its
+def callable_model(trainer, model):
+    """`model` so that it can be called before training has started. Under DeepSpeed the policy in an engine for inference, which places and gathers its
     weights; taken apart again afterwards (TRL leaves its own standing: ZeRO-3's hooks then run twice in training, and
     LoRA ends in "pop from an empty deque", deepspeed 0.19)."""
-    model = trainer.ref_model or trainer.model
-    if trainer.ref_model is not None or not trainer.is_deepspeed_enabled:
+    if model is trainer.ref_model or not trainer.is_deepspeed_enabled:
         yield model
         return
     from trl.models import prepare_deepspeed
@@ -275,6 +274,47 @@ def forward_logps(trainer, model, rows, batch: list[bytes], missing: dict[bytes,
     chosen, rejected = trainer.compute_ref_log_probs(model, inputs)
     model.train(was_training)
     return dict(zip(batch, zip(chosen.float().tolist(), rejected.float().tolist(), strict=True), strict=True))
+
+
+# --- a quantised reference -------------------------------------------------------------------------------------------
+
+
+def measure_bias(trainer, exact, beta: float, num_pairs: int = 32) -> dict[str, float]:
+    """What quantising the reference changes, on the first training pairs.
+
+    Args:
+        trainer: with the quantised model as `ref_model`, before its first update.
+        exact: the same model unquantised; the policy itself where it starts from the reference's weights.
+        beta: of the loss.
+
+    Returns:
+        pairs; mean_nats and worst_nats: |difference| of an answer's log-probability; mean_margin_nats and
+        worst_margin_nats: of a pair's margin; loss and exact_loss: DPO's (sigmoid) at step 0 with either reference.
+    """
+    rows = trainer.train_dataset.select(range(min(num_pairs, len(trainer.train_dataset))))
+    rows = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    places = {i.to_bytes(16, "big"): i for i in range(len(rows))}
+    found = []
+    for model in dict.fromkeys((trainer.model, exact, trainer.ref_model)):
+        logps: Logps = {}
+        with callable_model(trainer, model) as called:
+            for batch in token_batches(rows, places, MAX_TOKENS):
+                logps |= forward_logps(trainer, called, rows, batch, places)
+        found.append([logps[key] for key in places])
+    policy, quantised = np.array(found[0]), np.array(found[-1])
+    return bias_of(policy, np.array(found[-2]), quantised, beta)
+
+
+def bias_of(policy, exact, quantised, beta: float) -> dict[str, float]:
+    """The numbers of `measure_bias` from (pairs, 2) log-probabilities of chosen and rejected."""
+    answers = np.abs(quantised - exact)
+    margins = np.abs((quantised - exact) @ [1, -1])
+    loss, exact_loss = (float(np.logaddexp(0, -beta * ((policy - r) @ [1, -1])).mean()) for r in (quantised, exact))
+    return {
+        "pairs": len(policy), "mean_nats": float(answers.mean()), "worst_nats": float(answers.max()),
+        "mean_margin_nats": float(margins.mean()), "worst_margin_nats": float(margins.max()),
+        "loss": loss, "exact_loss": exact_loss,
+    }  # fmt: skip
 
 
 def _write(shards: Shards, entries: Logps) -> None:

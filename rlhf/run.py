@@ -161,6 +161,10 @@ def check_extras(recipe: Recipe) -> None:
     for key, package in needs.items():
         if recipe.get(key) and importlib.util.find_spec(package) is None:
             raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install {package}")
+    if recipe.get("reference") == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{recipe.where('reference')}: reference: nf4 needs bitsandbytes; run: pip install bitsandbytes"
+        )
     if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
         raise UserError(
             f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`"

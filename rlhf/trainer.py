@@ -9,6 +9,7 @@ by the pairs or tokens that they are means of.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -108,7 +109,8 @@ class GlobalBatches:
             return super().get_train_dataloader()
         size, seed = self._global["size"], self.args.data_seed if self.args.data_seed is not None else self.args.seed
         number = len(self.train_dataset)
-        steps = self._steps(self.train_dataset, lambda step: step_examples(step, number, size, seed))
+        order = functools.partial(step_examples, num_examples=number, global_batch_size=size, seed=seed)
+        steps = self._steps(self.train_dataset, order)
         return StepLoader(
             steps, -(-number // size), num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -132,6 +134,7 @@ class GlobalBatches:
         micro_batches, total = inputs["micro_batches"], torch.zeros((), device=self.args.device)
         tokens = self._global_tokens(micro_batches)
         self.current_gradient_accumulation_steps = 1
+        tokens_before = self._total_train_tokens
         with self._step_metrics("train") as note:
             for number, part in enumerate(micro_batches):
                 last = number == len(micro_batches) - 1
@@ -145,7 +148,9 @@ class GlobalBatches:
         found = self._metrics["train"]
         found["imbalance"].append(inputs["imbalance"])
         found["micro_batches"].append(len(micro_batches))
-        found["step_seconds"].append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        found["tokens_per_second"].append((self._total_train_tokens - tokens_before) / seconds)  # of all processes
+        found["examples_per_second"].append(inputs["examples"] / seconds)
         return total
 
     def _weighed(self, part, inputs, compute):

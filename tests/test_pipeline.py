@@ -12,8 +12,7 @@ import yaml
 from rlhf.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent
-TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1, "save_steps": 1}  # fmt: skip
+TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "global_batch_size": 2, "save_steps": 1}  # fmt: skip
 
 
 @pytest.fixture

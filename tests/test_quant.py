@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,97 @@ def test_a_pass_in_eval_mode_leaves_training_its_gradients(llama_64):
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# --- a 4-bit reference -----------------------------------------------------------------------------------------------
+
+FULL = {"reference": "nf4", "use_peft": False}
+
+
+def test_bias_by_hand():
+    """Two pairs: answers off by 1, 2, 0 and 4 nats, so margins by 1 - 2 = -1 and 0 - 4 = -4."""
+    import numpy as np
+
+    from rlhf.reference import bias_of
+
+    exact = np.array([[-10.0, -20.0], [-30.0, -40.0]])
+    quantised = exact + np.array([[1.0, 2.0], [0.0, 4.0]])
+    found = bias_of(exact, exact, quantised, beta=0.5)
+    assert (found["mean_nats"], found["worst_nats"]) == (7 / 4, 4.0)
+    assert (found["mean_margin_nats"], found["worst_margin_nats"]) == (2.5, 4.0)
+    assert found["exact_loss"] == pytest.approx(math.log(2))
+    # the policy's margin over the reference is +1 and +4: -log sigmoid(0.5 x)
+    assert found["loss"] == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(-2))) / 2)
+
+
+def test_a_4_bit_reference_that_is_far_off_stops_the_run(recipe, smollm2, few_pairs, tmp_path, capsys):
+    """SmolLM2-135M in 4 bits is another model: nats off a sequence. What is shown is recomputed here with transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from rlhf.evaluate import pair_logps
+
+    file = recipe("dpo", model_name_or_path=smollm2, dataset_name=few_pairs, output_dir=str(tmp_path / "out"), **FULL)
+    assert main(["dpo", file]) == 2
+    shown = capsys.readouterr()
+    told = re.search(r"the 4-bit reference is off by ([\d.]+) nats an answer on average, more than max_reference_bias_nats=1: ", shown.err)  # fmt: skip
+    assert told and "use `reference: cached`" in shown.err and "Nothing was trained" in shown.err
+    assert "its bias on 12 pairs" in shown.out and "`reference: cached` is exact" in shown.out
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
+    found = []
+    for options in ({}, {"quantization_config": config}):
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2, dtype=torch.float32, **options
+        ).train()  # the exact kernels
+        found.append([pair_logps(model, tokenizer, row, 256) for row in rows])
+    off = [abs(a[side] - b[side]) for a, b in zip(*found, strict=True) for side in ("chosen", "rejected")]
+    assert float(told[1]) == pytest.approx(sum(off) / len(off), rel=0.02)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_against_a_4_bit_reference(lora, recipe, llama_64, few_pairs, tmp_path, capsys):
+    values = {"use_peft": lora, "lora_r": 4, "lora_target_modules": "all-linear"} if lora else {}
+    out = tmp_path / "out"
+    file = recipe("dpo", model_name_or_path=llama_64, dataset_name=few_pairs, output_dir=str(out), per_device_train_batch_size=12,
+                  max_reference_bias_nats=100, **FULL | values)  # fmt: skip
+    assert main(["dpo", file]) == 0
+    shown = capsys.readouterr().out
+    loss, exact = re.search(r"DPO's loss at step 0 is ([\d.]+) instead of ([\d.]+)", shown).groups()
+    assert exact == "0.693" and read_metrics(out)[0]["loss"] == pytest.approx(float(loss), abs=1e-3)
+    small, whole = re.search(r"in 4 bits \(NF4\): (\d+) MB instead of (\d+) MB", shown).groups()
+    assert int(small) <= int(whole)
+
+
+def test_another_model_as_reference(recipe, llama_64, tiny_llama, few_pairs, tmp_path, capsys):
+    """Its bias is measured against itself in full precision; the loss does not start at ln 2."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_pretrained(llama_64)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(llama_64).save_pretrained(tmp_path / "other")
+    file = recipe("dpo", model_name_or_path=llama_64, dataset_name=few_pairs, output_dir=str(tmp_path / "out"),
+                  reference_model=str(tmp_path / "other"), max_reference_bias_nats=100, **FULL)  # fmt: skip
+    assert main(["dpo", file]) == 0
+    shown = capsys.readouterr().out
+    loss, exact = re.search(r"DPO's loss at step 0 is ([\d.]+) instead of ([\d.]+)", shown).groups()
+    assert exact != "0.693" and "`reference: cached` is exact" not in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"use_peft": True, "load_in_4bit": True}, "a quantised policy is its own 4-bit reference"),
+        ({"reference": "cached", "reference_model": "x"}, "reference_model goes with `reference: nf4`"),
+        ({"reference_model": "/nowhere/at/all"}, "'/nowhere/at/all' is no local folder"),
+    ],
+)
+def test_what_a_4_bit_reference_cannot_be(values, sentence, recipe, llama_64, few_pairs, tmp_path, capsys):
+    file = recipe("dpo", model_name_or_path=llama_64, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), **FULL | values)  # fmt: skip
+    assert main(["dpo", file]) == 2
+    assert sentence in capsys.readouterr().err

@@ -12,7 +12,7 @@ from rlhf.progress import read_metrics
 from rlhf.trainer import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
-OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "step_seconds"}
+OF_THE_SPLIT = {"time", "imbalance", "micro_batches"}
 NOT_A_RESULT = ("runtime", "per_second", "flos", "eval_runtime")
 
 

@@ -59,9 +59,10 @@ def check(layout, stage, model, kind, tmp_path):
         assert run["sharded"] == (layout in ("zero3", "fsdp2"))
     for want, found in zip(padded["logs"], packed["logs"], strict=True):
         for name in want.keys() & {"loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/rejected", "accuracy", "margin"}:  # fmt: skip
-            assert found[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), name
+            absolute = 1e-5 if name.startswith("rewards") else 2e-6  # small differences of large log-probabilities
+            assert found[name] == pytest.approx(want[name], rel=1e-5, abs=absolute), name
     assert len({log["loss"] for log in packed["logs"]}) == 3
     assert packed["tokens"] < padded["tokens"]
     if stage == "dpo":
         files = list((tmp_path / "run" / "cache").rglob("*.safetensors"))
-        assert len(files) == 1  # one writer
+        assert 1 <= len(files) <= 2  # the main process writes, after the last batch and each half minute
