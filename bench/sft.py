@@ -22,17 +22,23 @@ def build(variant, context, clock):
 
     from rlhf.models import load_policy, load_tokenizer
 
-    context.args.packing = False
+    max_length, context.args.packing = context.args.max_length, False
     if variant == "trl-padding-free":  # which wants rows that are short enough already
         context.args.padding_free, context.args.max_length = True, None
     tokenizer = load_tokenizer(context.model_name)
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=load_policy(context.model_name, tokenizer, context.model_args),
         args=context.args,
         train_dataset=Dataset.from_list(context.data.train),
         processing_class=tokenizer,
         peft_config=get_peft_config(context.model_args),
     )
+    if longer := sum(len(row["input_ids"]) > max_length for row in trainer.train_dataset):
+        raise SystemExit(
+            f"TRL's padding_free does not cut rows, and {longer} are longer than {max_length} tokens; raise --max-length, or "
+            "leave it out with --variants trl packed"
+        )
+    return trainer
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 CASES = [("dpo", ["--variants", "trl", "shared"])] + [
     pytest.param(stage, words, marks=pytest.mark.slow)
     for stage, words in (
-        ("dpo", ["--train", "full", "--data", "completion-heavy"]), ("dpo", ["--train", "qlora"]), ("reward", []), ("sft", []),
-        ("sft", ["--dtype", "bfloat16", "--gradient-checkpointing"]),
+        ("dpo", ["--train", "full", "--data", "completion-heavy"]), ("dpo", ["--train", "qlora"]), ("reward", []),
+        ("sft", ["--max-length", "1024"]), ("sft", ["--max-length", "1024", "--dtype", "bfloat16", "--gradient-checkpointing"]),
     )
 ]  # fmt: skip
 
