@@ -106,9 +106,9 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
         exact = load_policy(reference_name(context), tokenizer, context.model_args, args.trust_remote_code, False)
         exact = exact.to(args.device).eval()
         add_fused_lm_head(exact)  # as TRL's trainer calls it
-    unwrapped = trainer.accelerator.unwrap_model(trainer.ref_model)
-    small, whole = unwrapped.get_memory_footprint() / 1e6, 0.0
-    whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for n, p in exact.named_parameters() if "lora_" not in n) / 1e6  # fmt: skip
+    small = trainer.accelerator.unwrap_model(trainer.ref_model).get_memory_footprint() / 1e6
+    weights = [p for name, p in exact.named_parameters() if "lora_" not in name]
+    whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights) / 1e6
     found = measure_bias(trainer, exact, args.beta)
     say(
         f"  reference {reference_name(context)} in 4 bits (NF4): {small:.0f} MB instead of {whole:.0f} MB\n"

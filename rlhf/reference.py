@@ -235,9 +235,12 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> L
 
 @contextlib.contextmanager
 def callable_model(trainer, model):
-    """`model` so that it can be called before training has started. Under DeepSpeed the policy in an engine for inference, which places and gathers its
-    weights; taken apart again afterwards (TRL leaves its own standing: ZeRO-3's hooks then run twice in training, and
-    LoRA ends in "pop from an empty deque", deepspeed 0.19)."""
+    """`model`, so that it can be called before training has started.
+
+    Under DeepSpeed that is an engine for inference, which places and gathers its weights, taken apart again afterwards.
+    TRL leaves its own standing: ZeRO-3's hooks then run twice in training, and LoRA ends in "pop from an empty deque"
+    (deepspeed 0.19).
+    """
     if model is trainer.ref_model or not trainer.is_deepspeed_enabled:
         yield model
         return

@@ -21,8 +21,8 @@ def install() -> None:
     """Let TRL's fused LM head use this on CPUs, and score the answers' tokens only, as it does on a GPU.
 
     TRL 1.16 scores every position on devices without Triton, prompts and padding too, and masks afterwards; the reason
-    given there is recompilation on Neuron. Remove it once TRL is as fast on CPUs; tests/packing/test_head.py and
-    tests/test_stages.py show equal numbers. Doing it again changes nothing; other devices and dtypes are TRL's as before.
+    given there is recompilation on Neuron. Remove it once TRL is as fast on CPUs; tests/packing/test_head.py
+    shows equal numbers. Doing it again changes nothing; other devices and dtypes are TRL's as before.
     """
     from trl.kernels import chunked_logprob
     from trl.trainer import utils

@@ -39,15 +39,15 @@ def train(layout, stage, model, packed, kind, folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dpo(layout, kind, tiny_llama, tmp_path):
     """The packed run with its cached reference, against TRL's reference in every step."""
-    check(layout, "dpo", tiny_llama, kind, tmp_path)
+    assert_packed_equals_padded(layout, "dpo", tiny_llama, kind, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "zero3", "fsdp2"])
 def test_reward(layout, tiny_llama, tmp_path):
-    check(layout, "reward", tiny_llama, "lora", tmp_path)
+    assert_packed_equals_padded(layout, "reward", tiny_llama, "lora", tmp_path)
 
 
-def check(layout, stage, model, kind, tmp_path):
+def assert_packed_equals_padded(layout, stage, model, kind, tmp_path):
     if layout.startswith("zero"):
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("the extra `deepspeed` is not installed")
