@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-LAUNCH = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-STAGES = ("sft", "reward", "dpo", "dpo-full", "dpo-nf4")  # nf4: full, against a 4-bit reference
+LAUNCH = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+STAGES = ("sft", "reward", "dpo", "dpo-qlora", "dpo-full", "dpo-nf4")  # nf4: full, against a 4-bit reference
 LOSS, GRADIENT = 5e-6, 1e-5  # largest allowed difference: absolute, and relative
 BUDGETS = {1: 100_000, 2: 600, 4: 900}  # other token budgets, so that the split differs besides
 
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     print(
-        f"{'stage':<9} {'launch':<6} {'processes':>9}  {'loss':>8}  {'gradient norm':>13}  {'metrics':>8}  {'weights':>8}"
+        f"{'stage':<9} {'launch':<13} {'processes':>9}  {'loss':>8}  {'gradient norm':>13}  {'metrics':>8}  {'weights':>8}"
     )
     worst_loss = worst_gradient = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +49,7 @@ def main() -> int:
                     found = compare(one, train(args, Path(folder), model, stage, launch, processes))
                     worst_loss, worst_gradient = max(worst_loss, found["loss"]), max(worst_gradient, found["gradient"])
                     print(
-                        f"{stage:<9} {launch:<6} {processes:>9}  {found['loss']:8.1e}  {found['gradient']:13.1e}  "
+                        f"{stage:<9} {launch:<13} {processes:>9}  {found['loss']:8.1e}  {found['gradient']:13.1e}  "
                         f"{found['metrics']:8.1e}  {found['weights']:8.1e}",
                         flush=True,
                     )
@@ -97,6 +97,8 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
         recipe |= {"reference": "nf4", "max_reference_bias_nats": 1000}
     elif stage != "dpo-full":
         recipe |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+    if stage == "dpo-qlora":
+        recipe |= {"load_in_4bit": True}
     if stage.startswith("dpo"):
         recipe["reference_cache"] = str(folder / f"reference-{launch}-{processes}")
     file = folder / f"{out.name}.yaml"
@@ -113,12 +115,22 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode or not (out / "complete.json").is_file():
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-    return [row for row in read_metrics(out) if "loss" in row], load_file(out / "model.safetensors")
+    weights = "adapter_model" if stage == "dpo-qlora" else "model"
+    return [row for row in read_metrics(out) if "loss" in row], load_file(out / f"{weights}.safetensors")
 
 
 def compare(one: tuple[list[dict], dict], other: tuple[list[dict], dict]) -> dict[str, float]:
     """Largest differences: loss and weights absolute, gradient norm relative, metrics relative to the larger of them and 1."""
-    own = {"time", "imbalance", "micro_batches", "tokens_per_second", "examples_per_second", "loss", "grad_norm"}
+    own = {
+        "time",
+        "imbalance",
+        "micro_batches",
+        "padding",
+        "tokens_per_second",
+        "examples_per_second",
+        "loss",
+        "grad_norm",
+    }
     found = {"loss": 0.0, "gradient": 0.0, "metrics": 0.0}
     assert [row["step"] for row in one[0]] == [row["step"] for row in other[0]]
     for a, b in zip(one[0], other[0], strict=True):

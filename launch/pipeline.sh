@@ -22,8 +22,10 @@ main() {
 
   if [ $# -ge 1 ]; then
     [ -f "$1" ] || { echo "pipeline: no launch file at $1; launch/ has $(cd "$root/launch" && echo *.yaml)" >&2; exit 2; }
+    launch=(--launch "$1")
     run=("$python" -m accelerate.commands.launch --config_file "$@" -m rlhf)
   else
+    launch=()
     run=("$python" -m rlhf)
   fi
 
@@ -34,7 +36,8 @@ main() {
   [ ${#stages[@]} -gt 0 ] || { echo "pipeline: $recipes has none of sft.yaml, reward.yaml, dpo.yaml, evaluate.yaml" >&2; exit 2; }
 
   for stage in "${stages[@]}"; do
-    "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check
+    if [ "$stage" = evaluate ]; then launch=(); fi
+    "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check "${launch[@]}"
   done
   for stage in "${stages[@]}"; do
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null   # its inputs exist by now

@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         )
         stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
         stage.add_argument("--check", action="store_true", help="check recipe, data and output folder; train nothing")
+        if name != "evaluate":
+            stage.add_argument("--launch", metavar="FILE", help="with --check: check it under this launch file too")
         stage.add_argument("--keys", action="store_true", help="list all keys with their types and choices")
     chat = commands.add_parser("chat", description="Talk to a finished model. /reset /system /compare /quit inside.")
     chat.add_argument("model", metavar="MODEL_DIR", help="a stage's output, any local model or adapter, or embedded:…")
@@ -143,7 +145,12 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
         return
     from rlhf.run import run_stage
 
-    run_stage(stage, options.recipe, rest, options.check)
+    if options.launch and not options.check:
+        raise UserError(
+            f"--launch goes with --check; to train: accelerate launch --config_file {options.launch} -m rlhf "
+            f"{options.command} {options.recipe}"
+        )
+    run_stage(stage, options.recipe, rest, options.check, options.launch)
 
 
 def print_keys(stage: str) -> None:

@@ -207,6 +207,11 @@ def trainer_class(context: Context):
             folder = context.stage_args.reference_cache
             return add_reference_logps(self, dataset, path, folder and Path(folder))
 
+        def _prepare_inputs(self, inputs):
+            """Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024."""
+            exact = {name: inputs[name] for name in inputs if name.startswith("ref_")}
+            return super()._prepare_inputs(inputs) | {name: x.to(self.args.device) for name, x in exact.items()}
+
         def training_step(self, model, inputs, *args, **kwargs):
             if not self._start_checked and self.state.global_step == 0 and context.stage_args.reference != "nf4":
                 self.check_start(model, inputs)

@@ -171,11 +171,25 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
         return _fit_tokenizer(keep_4bit_layout(model), tokenizer)
     from peft import PeftConfig, PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, **options)
-    model = PeftModel.from_pretrained(
-        _fit_tokenizer(keep_4bit_layout(base), tokenizer), name, is_trainable=continue_adapter
-    )
-    return model if continue_adapter else model.merge_and_unload().requires_grad_(True)  # PEFT froze it
+    base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    with contextlib.nullcontext() if continue_adapter else unsplit():
+        base = AutoModelForCausalLM.from_pretrained(base_name, **options)
+        base = _fit_tokenizer(keep_4bit_layout(base), tokenizer)
+        model = PeftModel.from_pretrained(base, name, is_trainable=continue_adapter)
+        return model if continue_adapter else model.merge_and_unload().requires_grad_(True)  # PEFT froze it
+
+
+@contextlib.contextmanager
+def unsplit():
+    """What is loaded here is whole on each process under ZeRO-3 too, and is split when training starts."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def _editable(parameter):
@@ -207,24 +221,26 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
         (model, names of the modules that are newly made and so must be trained and saved whole)
     """
     options = _load_options(model_args, trust_remote_code) | {"num_labels": 1, "output_loading_info": True}
-    policy = None
-    base = name
-    if is_adapter(name):
-        policy = load_policy(name, tokenizer, model_args, trust_remote_code, continue_adapter=False)
-        base = policy.config._name_or_path
-    else:
+    if not is_adapter(name):
         options["revision"] = _revision(name, model_args)
+        return _load_classifier(name, tokenizer, options)
+    policy = load_policy(name, tokenizer, model_args, trust_remote_code, continue_adapter=False)
+    with unsplit():
+        model, new = _load_classifier(policy.config._name_or_path, tokenizer, options)
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    return model, new
+
+
+def _load_classifier(name: str, tokenizer, options: dict[str, Any]):
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": that is the plan
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(base, **options)
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
     finally:
         logging.set_verbosity(before)
     model = _fit_tokenizer(keep_4bit_layout(model), tokenizer)
-    if policy is not None:
-        model.base_model.load_state_dict(policy.base_model.state_dict())
     return model, sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
 
 
@@ -337,7 +353,15 @@ def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:
 
 
 def save_finished(
-    model, tokenizer, folder: Path, *, reward: bool, merge: bool, probe: list[list[int]], expected=None
+    model,
+    tokenizer,
+    folder: Path,
+    *,
+    reward: bool,
+    merge: bool,
+    probe: list[list[int]],
+    expected=None,
+    exact: bool = True,
 ) -> dict[str, Any]:
     """Write a trained model so that plain transformers (or PEFT) loads it, load it again, compare, then put it in place.
 
@@ -346,6 +370,7 @@ def save_finished(
         folder: where the files go; they appear there only after the comparison.
         probe: rows of token ids on which the written and the trained model must agree.
         expected: the trained model's logits on them, if they were taken from a model that is split over processes.
+        exact: whether they were computed in the dtype that the model is written in.
 
     Returns:
         {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float}
@@ -370,7 +395,9 @@ def save_finished(
     again, _ = load_finished(str(partial), reward=reward, device=device, quantization_config=quantised)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, probe_logits(again, probe), strict=True))
     largest = max(float(a.abs().max()) for a in expected)
-    exact = quantised is None and next(again.parameters()).dtype == torch.float32  # TRL trains QLoRA's adapter in bf16
+    exact = (
+        exact and quantised is None and next(again.parameters()).dtype == torch.float32
+    )  # TRL trains QLoRA's adapter in bf16
     tolerance = (1e-3 if exact else 5e-2) * max(largest, 1.0)
     if not difference <= tolerance:
         raise RuntimeError(

@@ -52,8 +52,7 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if self.training_bar is not None and logs:
-                shown = {label: logs[key] for key, label in SHOWN_METRICS.items() if key in logs}
-                self.training_bar.set_postfix_str(", ".join(f"{k} {float(v):.3f}" for k, v in shown.items()))
+                self.training_bar.set_postfix_str(shown(logs))
 
     class Metrics(TrainerCallback):
         path = run_folder / "metrics.jsonl"
@@ -88,6 +87,16 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
     trainer.remove_callback(ProgressCallback)
     for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics, Marker]:
         trainer.add_callback(callback)
+
+
+def shown(logs: dict[str, Any]) -> str:
+    """The few metrics that fit behind a progress bar."""
+    parts = [f"{label} {float(logs[key]):.3f}" for key, label in SHOWN_METRICS.items() if key in logs]
+    if "tokens_per_second" in logs:
+        parts.append(f"{float(logs['tokens_per_second']):,.0f} tokens/s")
+    if "mfu" in logs:
+        parts.append(f"MFU {float(logs['mfu']):.0%}")
+    return ", ".join(parts)
 
 
 SHOWN_METRICS = {

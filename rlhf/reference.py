@@ -30,7 +30,7 @@ from rlhf.embedded import cache_dir
 from rlhf.models import whole_parameter
 from rlhf.progress import is_main, say
 
-FORMAT = 1  # part of every key: raise it when what is computed changes
+FORMAT = 2  # part of every key: raise it when what is computed changes
 MAX_TOKENS = 4096  # of a forward pass
 SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs, or this long
 Logps = dict[bytes, tuple[float, float]]  # (chosen, rejected) by pair key

@@ -21,12 +21,13 @@ from rlhf.checkpoint import Run, begin_run, check_disk, finish_run, model_digest
 from rlhf.config import TRAINING_STAGES, Recipe, UserError, build_configs, load_recipe
 from rlhf.data.formats import join_chosen_rejected, prompt_key
 from rlhf.data.sources import Source, load_source
+from rlhf.launch import check_layout, check_quantised, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 
 
 @dataclass
 class StageData:
-    """Canonical rows of a stage, and the digests of where they came from."""
+    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from."""
 
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]] | None
@@ -66,13 +67,21 @@ class Context:
     model_name: str
 
 
-def run_stage(stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False) -> None:
+def run_stage(
+    stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False, launch_file: str | None = None
+) -> None:
     """Check everything, then train the stage unless its folder is already complete.
+
+    Args:
+        check_only: check recipe, data and output folder; train nothing.
+        launch_file: to be checked with them.
 
     Raises:
         UserError: with the place and the fix, before a model loads.
     """
     recipe = load_recipe(recipe_path, stage.name, overrides)
+    if launch_file:
+        check_layout(recipe, layout_of_file(launch_file), on_cpu(recipe))
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
     data = read_data(stage, recipe)
     if check_only and waits_for(recipe, recipe.get("model_name_or_path")):
@@ -140,7 +149,8 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
         )
     if heldout:
         digests["heldout"] = heldout.digest
-    train = stage.to_rows(source.head(recipe.get("max_train_examples")))
+    source = source.head(recipe.get("max_train_examples"))
+    train = [{**row, "place": source.where(index)} for index, row in enumerate(stage.to_rows(source))]
     heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples"))) if heldout else None
     if heldout_rows:
         seen = {prompt_key(row) for row in train}
@@ -182,6 +192,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
 
     args, model_args, stage_args = build_configs(recipe)
     _check_devices(args, recipe)
+    check_layout(recipe, layout_of_environment(), args.use_cpu)
     prepare_processes(args)
     model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
     context = Context(recipe, args, model_args, stage_args, data, model_name)
@@ -213,7 +224,7 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
         say("Writing the model, loading it again and comparing ...")
         saved = save_finished(
             model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=merge,
-            probe=probe, expected=expected,
+            probe=probe, expected=expected, exact=expected is None or not (args.bf16 or args.fp16),
         )  # fmt: skip
         history = [h for h in trainer.state.log_history if "loss" in h]
         summary = {
@@ -253,7 +264,7 @@ def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int
     """
     from rlhf.models import probe_logits, whole_parameter
 
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
     if not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
         return model, None
     expected = probe_logits(model, probe)
@@ -314,13 +325,16 @@ def use_global_batches(trainer, context: Context, packed: bool) -> None:
         return
     from rlhf.trainer import count_tokens
 
-    longest = max((count_tokens(row, args.max_length, not packed) for row in trainer.train_dataset), default=0)
+    rows = trainer.train_dataset
+    num_tokens = [count_tokens(row, args.max_length, not packed) for row in rows]
+    longest = max(num_tokens, default=0)
     if longest > stage_args.max_tokens_per_device:
         raise UserError(
-            f"{recipe.where('max_tokens_per_device')}: the longest example takes {longest} tokens, more than "
-            f"max_tokens_per_device={stage_args.max_tokens_per_device}; raise it to {longest}, or lower max_length"
+            f"{recipe.where('max_tokens_per_device')}: the longest example, {rows[num_tokens.index(longest)]['place']}, "
+            f"takes {longest} tokens, more than max_tokens_per_device={stage_args.max_tokens_per_device}; raise it to "
+            f"{longest}, lower max_length, or remove the example"
         )
-    trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed)
+    trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)
 
 
 def train_or_restore(trainer, run: Run) -> None:
@@ -345,9 +359,18 @@ def describe_complete(summary: dict[str, Any]) -> str:
     return f"{summary['steps']} steps, training loss {arrow}, {summary['seconds'] / 60:.1f} min"
 
 
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether this recipe will be computed on the CPU of this machine."""
+    import torch
+
+    return bool(recipe.get("use_cpu")) or not torch.cuda.is_available()
+
+
 def _check_devices(args, recipe: Recipe) -> None:
     import torch
 
+    capability = torch.cuda.get_device_capability() if args.device.type == "cuda" else None
+    check_quantised(recipe, args.device.type, capability)
     if not args.use_cpu and torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         count = torch.cuda.device_count()
         raise UserError(
@@ -430,8 +453,11 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     say(f"  output   {run.folder}")
     dropped = len(data.train) - len(trainer.train_dataset)
     if dropped:
+        kept = set(trainer.train_dataset["place"])
+        first = next(row["place"] for row in data.train if row["place"] not in kept)
         say(
-            f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out"
+            f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out "
+            f"(the first: {first})"
         )
     if run.resume_from:
         say(f"  resuming from {run.resume_from}")

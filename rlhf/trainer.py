@@ -9,6 +9,7 @@ by the pairs or tokens that they are means of.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlhf.batching import split_batch, step_examples
+from rlhf.throughput import flops_per_token, peak_flops
 
 # What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).
 MEANS_OF = {
@@ -51,7 +53,13 @@ class Steps(Dataset):
             # a process with nothing to do computes along, with weight 0
             batch = self.collate([self.rows[i] for i in chosen or [shortest]])
             micro_batches.append({"batch": batch, "examples": len(chosen)})
-        return {"micro_batches": micro_batches, "examples": len(examples), "imbalance": split.imbalance}
+        tokens = sum(self.num_tokens[i] for i in examples)
+        return {
+            "micro_batches": micro_batches,
+            "examples": len(examples),
+            "tokens": tokens,
+            "imbalance": split.imbalance,
+        }
 
 
 class StepLoader(DataLoader):
@@ -90,17 +98,31 @@ class GlobalBatches:
 
     _step_weight: float | None = None  # of the micro-batch at hand; None outside of a step
     _global = None
+    _flops_per_token: float | None = None
+    _peak_flops: float | None = None  # of one device; None where it is not known
 
-    def use_global_batches(self, global_batch_size: int, max_tokens: int, padded: bool) -> None:
+    def use_global_batches(self, global_batch_size: int, max_tokens: int, padded: bool, num_tokens: list[int]) -> None:
         """From now on a step takes `global_batch_size` examples over all processes.
 
         Args:
             global_batch_size: examples an optimizer step.
             max_tokens: that a micro-batch may hold on one process.
             padded: rows are padded, not packed.
+            num_tokens: of each training example, as `count_tokens` counts them.
         """
         self.args.gradient_accumulation_steps = 1
-        self._global = {"size": global_batch_size, "max_tokens": max_tokens, "padded": padded}
+        self._global = {"size": global_batch_size, "max_tokens": max_tokens, "padded": padded, "num_tokens": num_tokens}
+
+    def create_accelerator_and_postprocess(self):
+        """Under FSDP with bf16, compute in it, but add gradients up in fp32 and leave what the model returns as it is.
+
+        accelerate 1.15 has FSDP2 cast that to bf16: log-probabilities, whose sums were then off by nats.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
+            exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = exact
 
     # --- data
 
@@ -110,18 +132,17 @@ class GlobalBatches:
         size, seed = self._global["size"], self.args.data_seed if self.args.data_seed is not None else self.args.seed
         number = len(self.train_dataset)
         order = functools.partial(step_examples, num_examples=number, global_batch_size=size, seed=seed)
-        steps = self._steps(self.train_dataset, order)
+        steps = self._steps(self.train_dataset, self._global["num_tokens"], order)
         return StepLoader(
             steps, -(-number // size), num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )  # fmt: skip
 
-    def _steps(self, rows, order) -> Steps:
+    def _steps(self, rows, num_tokens: list[int], order) -> Steps:
         self._set_signature_columns_if_needed()
         rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
         return Steps(
-            rows, [count_tokens(row, self.args.max_length, self._global["padded"]) for row in rows], self.data_collator,
-            order, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
+            rows, num_tokens, self.data_collator, order, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
             max_tokens=self._global["max_tokens"], padded=self._global["padded"],
         )  # fmt: skip
 
@@ -148,10 +169,22 @@ class GlobalBatches:
         found = self._metrics["train"]
         found["imbalance"].append(inputs["imbalance"])
         found["micro_batches"].append(len(micro_batches))
-        seconds = time.perf_counter() - started
-        found["tokens_per_second"].append((self._total_train_tokens - tokens_before) / seconds)  # of all processes
-        found["examples_per_second"].append(inputs["examples"] / seconds)
+        self._note_throughput(inputs, self._total_train_tokens - tokens_before, time.perf_counter() - started)
         return total
+
+    def _note_throughput(self, inputs, tokens: int, seconds: float) -> None:
+        """Of all processes together: tokens as TRL counts them (a shared prompt twice); MFU by what is computed (once)."""
+        found = self._metrics["train"]
+        found["tokens_per_second"].append(tokens / seconds)
+        found["examples_per_second"].append(inputs["examples"] / seconds)
+        if self._flops_per_token is None:
+            self._flops_per_token = flops_per_token(self.accelerator.unwrap_model(self.model))
+            cuda = self.args.device.type == "cuda"
+            self._peak_flops = peak_flops(torch.cuda.get_device_name(self.args.device)) if cuda else None
+        if self._peak_flops:
+            computed = tokens if self._global["padded"] else inputs["tokens"]
+            peak = self._peak_flops * self.accelerator.num_processes
+            found["mfu"].append(self._flops_per_token * computed / seconds / peak)
 
     def _weighed(self, part, inputs, compute):
         """Run `compute` on a micro-batch with the weight of its loss set."""
@@ -197,7 +230,8 @@ class GlobalBatches:
 
         rows = dataloader.dataset
         size, number = self._global["size"], len(rows)
-        steps = self._steps(rows, lambda step: list(range(step * size, min(number, (step + 1) * size))))
+        num_tokens = [count_tokens(row, self.args.max_length, self._global["padded"]) for row in rows]
+        steps = self._steps(rows, num_tokens, lambda step: list(range(step * size, min(number, (step + 1) * size))))
         model = self._wrap_model(self.model, training=False)
         model.eval()
         total, weight = 0.0, 0.0
@@ -229,6 +263,7 @@ class GlobalBatches:
         sums: dict[str, float] = defaultdict(float)
         weights: dict[str, float] = defaultdict(float)
         extremes: dict[str, float] = {}
+        positions = [0, 0]  # computed, and padding among them
 
         def note(part) -> None:
             inner, self._metrics[mode] = self._metrics[mode], defaultdict(list)
@@ -242,8 +277,11 @@ class GlobalBatches:
                     weight = counts[MEANS_OF.get(name, "examples") if "labels" not in counts else "labels"]
                     sums[name] += values[-1] * weight if weight else 0.0
                     weights[name] += weight
+            mask = part["batch"]["attention_mask"]
+            positions[0] += mask.numel()
+            positions[1] += mask.numel() - int(mask.sum()) if self._global and self._global["padded"] else 0
             if mode == "train" and not part["examples"]:
-                self._total_train_tokens -= int(part["batch"]["attention_mask"].sum())
+                self._total_train_tokens -= int(mask.sum())
 
         accelerator = self.accelerator
         local = {name: (lambda x, *a, **k: x) for name in ("gather", "gather_for_metrics")}
@@ -256,14 +294,17 @@ class GlobalBatches:
             self._metrics[mode], tokens = outer, self._total_train_tokens
             self._total_train_tokens = tokens_before
         names = sorted(sums)
-        both = torch.tensor([[sums[n], weights[n]] for n in names] + [[tokens, 0.0]], dtype=torch.float64)
+        sums_and_weights = [[sums[n], weights[n]] for n in names] + [[tokens, 0.0], positions]
+        both = torch.tensor(sums_and_weights, dtype=torch.float64)
         both = accelerator.reduce(both.to(self.args.device)).cpu().tolist()
         for name, (total, weight) in zip(names, both, strict=False):
             outer[name].append(total / weight if weight else 0.0)
         for name in sorted(extremes):
             largest = accelerator.gather(torch.tensor([extremes[name]], device=self.args.device)).max().item()
             outer[name].append(-largest if name == "min_reward" else largest)
-        self._total_train_tokens += int(both[-1][0])
+        self._total_train_tokens += int(both[-2][0])
+        if mode == "train":
+            outer["padding"].append(both[-1][1] / both[-1][0])  # share of the positions that were computed
         outer["num_tokens"] = [self._total_train_tokens]
 
 

@@ -67,6 +67,22 @@ def tiny_llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def llama_64(tiny_llama, tmp_path_factory):
+    """A tiny Llama as wide as bitsandbytes' block of 64: its CPU kernels take no less."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "llama-64"
+    config = AutoConfig.from_pretrained(
+        tiny_llama, hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.05
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory):
     """A GPT-2 of 2 layers: no chat template, no pad token, BOS = EOS, as the real one."""
     import torch

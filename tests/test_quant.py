@@ -14,20 +14,6 @@ pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 QLORA = {"use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 
 
-@pytest.fixture(scope="module")
-def llama_64(tiny_llama, tmp_path_factory):
-    """A tiny Llama as wide as bitsandbytes' block of 64: its CPU kernels take no less."""
-    import torch
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "llama-64"
-    config = AutoConfig.from_pretrained(tiny_llama, hidden_size=128, intermediate_size=256, head_dim=32)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    return str(folder)
-
-
 def test_qlora_sft_then_dpo_goes_on_with_the_adapter(recipe, llama_64, few_pairs, tmp_path):
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
     assert (

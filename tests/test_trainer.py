@@ -1,6 +1,7 @@
 """One global batch a step: the same numbers whatever a process may hold at a time, and the same as TRL's own batches."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.__main__ import main
-from rlhf.progress import read_metrics
+from rlhf.models import load_tokenizer, tokenize_pair
+from rlhf.progress import read_metrics, shown
 from rlhf.trainer import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
-OF_THE_SPLIT = {"time", "imbalance", "micro_batches"}
+OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}
 NOT_A_RESULT = ("runtime", "per_second", "flos", "eval_runtime")
 
 
@@ -67,6 +69,26 @@ def test_padded_models_too(stage, recipe, tiny_llama, few_pairs, tmp_path):
         for tokens, packing in ((100_000, True), (1200, False))
     ]  # fmt: skip
     assert_equal(*runs)
+    packed, padded = (
+        [row["padding"] for row in read_metrics(tmp_path / str(n)) if "padding" in row] for n in (100_000, 1200)
+    )
+    assert set(packed) == {0.0} and all(0 <= share < 0.9 for share in padded) and max(padded) > 0.05
+
+
+def test_padding_by_hand(recipe, tiny_llama, few_pairs, tmp_path):
+    """All rows in one padded batch: 1 - tokens / (rows x longest)."""
+    train(recipe, "reward", tmp_path, "all", tiny_llama, few_pairs, global_batch_size=12, packing=False, max_tokens_per_device=100_000)  # fmt: skip
+    tokenizer = load_tokenizer(tiny_llama)
+    pairs = [tokenize_pair(tokenizer, json.loads(line)) for line in Path(few_pairs).read_text().splitlines()]
+    lengths = [len(p["prompt_ids"]) + len(p[side]) for p in pairs for side in ("chosen_ids", "rejected_ids")]
+    kept = [n for pair in zip(lengths[::2], lengths[1::2], strict=True) if max(pair) <= 256 for n in pair]
+    found = [row["padding"] for row in read_metrics(tmp_path / "all") if "padding" in row]
+    assert found[0] == pytest.approx(1 - sum(kept) / (len(kept) * max(kept)))
+
+
+def test_what_the_bar_shows():
+    logs = {"loss": 0.5, "rewards/margins": 1.25, "tokens_per_second": 12345.6, "mfu": 0.414, "lr": 1}
+    assert shown(logs) == "loss 0.500, margin 1.250, 12,346 tokens/s, MFU 41%"
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):
@@ -115,7 +137,23 @@ def test_bad_sizes(recipe, tiny_llama, few_pairs, tmp_path, capsys):
     file.write_text("".join(x for x in file.read_text().splitlines(keepends=True) if "per_device_train" not in x))
     assert main(["dpo", str(file)]) == 2
     error = capsys.readouterr().err
-    assert "the longest example takes " in error and "more than max_tokens_per_device=30; raise it to" in error
+    said = re.search(rf"the longest example, {few_pairs}:(\d+), takes (\d+) tokens, more than max_tokens_per_device=30; raise it to (\d+)", error)  # fmt: skip
+    tokenizer = load_tokenizer(tiny_llama)
+    pairs = [tokenize_pair(tokenizer, json.loads(line)) for line in Path(few_pairs).read_text().splitlines()]
+    assert said[2] == said[3] and int(said[2]) == count_tokens(pairs[int(said[1]) - 1], 256, padded=False)
+    assert int(said[2]) == max(count_tokens(p, 256, padded=False) for p in pairs if len(p["prompt_ids"]) < 256)
+
+
+def test_left_out_examples_are_named(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    file = recipe("reward", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"),
+                  max_length=200, max_steps=1, **LORA)  # fmt: skip
+    assert main(["reward", file]) == 0
+    told = re.search(rf"(\d+) of 12 examples are longer than max_length=200 and were left out \(the first: {few_pairs}:(\d+)\)", capsys.readouterr().out)  # fmt: skip
+    tokenizer = load_tokenizer(tiny_llama)
+    pairs = [tokenize_pair(tokenizer, json.loads(line)) for line in Path(few_pairs).read_text().splitlines()]
+    lengths = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+    too_long = [line for line, length in enumerate(lengths, 1) if length > 200]
+    assert (int(told[1]), int(told[2])) == (len(too_long), too_long[0])
 
 
 def test_count_tokens():

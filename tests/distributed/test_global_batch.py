@@ -8,7 +8,7 @@ from test_ddp import launch
 
 from rlhf.progress import read_metrics
 
-OF_THE_SPLIT = {"time", "imbalance", "micro_batches"}
+OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

@@ -42,4 +42,7 @@ def test_it_can_fail(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "--model", "m", "--stages", "dpo", "--launch", "ddp", "--processes", "2"])
     assert scale_proof.main() == 1
     shown = capsys.readouterr().out
-    assert "dpo       ddp            2   1.0e-05        1.0e-04   1.0e-04   1.0e+00" in shown and "NOT EQUAL" in shown
+    assert (
+        "dpo       ddp                   2   1.0e-05        1.0e-04   1.0e-04   1.0e+00" in shown
+        and "NOT EQUAL" in shown
+    )

@@ -1,0 +1,35 @@
+"""What a step computes, in floating point operations, and how near to the device's peak that is."""
+
+from __future__ import annotations
+
+# Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets (no sparsity; SXM where there are several). The first
+# name that stands in the device's own is taken.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10G": 70e12, "A10": 125e12, "A40": 150e12, "A30": 165e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by the name that torch gives it; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def flops_per_token(model) -> float:
+    """Floating point operations a token costs in training: 2 a weight forward, 2 backward, 2 more for a trained weight.
+
+    The input embedding is a look-up and counts only where it is the LM head too; attention scores are left out (a few
+    percent at short lengths), and so is what gradient checkpointing computes again: this is the model's share (MFU), not
+    the hardware's. Source: PaLM, arXiv:2204.02311, appendix B; for LoRA the frozen weights' gradients are left out.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    looked_up = set() if head is not None and head.weight is embedding.weight else set(embedding.parameters())
+    weights = [p for p in model.parameters() if p not in looked_up]
+    return 4.0 * sum(map(num_weights, weights)) + 2.0 * sum(num_weights(p) for p in weights if p.requires_grad)
+
+
+def num_weights(parameter) -> int:
+    """Weights of a parameter, as it was before ZeRO-3 split it or bitsandbytes packed two of them into a byte."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -1,0 +1,139 @@
+"""Launch files and the environment they make are understood; what can't work under them is refused with a way out."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf import launch
+from rlhf.__main__ import main
+from rlhf.config import Recipe, UserError
+from rlhf.launch import Layout, check_layout, check_quantised, layout_of_environment, layout_of_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def recipe_with(**values):
+    return Recipe("dpo", "r.yaml", values, {key: line for line, key in enumerate(values, 1)})
+
+
+@pytest.mark.parametrize(
+    ("file", "engine", "zero_stage", "offload", "fsdp_version"),
+    [
+        ("cpu", "one process", 0, False, 0),
+        ("single", "one process", 0, False, 0),
+        ("ddp", "DDP", 0, False, 0),
+        ("zero1", "DeepSpeed", 1, False, 0),
+        ("zero2", "DeepSpeed", 2, False, 0),
+        ("zero3", "DeepSpeed", 3, False, 0),
+        ("zero3_offload", "DeepSpeed", 3, True, 0),
+        ("fsdp2", "FSDP", 0, False, 2),
+    ],
+)
+def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zero_stage, offload, fsdp_version, monkeypatch):  # fmt: skip
+    path = str(ROOT / "launch" / f"{file}.yaml")
+    assert layout_of_file(path) == Layout(engine, zero_stage, offload, fsdp_version, path)
+    for name, value in environment_of(path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "1" if engine == "one process" else "2")
+    assert layout_of_environment() == Layout(engine, zero_stage, offload, fsdp_version)
+
+
+def environment_of(path):
+    """What accelerate's launcher would set for the training processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", path, "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""  # the launcher sets it on the way
+        return {k: v for k, v in prepare_deepspeed_cmd_env(args)[1].items() if k.startswith("ACCELERATE")}
+    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("ACCELERATE", "FSDP"))}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "no launch file at "),
+        ("{", "no launch file of accelerate's"),
+        ("- a", "no launch file of accelerate's"),
+        ("num_processes: 2", "no launch file of accelerate's"),
+    ],
+)
+def test_files_that_are_none(text, sentence, tmp_path):
+    file = tmp_path / "x.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        layout_of_file(str(file))
+
+
+@pytest.mark.parametrize(
+    ("layout", "values", "cpu", "sentence"),
+    [
+        (Layout("FSDP", fsdp_version=1), {}, False, "`fsdp_version: 2`, or use launch/fsdp2.yaml"),
+        (Layout("FSDP", fsdp_version=2, offload=True), {}, True, "on the CPU already; use launch/fsdp2.yaml"),
+        (Layout("FSDP", fsdp_version=2), {"load_in_8bit": True}, False, r"r.yaml:1: FSDP can't split 8-bit weights; use `load_in_4bit: true`, or launch/ddp.yaml"),
+        (Layout("DeepSpeed", 3, True), {"optim": "paged_adamw_8bit"}, False, "DeepSpeed's Adam in the place of `optim: paged_adamw_8bit`; remove `optim`, or use launch/zero3.yaml"),
+        (Layout("DeepSpeed", 3, True), {"optim": "sgd"}, False, "in the place of `optim: sgd`"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work(layout, values, cpu, sentence, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/" + name)
+    with pytest.raises(UserError, match=sentence):
+        check_layout(recipe_with(**values), layout, cpu)
+
+
+@pytest.mark.parametrize("layout", [Layout("one process"), Layout("DDP"), Layout("DeepSpeed", 2), Layout("DeepSpeed", 3, True), Layout("FSDP", fsdp_version=2)])  # fmt: skip
+def test_what_can(layout, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/" + name)
+    check_layout(recipe_with(load_in_4bit=True, use_peft=True), layout, True)
+
+
+def test_deepspeed_and_its_compiler(monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs DeepSpeed.*'rlhf-dpo\[deepspeed\]', or use launch/ddp.yaml"):
+        check_layout(recipe_with(), Layout("DeepSpeed", 2), False)
+    with pytest.raises(UserError, match=r"or use launch/fsdp2.yaml"):
+        check_layout(recipe_with(), Layout("DeepSpeed", 3, True), False)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    check_layout(recipe_with(), Layout("DeepSpeed", 2), False)  # a GPU's processes talk through NCCL
+    with pytest.raises(UserError, match=r"there is no C\+\+ compiler; install g\+\+"):
+        check_layout(recipe_with(), Layout("DeepSpeed", 2), True)
+    with pytest.raises(UserError, match=r"compile its Adam for the CPU"):
+        check_layout(recipe_with(), Layout("DeepSpeed", 3, True), False)
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "capability", "sentence"),
+    [
+        ({"load_in_4bit": True}, "mps", None, "r.yaml:1: load_in_4bit can't be computed here: bitsandbytes has no kernels for mps; remove load_in_4bit"),
+        ({"load_in_4bit": True}, "cuda", (5, 2), "compute capability is 5.2, and bitsandbytes needs 6.0"),
+        ({"load_in_8bit": True}, "cuda", (7, 0), "compute capability is 7.0, and bitsandbytes needs 7.5"),
+        ({"reference": "nf4"}, "mps", None, "use `reference: cached`, or set `use_cpu: true`"),
+    ],
+)  # fmt: skip
+def test_devices_without_kernels(values, device, capability, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_quantised(recipe_with(**values), device, capability)
+
+
+def test_devices_with_kernels():
+    for device, capability in (("cpu", None), ("cuda", (8, 0)), ("xpu", None)):
+        check_quantised(recipe_with(load_in_4bit=True, reference="nf4"), device, capability)
+    check_quantised(recipe_with(reference="cached"), "mps", None)
+
+
+def test_check_takes_a_launch_file(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), optim="sgd")  # fmt: skip
+    words = ["--launch", str(ROOT / "launch" / "zero3_offload.yaml")]
+    assert main(["dpo", file, "--check", *words]) == 2
+    assert "zero3_offload.yaml keeps the optimizer in the machine's memory" in capsys.readouterr().err
+    assert main(["dpo", file, *words]) == 2
+    assert "--launch goes with --check; to train: accelerate launch --config_file" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
