@@ -352,6 +352,32 @@ def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:
     return found
 
 
+def is_quantised(model) -> bool:
+    """Whether a model's (or a PeftModel's base's) weights are in 4 or 8 bits."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def merge_adapter(model):
+    """The base of a PeftModel with its adapter added to the weights; a 4-bit base is dequantised first.
+
+    PEFT would round the sum to 4 bits again, and lose most of an adapter's small changes in that.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not is_quantised(model):
+        return model.merge_and_unload()
+    adapters = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").float()
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    whole = model.unload().dequantize()
+    with torch.no_grad():
+        for name, delta in adapters.items():
+            whole.get_submodule(name).weight += delta.to(whole.dtype)
+    return whole
+
+
 def save_finished(
     model,
     tokenizer,
@@ -373,7 +399,8 @@ def save_finished(
         exact: whether they were computed in the dtype that the model is written in.
 
     Returns:
-        {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float}
+        {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float,
+        "bytes_before_dequantising": int, or None where nothing was}
 
     Raises:
         RuntimeError: the written model disagrees with the trained one.
@@ -383,8 +410,9 @@ def save_finished(
     is_peft = hasattr(model, "peft_config")
     if is_peft and "ref" in model.peft_config:
         model.delete_adapter("ref")
+    quantised_bytes = model.get_memory_footprint() if is_quantised(model) else None
     if is_peft and merge:
-        model = model.merge_and_unload()
+        model = merge_adapter(model)
     partial = folder / ".partial-model"
     shutil.rmtree(partial, ignore_errors=True)
     options = {"selected_adapters": ["default"]} if is_peft and not merge else {}
@@ -405,15 +433,18 @@ def save_finished(
             f"(allowed {tolerance:.3g}); it was left there for a look, the checkpoints are untouched"
         )
     files, digest = {}, hashlib.sha256()
+    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors lets nobody else read what it writes
     for file in sorted(partial.iterdir()):
         files[file.name] = file.stat().st_size
         if file.suffix == ".safetensors":
             with open(file, "rb") as weights:
                 while block := weights.read(1 << 20):
                     digest.update(block)
+        file.chmod(mode)
         os.replace(file, folder / file.name)
     partial.rmdir()
     return {
         "files": files, "weights_sha256": digest.hexdigest(),
         "max_logit_difference": difference, "max_logit": largest,
+        "bytes_before_dequantising": quantised_bytes if merge else None,
     }  # fmt: skip

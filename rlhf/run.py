@@ -236,6 +236,12 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
         finish_run(run, summary)
         say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
         say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
+        if saved["bytes_before_dequantising"]:
+            whole = sum(size for name, size in saved["files"].items() if name.endswith(".safetensors"))
+            say(
+                f"  merged into the dequantised base: {whole / 1e6:.0f} MB instead of "
+                f"{saved['bytes_before_dequantising'] / 1e6:.0f} MB; `merge_adapter: false` keeps the adapter on 4 bits"
+            )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -389,6 +395,12 @@ def check_merge(context: Context) -> bool:
     if merge is None:
         merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
     goes_on = recipe.stage != "reward" and stage_args.continue_adapter
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if recipe.get(key) and is_adapter(context.model_name) and not goes_on:
+            raise UserError(
+                f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
+                "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
+            )
     if model_args.use_peft and not merge and is_adapter(context.model_name) and not goes_on:
         raise UserError(
             f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "

@@ -30,6 +30,47 @@ def test_qlora_sft_then_dpo_goes_on_with_the_adapter(recipe, llama_64, few_pairs
     assert complete["max_logit_difference"] <= 5e-2 * complete["max_logit"]
 
 
+def test_merging_into_a_4_bit_base_dequantises_it(recipe, llama_64, few_pairs, tmp_path, capsys):
+    """The merged model's weights are the base's 4-bit values plus B A, not rounded to 4 bits again."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from safetensors.torch import load_file
+    from trl import ModelConfig
+
+    from rlhf.models import load_policy, load_tokenizer
+
+    files = {}
+    for merge in (False, True):
+        out = tmp_path / str(merge)
+        file = recipe("sft", name=str(merge), model_name_or_path=llama_64, dataset_name=few_pairs, output_dir=str(out),
+                      merge_adapter=merge, **QLORA)  # fmt: skip
+        assert main(["sft", file]) == 0
+        files[merge] = load_file(out / ("model.safetensors" if merge else "adapter_model.safetensors"))
+    assert re.search(r"merged into the dequantised base: (\d+) MB instead of \d+ MB", capsys.readouterr().out)
+    complete = json.loads((out / "complete.json").read_text())
+    assert complete["max_logit_difference"] <= 1e-3 * max(1, complete["max_logit"])
+    base = load_policy(llama_64, load_tokenizer(llama_64), ModelConfig(use_peft=True, load_in_4bit=True))
+    name = "model.layers.0.mlp.up_proj"
+    weight = base.get_submodule(name).weight
+    adapter = {side: files[False][f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB"}
+    scale = ModelConfig().lora_alpha / QLORA["lora_r"]
+    whole = dequantize_4bit(weight.data, weight.quant_state).float() + scale * adapter["B"] @ adapter["A"]
+    found = files[True][f"{name}.weight"].float()
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=3e-5)  # the adapter is kept in bf16
+    assert (found - dequantize_4bit(weight.data, weight.quant_state).float()).abs().max() > 3e-4
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+@pytest.mark.parametrize(("stage", "values"), [("reward", {}), ("dpo", {"continue_adapter": False})])
+def test_an_adapter_is_not_merged_into_4_bits(stage, values, recipe, llama_64, few_pairs, tmp_path, capsys):
+    sft = tmp_path / "sft"
+    common = dict(dataset_name=few_pairs) | QLORA
+    assert main(["sft", recipe("sft", model_name_or_path=llama_64, output_dir=str(sft), **common)]) == 0
+    file = recipe(stage, model_name_or_path=str(sft), output_dir=str(tmp_path / "x"), **common | values)
+    assert main([stage, file]) == 2
+    assert f"the adapter in {sft} would be merged into quantised weights and rounded away; set `merge_adapter: true`" in capsys.readouterr().err  # fmt: skip
+
+
 def test_a_pass_in_eval_mode_leaves_training_its_gradients(llama_64):
     """As DPO's reference pass and its check of step 0 are; bitsandbytes lays weights out anew then (AVX512-BF16 CPUs)."""
     import torch

@@ -13,11 +13,15 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = [
     (["--stages", "dpo", "--processes", "2", "--launch", "zero3", "fsdp2"], 2),
     pytest.param(["--stages", "sft", "reward", "--processes", "2", "--launch", "zero1", "zero2", "zero3", "fsdp2"], 8, marks=pytest.mark.slow),
+    pytest.param(["--stages", "dpo-qlora", "--processes", "2", "--steps", "3", "--launch", "ddp", "zero2", "zero3", "fsdp2"], 4, marks=pytest.mark.slow),
+    pytest.param(["--stages", "dpo-full", "--processes", "2", "--steps", "3", "--launch", "zero3_offload"], 1, marks=pytest.mark.slow),
     pytest.param(["--stages", "dpo-full", "--processes", "4", "--launch", "ddp", "zero2", "zero3", "fsdp2"], 4, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "runs"), CASES, ids=["dpo", "sft and reward", "full, 4 processes"])
+@pytest.mark.parametrize(
+    ("words", "runs"), CASES, ids=["dpo", "sft and reward", "qlora", "offload", "full, 4 processes"]
+)
 def test_scale_proof(words, runs, tiny_llama, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("the extra `deepspeed` is not installed")
