@@ -49,7 +49,7 @@ def test_bytes_of_the_paper(scale):
 
 
 def llama_parameters(trained):
-    """Embedding 400 bytes, head 400, last norm 2; a layer: q 20, k 10, v 10, down 60, norm 1, where asked for LoRA 5."""
+    """Embedding 400 bytes, head 400, last norm 2; a layer: q 20, k 10, v 10, down 60, norm 1, LoRA 5 if asked."""
     big, layer = 200_000, "model.layers.0."
     found = [("embed_tokens", 400, big), ("lm_head", 400, big), ("model.norm.weight", 2, 100), (layer + "norm", 1, 100)]
     found += [(f"{layer}self_attn.{x}_proj.base_layer.weight", n, big) for x, n in (("q", 20), ("k", 10), ("v", 10))]
@@ -98,7 +98,7 @@ def test_memory_of_the_paper(scale):
 
 
 def test_formulas_of_a_small_model(scale):
-    """Hidden 8, inner 24, 2 heads of 4, 1 key head: a layer's matrices have 64 + 32 + 32 + 64 + 3 x 192 = 768 weights."""
+    """Hidden 8, inner 24, 2 heads of 4, 1 key head: the matrices of a layer have 64 + 32 + 32 + 64 + 3 x 192 = 768."""
     assert sum(a * b for a, b in scale.layer_shapes(SMALL)) == 768
     assert scale.count_parameters(SMALL) == 2 * (768 + 2 * 8) + 2 * 100 * 8 + 8 == 3176
     assert scale.count_lora(SMALL, 3) == 2 * 3 * (16 + 12 + 12 + 16 + 3 * 32) == 912

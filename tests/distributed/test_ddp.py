@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,43 @@ def test_two_processes_train_what_one_does(recipe, tiny_llama, few_pairs, tmp_pa
         assert json.loads((out / "complete.json").read_text())["steps"] == 3
     assert losses[2][0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[1] == pytest.approx(losses[2], abs=1e-4)
+
+
+@pytest.mark.parametrize("launch_file", ["ddp.yaml", "zero2.yaml"])
+def test_two_machines(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
+    """As README says: the same command on both, with accelerate's flags for several machines."""
+    if launch_file.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+        if shutil.which("g++") is None:
+            pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
+    out = tmp_path / "dpo"
+    file = recipe(
+        "dpo", output_dir=str(out), model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=True, lora_r=4
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
+    command += [
+        "--num_machines",
+        "2",
+        "--main_process_ip",
+        "127.0.0.1",
+        "--main_process_port",
+        str(port),
+        "--num_processes",
+        "2",
+    ]
+    machines = [
+        subprocess.Popen([*command, "--machine_rank", str(rank), "-m", "rlhf", "dpo", file], text=True, cwd=ROOT,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    shown = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], shown[0][1][-3000:]
+    assert "(2 processes on cpu)" in shown[0][0] and "===" not in shown[1][0]  # only one process speaks
+    assert json.loads((out / "complete.json").read_text())["steps"] == 3
+    assert read_metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(recipe, tiny_llama, tiny_gpt2, tmp_path):
