@@ -105,7 +105,7 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
         "stage": stage.split("-")[0], "model_name_or_path": model, "dataset_name": args.data, "output_dir": str(out), "max_length": 256,
         "max_train_examples": args.examples, "global_batch_size": args.global_batch_size,
         "max_tokens_per_device": BUDGETS.get(processes, 1000), "max_steps": args.steps, "learning_rate": 1e-4,
-        "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "seed": 1,
+        "gradient_checkpointing": stage.startswith("dpo"), "logging_steps": 1, "save_strategy": "no", "seed": 1,
     }  # fmt: skip
     if stage == "dpo-nf4":
         recipe |= {"reference": "nf4", "max_reference_bias_nats": 1000}

@@ -8,6 +8,7 @@ import sys
 
 from rlhf import __version__
 from rlhf.config import UserError
+from rlhf.stop import EXIT_STOPPED, Stopped
 
 MAP = """\
 Align a language model with human preferences. The stages, in order, each fed by the one before:
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
         stage.add_argument("--check", action="store_true", help="check recipe, data and output folder; train nothing")
         if name != "evaluate":
+            stage.add_argument("--fresh", action="store_true", help="begin anew in a new folder; delete nothing")
             stage.add_argument("--launch", metavar="FILE", help="with --check: check it under this launch file too")
         stage.add_argument("--keys", action="store_true", help="list all keys with their types and choices")
     chat = commands.add_parser("chat", description="Talk to a finished model. /reset /system /compare /quit inside.")
@@ -69,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (2 for a user's mistake, told in one sentence)."""
+    """Run a subcommand; returns the exit code (2: a user's mistake, told in one sentence; 85: stopped when asked to)."""
     top = parser()
     options, rest = top.parse_known_args(argv)
     if options.command is None:
@@ -84,12 +86,24 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rlhf: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("\nrlhf: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nrlhf: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `rlhf … | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        from rlhf.checkpoint import is_disk_trouble
+
+        if not is_disk_trouble(error):
+            raise
+        print(
+            f"rlhf: the disk is in trouble: {' '.join(str(error).split())}; the same command goes on when that is mended",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -150,7 +164,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
             f"--launch goes with --check; to train: accelerate launch --config_file {options.launch} -m rlhf "
             f"{options.command} {options.recipe}"
         )
-    run_stage(stage, options.recipe, rest, options.check, options.launch)
+    run_stage(stage, options.recipe, rest, options.check, options.launch, options.fresh)
 
 
 def print_keys(stage: str) -> None:

@@ -4,12 +4,18 @@ A run folder holds the finished model (safetensors, tokenizer, template) and bes
     recipe.yaml        the recipe as it was run, command line included
     provenance.json    versions, git commit, hardware, digests of data and input model, all arguments
     metrics.jsonl      one line a log
-    checkpoint-N/      the trainer's state after step N; whole once `whole.json` is in it
+    checkpoint-N/      the trainer's state after step N; it gets this name when all of it is on the disk, with a manifest of
+                       sizes and checksums (`whole.json`)
+    stopped.json       of a run that was asked to stop: step, checkpoint and by what; gone when it goes on
+    .lock              held by the run that writes here
     complete.json      written last: the model was reloaded and compared, with its files, sizes and sha256
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +36,9 @@ from rlhf.config import HARMLESS, Recipe, UserError
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 
 
+OURS = {".lock", "stop", ".partial"}  # may lie in a folder that is otherwise empty
+
+
 @dataclass
 class Run:
     """An output folder that is ours to write.
@@ -38,11 +47,13 @@ class Run:
         folder: the output directory.
         complete: what `complete.json` says, or None while there is work to do.
         resume_from: the newest whole checkpoint folder, or None to begin.
+        lock: held while this process writes there.
     """
 
     folder: Path
     complete: dict[str, Any] | None
     resume_from: str | None
+    lock: Lock | None = None
 
 
 def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
@@ -60,7 +71,7 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
     where = recipe.where("output_dir")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{where}: output_dir {folder} is a file; name a folder")
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    found = sorted({p.name for p in folder.iterdir()} - OURS) if folder.is_dir() else []
     if found and "recipe.yaml" not in found:
         raise UserError(
             f"{where}: output_dir {folder} holds other files ({', '.join(found[:4])}) and no run of ours; "
@@ -91,7 +102,7 @@ def _refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> N
     if changed:
         raise UserError(
             f"{recipe.where('output_dir')}: output_dir {folder} holds another run; it differs in {'; '.join(changed)}. "
-            f"Give --output_dir another folder, or move {folder} away (nothing was overwritten)"
+            f"Give --output_dir another folder, or --fresh for a new one beside it (nothing was overwritten)"
         )
 
 
@@ -122,7 +133,7 @@ def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[
     """Write recipe.yaml and provenance.json (main process only)."""
     run.folder.mkdir(parents=True, exist_ok=True)
     text = f"# {recipe.path}, as it was run by `{' '.join(' '.join(sys.argv).split())}`\n"
-    _write(run.folder / "recipe.yaml", text + yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
+    write_file(run.folder / "recipe.yaml", text + yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     provenance = {
         "stage": recipe.stage,
         "recipe": recipe.path,
@@ -132,36 +143,177 @@ def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[
         **environment(),
         "arguments": {k: v for k, v in arguments.items() if k != "token" and not k.endswith("_token")},
     }
-    _write(run.folder / "provenance.json", json.dumps(provenance, indent=2, default=str, ensure_ascii=False) + "\n")
+    write_file(run.folder / "provenance.json", json.dumps(provenance, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def finish_run(run: Run, summary: dict[str, Any]) -> None:
     """Write complete.json, last of all (main process only)."""
     summary = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **summary}
-    _write(run.folder / "complete.json", json.dumps(summary, indent=2, default=str, ensure_ascii=False) + "\n")
+    write_file(run.folder / "complete.json", json.dumps(summary, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
-def mark_checkpoint(folder: Path) -> None:
-    """Note the files and sizes of a checkpoint after all of them are written: from now on it may be resumed."""
-    (folder / "whole.json").unlink(missing_ok=True)
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    _write(folder / "whole.json", json.dumps({"files": files}) + "\n")
+MANIFEST = "whole.json"
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint of the highest step whose files are all there in their size, or None."""
-    steps = {}
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else []:
-        if path.name.removeprefix("checkpoint-").isdigit():
-            steps[int(path.name.removeprefix("checkpoint-"))] = path
-    for step in sorted(steps, reverse=True):
-        manifest = _read_json(steps[step] / "whole.json")
-        if manifest and all(
-            (steps[step] / name).is_file() and (steps[step] / name).stat().st_size == size
-            for name, size in manifest["files"].items()
-        ):
-            return str(steps[step])
+def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]:
+    """`{name: [bytes, sha256]}` of a checkpoint's files, each brought to the disk; of every `parts`-th one from `part`."""
+    found = {}
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)[part::parts]:
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            os.fsync(opened.fileno())
+        found[str(file.relative_to(folder))] = [file.stat().st_size, digest]
+    return found
+
+
+def place_checkpoint(partial: Path, folder: Path, files: dict[str, list], **more: Any) -> None:
+    """Write the manifest of a checkpoint that is on the disk, and give it its name: from now on it may be resumed.
+
+    Args:
+        partial: where its files are.
+        folder: where it belongs (`checkpoint-N`); one that is there already is replaced.
+        files: of `digest_files`.
+        more: what else the manifest tells (processes, layout, ...).
+    """
+    write_file(partial / MANIFEST, json.dumps({"files": files, **more}) + "\n")
+    for directory in {partial, *(f.parent for f in partial.rglob("*"))}:
+        _sync_folder(directory)
+    if folder.exists():
+        remove_checkpoint(folder)
+    os.rename(partial, folder)
+    _sync_folder(folder.parent)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves nothing that looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def rotate_checkpoints(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Delete all whole checkpoints but the newest `keep` and the best one, and what a kill has left half-written."""
+    numbered = _checkpoints(folder)
+    whole = [step for step in sorted(numbered) if (numbered[step] / MANIFEST).is_file()]
+    old = whole[: -max(keep, 1)] if keep else []
+    for step, path in numbered.items():
+        if (step in old or (whole and step not in whole)) and str(path) != best:
+            remove_checkpoint(path)
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    found = folder.glob("checkpoint-*") if folder.is_dir() else []
+    return {int(p.name.removeprefix("checkpoint-")): p for p in found if p.name.removeprefix("checkpoint-").isdigit()}
+
+
+def newest_checkpoint(folder: Path, verify: bool = False, tell=lambda text: None) -> str | None:
+    """The checkpoint of the highest step whose files are all there in their size, or None.
+
+    Args:
+        verify: read all files and compare their checksums too.
+        tell: is called with a sentence about each checkpoint that is passed over.
+    """
+    for _, path in sorted(_checkpoints(folder).items(), reverse=True):
+        damage = checkpoint_damage(path, verify)
+        if not damage:
+            return str(path)
+        tell(f"{path} is damaged and not used: {damage}")
     return None
+
+
+def checkpoint_damage(folder: Path, verify: bool = False) -> str:
+    """What is wrong with a checkpoint; '' if nothing is."""
+    files = (read_manifest(folder) or {}).get("files")
+    if not isinstance(files, dict):
+        return "it was never finished (no manifest that can be read)"
+    for name, noted in files.items():
+        size, digest = noted if isinstance(noted, list) else (noted, None)  # before there were checksums
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+        if verify and digest:
+            with open(path, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
+                    return f"the content of {name} is not what was written (sha256)"
+    return ""
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's manifest says."""
+    found = _read_json(Path(folder) / MANIFEST)
+    return found if isinstance(found, dict) else None
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    with open(path, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:  # some file systems sync no folders
+        pass
+    finally:
+        os.close(opened)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether an error says that a disk is full or can't be written to, in whichever library's words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return True
+    words = (
+        "No space left on device",
+        "Read-only file system",
+        "Disk quota exceeded",
+        "file write failed",
+        "unexpected pos",
+    )
+    return any(word in str(error) for word in words)  # safetensors' errors, and those of torch's zip writer
+
+
+class Lock:
+    """An output folder is written by one run at a time; the kernel lets go of it when the process ends, however it does."""
+
+    def __init__(self, folder: Path, where: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / ".lock"
+        self.file = open(self.path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip()
+            self.file.close()
+            raise UserError(
+                f"{where}: output_dir {folder} is being written by another run ({holder}); wait for it, stop it, or give "
+                "--output_dir another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
+        self.file.flush()
+
+    def release(self) -> None:
+        """Let go of the folder, and remove it if there is nothing else in it."""
+        if not any(p.name != ".lock" for p in self.path.parent.iterdir()):
+            self.path.unlink()
+            self.path.parent.rmdir()
+        self.file.close()
+
+
+def fresh_folder(folder: Path) -> Path:
+    """The first of `folder`, `folder-2`, `folder-3`, ... that holds nothing yet."""
+    number, found = 1, folder
+    while found.exists() and (not found.is_dir() or any(found.iterdir())):
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
 
 
 def model_digest(name: str) -> str:
@@ -219,7 +371,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:

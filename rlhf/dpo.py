@@ -205,7 +205,7 @@ def trainer_class(context: Context):
             self._make_ready()
             path = "packed" if self.is_packed else self.model.config._attn_implementation
             folder = context.stage_args.reference_cache
-            return add_reference_logps(self, dataset, path, folder and Path(folder))
+            return add_reference_logps(self, dataset, path, folder and Path(folder), context.stopper)
 
         def _prepare_inputs(self, inputs):
             """Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024."""

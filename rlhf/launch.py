@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,6 +31,12 @@ class Layout:
     offload: bool = False
     fsdp_version: int = 0
     name: str = "the launch file"
+
+    def record(self, processes: int) -> dict[str, Any]:
+        """For a checkpoint's manifest: the engine, whether and how it splits what it saves, and over how many processes."""
+        engine = f"{self.engine} ZeRO-{self.zero_stage}" if self.engine == "DeepSpeed" else self.engine
+        split = {"DeepSpeed": engine, "FSDP": "FSDP"}.get(self.engine, "no")
+        return {"engine": engine, "split": split, "processes": processes}
 
 
 def layout_of_environment() -> Layout:

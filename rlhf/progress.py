@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import mark_checkpoint
+from rlhf.checkpoint import write_file
 
 
 def is_main() -> bool:
@@ -41,7 +41,7 @@ def quiet_libraries(num_rows: int = 0) -> None:
 
 
 def add_callbacks(trainer, run_folder: Path, title: str) -> None:
-    """Our progress bar in place of the trainer's printed dicts, metrics.jsonl, and the mark of a whole checkpoint."""
+    """Our progress bar in place of the trainer's printed dicts, and metrics.jsonl."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Progress(ProgressCallback):
@@ -56,11 +56,13 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
 
     class Metrics(TrainerCallback):
         path = run_folder / "metrics.jsonl"
+        waiting = ""  # lines that a full disk has kept back
 
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 kept = [m for m in read_metrics(run_folder) if m["step"] <= state.global_step and state.global_step > 0]
-                self.path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+                kept = [m for m in kept if "train_runtime" not in m]  # the summary of a run that was stopped
+                write_file(self.path, "".join(json.dumps(m) + "\n" for m in kept))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if state.is_world_process_zero and logs:
@@ -70,23 +72,27 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
                     for k, v in logs.items()
                     if k != "epoch"
                 }
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-
-    class Marker(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            import torch
-
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()  # split checkpoints are written by all processes
-            folder = run_folder / f"checkpoint-{state.global_step}"
-            if state.is_world_process_zero and folder.is_dir():
-                mark_checkpoint(folder)
+                self.waiting += json.dumps(line) + "\n"
+                if append(self.path, self.waiting):
+                    self.waiting = ""
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics, Marker]:
+    for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics]:
         trainer.add_callback(callback)
+
+
+def append(path: Path, text: str) -> bool:
+    """Add text to the end of a file, all of it or, where the disk is full or read-only, nothing; whether it is there."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            written = file.write(text.encode())
+            if written < len(text.encode()):
+                file.truncate(end)
+            return written == len(text.encode())
+    except OSError:
+        return False
 
 
 def shown(logs: dict[str, Any]) -> str:

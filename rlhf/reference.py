@@ -29,6 +29,7 @@ import torch
 from rlhf.embedded import cache_dir
 from rlhf.models import whole_parameter
 from rlhf.progress import is_main, say
+from rlhf.stop import Stopped, Stopper
 
 FORMAT = 2  # part of every key: raise it when what is computed changes
 MAX_TOKENS = 4096  # of a forward pass
@@ -169,7 +170,7 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
-def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None):
+def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None, stopper: Stopper | None = None):
     """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer looks for.
 
     Args:
@@ -177,6 +178,10 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None)
         dataset: its tokenised rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
         path: how attention is computed, for the key.
         folder: the cache; default: `reference` in the user's cache folder of this project.
+        stopper: is asked after each batch; what is done by then is in the cache.
+
+    Raises:
+        Stopped: a stop was asked for.
 
     All processes must call it; they share the work, the main one reads and writes files.
     """
@@ -193,7 +198,7 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None)
     missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal pairs once
     say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
     if missing:
-        known |= compute_logps(trainer, rows, missing, shards)
+        known |= compute_logps(trainer, rows, missing, shards, stopper)
     chosen, rejected = (np.array([known[k][side] for k in keys], dtype=np.float32) for side in (0, 1))
     return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
@@ -202,7 +207,7 @@ def _only(entries: Logps, keys: list[bytes]) -> Logps:
     return {key: entries[key] for key in keys if key in entries}
 
 
-def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> Logps:
+def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stopper: Stopper | None = None) -> Logps:
     """The entries of the `missing` pairs (key to row): every process computes its part and gets all of them."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
@@ -224,6 +229,10 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards) -> L
                 found |= new
                 unwritten |= new
                 bar.update(len(new))
+                if stopper and len(found) < len(missing) and stopper.agree():
+                    say(f"\nStopped: {len(found)} of {len(missing)} pairs of the reference are in the cache. "
+                        "The same command goes on from there.")  # fmt: skip
+                    raise Stopped
                 if len(unwritten) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
                     _write(shards, unwritten)
                     unwritten, written_at = {}, time.monotonic()
@@ -251,6 +260,11 @@ def callable_model(trainer, model):
         yield engine
     finally:
         engine.destroy()
+        for (
+            module
+        ) in model.modules():  # DeepSpeed 0.19 leaves functions that call the engine that is gone: training under
+            for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):  # ZeRO-3 with gradient
+                module.__dict__.pop(name, None)  # checkpointing then finds its weights empty
 
 
 def token_batches(rows, missing: dict[bytes, int], max_tokens: int) -> list[list[bytes]]:

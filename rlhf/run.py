@@ -6,7 +6,6 @@ is here: everything that can be wrong in a recipe, in the data or on the disk is
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -17,12 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import Run, begin_run, check_disk, finish_run, model_digest, open_run
+from rlhf.checkpoint import (
+    Lock,
+    Run,
+    begin_run,
+    check_disk,
+    finish_run,
+    fresh_folder,
+    model_digest,
+    newest_checkpoint,
+    open_run,
+    read_manifest,
+)
 from rlhf.config import TRAINING_STAGES, Recipe, UserError, build_configs, load_recipe
 from rlhf.data.formats import join_chosen_rejected, prompt_key
 from rlhf.data.sources import Source, load_source
 from rlhf.launch import check_layout, check_quantised, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
+from rlhf.stop import Stopper, watch
 
 
 @dataclass
@@ -57,7 +68,7 @@ class Stage:
 
 @dataclass
 class Context:
-    """What a stage's `build` gets: configs, rows, and the located input model."""
+    """What a stage's `build` gets: configs, rows, the located input model, and who is asked to stop."""
 
     recipe: Recipe
     args: Any
@@ -65,21 +76,27 @@ class Context:
     stage_args: Any
     data: StageData
     model_name: str
+    stopper: Stopper | None = None
 
 
 def run_stage(
-    stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False, launch_file: str | None = None
-) -> None:
+    stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False, launch_file: str | None = None,
+    fresh: bool = False,
+) -> None:  # fmt: skip
     """Check everything, then train the stage unless its folder is already complete.
 
     Args:
         check_only: check recipe, data and output folder; train nothing.
         launch_file: to be checked with them.
+        fresh: begin anew in a new folder beside the recipe's.
 
     Raises:
+        Stopped: it was asked to stop, and can go on.
         UserError: with the place and the fix, before a model loads.
     """
     recipe = load_recipe(recipe_path, stage.name, overrides)
+    if fresh:
+        recipe.values["output_dir"] = str(fresh_folder(Path(recipe.values["output_dir"])))
     if launch_file:
         check_layout(recipe, layout_of_file(launch_file), on_cpu(recipe))
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
@@ -96,7 +113,12 @@ def run_stage(
     if check_only:
         say(f"{recipe.path}: ok ({len(data.train)} training rows)")
         return
-    _train(stage, recipe, data, run, inputs, made_by)
+    with Stopper(run.folder) as stopper:
+        try:
+            _train(stage, recipe, data, run, inputs, made_by, stopper)
+        finally:
+            if run.lock:
+                run.lock.release()
 
 
 def maker_of(recipe: Recipe, name: str | None) -> str:
@@ -185,24 +207,27 @@ def check_extras(recipe: Recipe) -> None:
             raise UserError(f"{recipe.where('report_to')}: report_to {name} needs the package; run: pip install {name}")
 
 
-def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str) -> None:
+def _train(
+    stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str, stopper: Stopper
+) -> None:
     say(f"\n=== {stage.title}: {recipe.path}")
     quiet_libraries(len(data.train))
     from rlhf.models import is_adapter, locate, save_finished
+    from rlhf.saving import Safety, end_if_stopped
 
     args, model_args, stage_args = build_configs(recipe)
     _check_devices(args, recipe)
     check_layout(recipe, layout_of_environment(), args.use_cpu)
     prepare_processes(args)
     model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
-    context = Context(recipe, args, model_args, stage_args, data, model_name)
+    context = Context(recipe, args, model_args, stage_args, data, model_name, stopper)
     model_commit = check_length(context)
     merge = check_merge(context)
     check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
+    layout = layout_of_environment().record(args.world_size)
+    run.resume_from = take_over(run, recipe.where("output_dir"), layout)
     trainer = stage.build(context)
     if len(trainer.train_dataset) == 0:
-        with contextlib.suppress(OSError):
-            run.folder.rmdir()  # the trainer has made it
         raise UserError(
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
         )
@@ -215,8 +240,11 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
         )
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
+    trainer.make_safe(Safety(run.folder, stopper, layout, 60 * stage_args.watchdog_minutes or None))
     started = time.time()
     train_or_restore(trainer, run)
+    watch(None)
+    end_if_stopped(trainer)
     seconds = time.time() - started
     probe = stage.probe(trainer.train_dataset)
     model, expected = finished_model(stage, context, trainer, probe)
@@ -244,6 +272,48 @@ def _train(stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict
             )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def take_over(run: Run, where: str, layout: dict[str, Any]) -> str | None:
+    """Lock the run folder for this run, and find the checkpoint to go on from, its checksums verified.
+
+    Returns:
+        The checkpoint's folder, the same on all processes, or None to begin.
+
+    Raises:
+        UserError: another run writes there, or the checkpoint is of a layout that this one can't read; on all processes.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, ""]
+    if is_main():
+        try:
+            run.lock = Lock(run.folder, where)
+            found[0] = newest_checkpoint(run.folder, verify=True, tell=lambda text: say(f"warning: {text}"))
+            if found[0]:
+                check_same_layout(found[0], layout)
+            (run.folder / "stopped.json").unlink(missing_ok=True)
+        except UserError as error:
+            found[1] = str(error)
+    found = broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
+
+
+def check_same_layout(checkpoint: str, layout: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was split in another way than this run's."""
+    before = (read_manifest(Path(checkpoint)) or {}).get("layout")
+    if before is None or {before["split"], layout["split"]} <= {"no"}:
+        return
+    same = before["split"] == layout["split"] and (
+        before["split"] == "FSDP" or before["processes"] == layout["processes"]
+    )
+    if not same:
+        raise UserError(
+            f"{checkpoint} was written by {before['processes']} processes under {before['engine']}, and can't be read by "
+            f"{layout['processes']} under {layout['engine']}; go on as before, or begin anew with --fresh"
+        )
 
 
 def prepare_processes(args) -> None:

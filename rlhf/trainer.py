@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlhf.batching import split_batch, step_examples
+from rlhf.saving import SafeRuns
 from rlhf.throughput import flops_per_token, peak_flops
 
 # What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).
@@ -93,7 +94,7 @@ def _first(items):
     return items[0]
 
 
-class GlobalBatches:
+class GlobalBatches(SafeRuns):
     """Mixed in before SFTTrainer, RewardTrainer or DPOTrainer; does nothing until `use_global_batches` is called."""
 
     _step_weight: float | None = None  # of the micro-batch at hand; None outside of a step
@@ -250,6 +251,7 @@ class GlobalBatches:
                     total += float(loss) * mass
                     note(part)
                 weight += mass
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = float(self.accelerator.reduce(torch.tensor(total / weight, device=self.args.device), "mean"))
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, number)
 

@@ -1,8 +1,12 @@
 """The run folder: whose it is, where it goes on, and what is written into it."""
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from types import SimpleNamespace
@@ -12,15 +16,22 @@ import yaml
 
 from rlhf import __version__
 from rlhf.checkpoint import (
+    Lock,
     begin_run,
     check_disk,
+    checkpoint_damage,
+    digest_files,
     finish_run,
+    fresh_folder,
     git_commit,
     hardware,
-    mark_checkpoint,
+    is_disk_trouble,
     model_digest,
     newest_checkpoint,
     open_run,
+    place_checkpoint,
+    remove_checkpoint,
+    rotate_checkpoints,
 )
 from rlhf.config import HARMLESS, Recipe, UserError
 
@@ -43,11 +54,12 @@ def begin(folder, inputs=INPUTS, **values):
 def checkpoint(folder, step, whole=True):
     """A checkpoint of two files, as the trainer writes it."""
     path = folder / f"checkpoint-{step}"
-    (path / "part").mkdir(parents=True)
-    (path / "model.safetensors").write_bytes(b"12345678")
-    (path / "part" / "optimizer.pt").write_bytes(b"1234")
+    written = folder / ".partial" / path.name if whole else path
+    (written / "part").mkdir(parents=True)
+    (written / "model.safetensors").write_bytes(b"12345678")
+    (written / "part" / "optimizer.pt").write_bytes(b"1234")
     if whole:
-        mark_checkpoint(path)
+        place_checkpoint(written, path, digest_files(written), layout="l")
     return path
 
 
@@ -147,7 +159,7 @@ def test_changed_recipe_lists_what_differs(tmp_path):
     assert refusal(recipe_for(tmp_path, beta=0.2, use_peft=True)) == (
         f"configs/x/sft.yaml:2: output_dir {tmp_path} holds another run; it differs in beta: 0.1 -> 0.2; "
         f"lora_r: 8 -> None; use_peft: None -> True. "
-        f"Give --output_dir another folder, or move {tmp_path} away (nothing was overwritten)"
+        f"Give --output_dir another folder, or --fresh for a new one beside it (nothing was overwritten)"
     )
     assert tree(tmp_path) == before
 
@@ -254,18 +266,137 @@ def test_folder_that_is_called_nearly_like_a_checkpoint(tmp_path, name):
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_mark_lists_files_with_their_sizes(tmp_path):
+def test_the_manifest_lists_files_with_sizes_and_checksums(tmp_path):
     path = checkpoint(tmp_path, 10)
     found = json.loads((path / "whole.json").read_text())
-    assert found == {"files": {"model.safetensors": 8, "part/optimizer.pt": 4}}
+    sha = {name: hashlib.sha256(content).hexdigest() for name, content in (("m", b"12345678"), ("o", b"1234"))}
+    assert found == {"files": {"model.safetensors": [8, sha["m"]], "part/optimizer.pt": [4, sha["o"]]}, "layout": "l"}
 
 
-def test_checkpoint_that_is_written_again_is_whole_again(tmp_path):
-    """After a damaged checkpoint-10 the run goes on from 9 and writes 10 into the same folder."""
+def test_several_processes_share_the_files_to_sum_up(tmp_path):
+    path = checkpoint(tmp_path, 10)
+    parts = [digest_files(path, part, 3) for part in range(3)]
+    assert [len(p) for p in parts] == [1, 1, 0] and parts[0] | parts[1] == digest_files(path)
+
+
+def test_a_changed_bit_is_found_when_the_content_is_read(tmp_path):
+    checkpoint(tmp_path, 9)
+    (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(b"1234567X")
+    told = []
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # a quick look
+    assert newest_checkpoint(tmp_path, verify=True, tell=told.append) == str(tmp_path / "checkpoint-9")
+    assert told == [
+        f"{tmp_path}/checkpoint-10 is damaged and not used: the content of model.safetensors is not what was written (sha256)"
+    ]
+
+
+def test_damage_is_named(tmp_path):
+    path = checkpoint(tmp_path, 10)
+    assert checkpoint_damage(path, verify=True) == ""
+    (path / "model.safetensors").write_bytes(b"123")
+    assert checkpoint_damage(path) == "model.safetensors has 3 bytes, 8 were written"
+    (path / "model.safetensors").unlink()
+    assert checkpoint_damage(path) == "model.safetensors is missing"
+    (path / "whole.json").unlink()
+    assert checkpoint_damage(path) == "it was never finished (no manifest that can be read)"
+
+
+def test_a_checkpoint_that_is_written_again_replaces_the_damaged_one(tmp_path):
+    """After a damaged checkpoint-10 the run goes on from 9 and writes 10 anew."""
     path = checkpoint(tmp_path, 10)
     (path / "model.safetensors").write_bytes(b"another size")
-    mark_checkpoint(path)
-    assert newest_checkpoint(tmp_path) == str(path)
+    checkpoint(tmp_path, 10)
+    assert newest_checkpoint(tmp_path, verify=True) == str(path)
+    assert (path / "model.safetensors").read_bytes() == b"12345678"
+
+
+def test_a_checkpoint_gets_its_name_last(tmp_path, monkeypatch):
+    """Whatever step of placing is the last before a kill: what has the name of a checkpoint and a manifest is whole."""
+    checkpoint(tmp_path, 9)
+    monkeypatch.setattr(os, "rename", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint(tmp_path, 10)
+    assert newest_checkpoint(tmp_path, verify=True) == str(tmp_path / "checkpoint-9")
+
+
+def test_a_half_deleted_checkpoint_is_not_whole(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path, 10)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoint(path)
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [(None, None, {1, 2, 10}), (1, None, {10}), (2, None, {2, 10}), (1, 1, {1, 10}), (9, None, {1, 2, 10})],
+)
+def test_rotation_keeps_the_newest_and_the_best(keep, best, kept, tmp_path):
+    for step in (10, 1, 2):  # by their numbers, not their times
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 11, whole=False)  # what a kill has left
+    rotate_checkpoints(tmp_path, keep, best and str(tmp_path / f"checkpoint-{best}"))
+    assert {int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*")} == kept
+
+
+def test_rotation_without_a_whole_one_deletes_nothing(tmp_path):
+    checkpoint(tmp_path, 1, whole=False)
+    rotate_checkpoints(tmp_path, 1)
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+# --- the lock, and a fresh folder ------------------------------------------------------------------------------------
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path):
+    first = Lock(tmp_path / "run", "r.yaml:1")
+    with pytest.raises(UserError) as refused:
+        Lock(tmp_path / "run", "r.yaml:1")
+    assert re.match(
+        rf"r.yaml:1: output_dir {tmp_path}/run is being written by another run \(process {os.getpid()} on \S+, since "
+        r"\S+\); wait for it, stop it, or give --output_dir another folder$",
+        str(refused.value),
+    )
+    first.release()
+    assert not (tmp_path / "run").exists()  # there was nothing else in it
+    Lock(tmp_path / "run", "r.yaml:1").release()
+
+
+def test_a_dead_run_holds_no_lock(tmp_path):
+    code = f"from pathlib import Path; from rlhf.checkpoint import Lock; l = Lock(Path({str(tmp_path)!r}), ''); import os; os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    Lock(tmp_path, "").release()
+
+
+def test_a_folder_with_only_a_lock_is_empty(tmp_path):
+    Lock(tmp_path, "")
+    assert open_run(recipe_for(tmp_path), INPUTS).complete is None
+
+
+def test_fresh_folder(tmp_path):
+    assert fresh_folder(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    assert fresh_folder(tmp_path / "run") == tmp_path / "run"
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "recipe.yaml").touch()
+    assert fresh_folder(tmp_path / "run") == tmp_path / "run-3"
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EROFS, "x"), True),
+        (FileNotFoundError(errno.ENOENT, "x"), False),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
+        (ValueError("shape"), False),
+    ],
+)
+def test_disk_trouble(error, trouble):
+    assert is_disk_trouble(error) is trouble
 
 
 # --- disk space ------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ LEVELS = (
     {"rlhf.packing"},
     {"rlhf.checkpoint"},
     {"rlhf.progress"},
+    {"rlhf.stop"},
+    {"rlhf.saving"},
     {"rlhf.launch"},
     {"rlhf.reference"},
     {"rlhf.batching"},

@@ -273,7 +273,7 @@ def computed(monkeypatch):
     counts = []
     compute = reference.compute_logps
     monkeypatch.setattr(
-        reference, "compute_logps", lambda t, rows, missing, s: (counts.append(len(missing)), compute(t, rows, missing, s))[1]
+        reference, "compute_logps", lambda t, rows, missing, *rest: (counts.append(len(missing)), compute(t, rows, missing, *rest))[1]
     )  # fmt: skip
     return counts
 

@@ -1,0 +1,241 @@
+"""Checkpoints that are whole or not there, and a run that stops when it is asked to: what TRL's trainers lack for that."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
+
+from rlhf.checkpoint import (
+    digest_files,
+    is_disk_trouble,
+    newest_checkpoint,
+    place_checkpoint,
+    read_manifest,
+    rotate_checkpoints,
+    sync_file,
+    write_file,
+)
+from rlhf.config import UserError
+from rlhf.progress import is_main, say
+from rlhf.stop import NOT_FINITE, STOP_FILE, Stopped, Stopper, watch
+
+
+@dataclass
+class Safety:
+    """What a trainer needs to save and to stop safely.
+
+    Attributes:
+        folder: the run folder.
+        stopper: who is asked to stop.
+        layout: processes and engine, for the manifest.
+        watchdog_s: seconds after which a step that does not end is a hang; None: never.
+        saving_to: where the checkpoint at hand is written, in place of `folder`; None while none is.
+        evaluation_pending: a stop has kept the step at hand from its evaluation.
+        finite: whether the last step's loss was.
+    """
+
+    folder: Path
+    stopper: Stopper
+    layout: dict[str, Any]
+    watchdog_s: float | None = None
+    saving_to: Path | None = None
+    evaluation_pending: bool = False
+    finite: bool = True
+
+
+class EvaluationStopped(Exception):
+    """A stop was asked for while evaluating."""
+
+
+class SafeRuns:
+    """Mixed in first; does nothing until `safety` is set."""
+
+    safety: Safety | None = None
+
+    def make_safe(self, safety: Safety) -> None:
+        """From now on checkpoints are placed whole, and requests to stop are heard."""
+        self.safety = safety
+        self.args.logging_nan_inf_filter = False  # it would log the mean of the losses before in place of NaN
+        self.add_callback(StopCallback(self))
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.safety is not None:
+            self.safety.finite = bool(torch.isfinite(loss))
+        return loss
+
+    def _get_output_dir(self, trial) -> str:
+        saving_to = self.safety and self.safety.saving_to
+        return str(saving_to) if saving_to else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write everything beside the run's checkpoints, bring it to the disk with checksums, and only then name it."""
+        if self.safety is None:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = self.safety.folder / f"checkpoint-{self.state.global_step}"
+        partial = self.safety.folder / ".partial"
+        reason = self._why_no_room() or self._write_checkpoint(model, trial, partial)
+        if not reason:
+            reason = self._place(partial / folder.name, folder)
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        if reason:
+            kept = newest_checkpoint(self.safety.folder)
+            kept = f"{Path(kept).name} stays" if kept else "there is none yet"
+            say(f"\nwarning: no checkpoint of step {self.state.global_step}: {reason}; {kept}, and training goes on")
+
+    def _why_no_room(self) -> str:
+        reason = ""
+        if is_main() and (newest := newest_checkpoint(self.safety.folder)):
+            needed = 1.02 * sum(f.stat().st_size for f in Path(newest).rglob("*") if f.is_file())
+            free = shutil.disk_usage(self.safety.folder).free
+            if free < needed:
+                reason = f"it needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
+        return broadcast_object_list([reason])[0]
+
+    def _write_checkpoint(self, model, trial, partial: Path) -> str:
+        """Why it could not be written on one process or more; '' if it could."""
+        reason = ""
+        try:
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+        except OSError as error:
+            reason = str(error)
+        if reason := self._first(reason):
+            return reason
+        self.safety.saving_to = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # safetensors and torch have kinds of their own for a full disk
+            if not is_disk_trouble(error):
+                raise
+            reason = " ".join(str(error).split())
+        finally:
+            self.safety.saving_to = None
+        return self._first(reason)
+
+    def _place(self, partial: Path, folder: Path) -> str:
+        reason, files = "", {}
+        try:
+            if is_main() and self.state.best_global_step:
+                best = self.safety.folder / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if is_main() and (metrics := self.safety.folder / "metrics.jsonl").is_file():
+                sync_file(metrics)  # its lines up to this step last as long as the checkpoint
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            files = digest_files(partial, rank, world)
+        except OSError as error:
+            reason = str(error)
+        found = gather_object([files])
+        if reason := self._first(reason):
+            return reason
+        if is_main():
+            try:
+                more = {"layout": self.safety.layout, "evaluation_pending": self.safety.evaluation_pending}
+                place_checkpoint(partial, folder, {k: v for part in found for k, v in part.items()}, **more)
+                rotate_checkpoints(self.safety.folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            except OSError as error:
+                reason = str(error)
+        return self._first(reason)
+
+    def _first(self, reason: str) -> str:
+        """The first process's reason that is not '', on all of them."""
+        return next(filter(None, gather_object([reason])), "")
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False):
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            self.safety.evaluation_pending = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+
+class StopCallback(TrainerCallback):
+    """Asks after each step whether to stop, and keeps the watchdog quiet."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    @property
+    def safety(self) -> Safety:
+        return self.trainer.safety
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        watch(self.safety.watchdog_s)
+        manifest = read_manifest(self.safety.folder / f"checkpoint-{state.global_step}") or {}
+        if manifest.get("evaluation_pending") and state.global_step > 0:
+            self.trainer._evaluate(None, None)
+            self.safety.evaluation_pending = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        watch(self.safety.watchdog_s)
+        request = self.safety.stopper.agree(not self.safety.finite)
+        if request == NOT_FINITE:
+            raise UserError(not_finite(state, self.safety.folder))
+        if request and state.global_step < state.max_steps:
+            at_end = args.eval_strategy == "epoch" and math.isclose(state.epoch, round(state.epoch))
+            self.safety.evaluation_pending = control.should_evaluate or at_end
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopping(state):
+            control.should_evaluate = control.should_save = control.should_log = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        watch(self.safety.watchdog_s)
+        best_counts = args.metric_for_best_model is not None  # transformers needs its result
+        if not best_counts and self.safety.stopper.agree() and state.global_step < state.max_steps:
+            raise EvaluationStopped
+
+    def on_save(self, args, state, control, **kwargs):
+        watch(self.safety.watchdog_s)
+
+    def stopping(self, state) -> bool:
+        return bool(self.safety.stopper.asked_by) and state.global_step < state.max_steps
+
+
+def not_finite(state, folder: Path) -> str:
+    kept = newest_checkpoint(folder)
+    kept = f"{kept} is from before it" if kept else "no checkpoint had been written"
+    return (
+        f"the loss of step {state.global_step} is not a finite number, so training would only spoil the model further; {kept}. "
+        "Usual causes: a learning rate that is too high, fp16 where bf16 is possible, a broken input model. Change the "
+        "recipe and start with --fresh"
+    )
+
+
+def end_if_stopped(trainer) -> None:
+    """After training: note what was asked for and raise Stopped, if it was and there is more to do."""
+    safety, state = trainer.safety, trainer.state
+    if not safety.stopper.asked_by or state.global_step >= state.max_steps:
+        return
+    checkpoint = newest_checkpoint(safety.folder)
+    if is_main():
+        note = {
+            "step": state.global_step,
+            "of": state.max_steps,
+            "by": safety.stopper.asked_by,
+            "checkpoint": checkpoint,
+        }
+        write_file(safety.folder / "stopped.json", json.dumps(note) + "\n")
+        (safety.folder / STOP_FILE).unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    say(
+        f"\nStopped after step {state.global_step} of {state.max_steps} ({safety.stopper.asked_by}); "
+        f"{'saved as ' + checkpoint if checkpoint else 'no checkpoint could be written'}. The same command goes on from there."
+    )
+    raise Stopped

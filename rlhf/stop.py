@@ -1,0 +1,86 @@
+"""Stopping politely: a signal or a file asks, all processes agree on the step, the run is saved and ends with exit code 85."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+EXIT_STOPPED = 85  # the run was asked to stop; the same command goes on
+SAME_INTERRUPT_S = 1.0  # a launcher hands Ctrl-C on to processes that the terminal has told already
+STOP_FILE = "stop"
+NOT_FINITE = "loss"  # a request that is no request: the loss is not finite
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and everything that there is to save is saved."""
+
+
+class Stopper:
+    """Notes requests to stop, and lets all processes agree on one.
+
+    Signals SIGTERM, SIGINT and SIGUSR1 to any process, or a file named `stop` in the run folder. A second SIGINT stops at
+    once.
+
+    Attributes:
+        asked_by: the request this process knows of; after `agree`, the one that all agreed on.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, folder: Path):
+        self.folder, self.asked_by, self._asked_at, self._looked_at = folder, "", 0.0, 0.0
+        self._group = None
+        self._before = {}
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.asked_by == "SIGINT" and now - self._asked_at > SAME_INTERRUPT_S:
+            raise KeyboardInterrupt
+        self.asked_by, self._asked_at = signal.Signals(number).name, now
+        if int(os.environ.get("RANK", 0)) == 0:
+            again = "; once more stops at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{self.asked_by}: stopping after this step{again}\n".encode())
+
+    def agree(self, not_finite: bool = False) -> str:
+        """The request that one process or more knows of, or ''. All processes must ask, at the same place."""
+        if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and int(os.environ.get("RANK", 0)) == 0:
+            self._looked_at = time.monotonic()
+            if (self.folder / STOP_FILE).exists():
+                self.asked_by = f"the file {self.folder / STOP_FILE}"
+        names = ["", *(s.name for s in self.SIGNALS), f"the file {self.folder / STOP_FILE}", NOT_FINITE]
+        code = names.index(NOT_FINITE if not_finite else self.asked_by)
+        agreed = names[self._largest(code)]
+        if agreed != NOT_FINITE:
+            self.asked_by = agreed
+        return agreed
+
+    def _largest(self, code: int) -> int:
+        import torch
+
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return code
+        if self._group is None:  # gloo also beside NCCL: the processor asks, and does not wait for the GPU
+            self._group = torch.distributed.new_group(backend="gloo")
+        flag = torch.tensor([code])
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(flag)
+
+
+def watch(seconds: float | None) -> None:
+    """End this process with the stacks of all its threads if it does not come by here again in time (None: never)."""
+    faulthandler.cancel_dump_traceback_later()
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)

@@ -1,0 +1,216 @@
+"""Stopping when asked to: which requests are heard, that processes agree, that the run says how to go on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.__main__ import main
+from rlhf.progress import read_metrics
+from rlhf.stop import EXIT_STOPPED, SAME_INTERRUPT_S, Stopper
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_are_heard_and_then_left_alone(number, tmp_path, capfd):
+    before = signal.getsignal(number)
+    with Stopper(tmp_path) as stopper:
+        assert stopper.agree() == ""
+        os.kill(os.getpid(), number)
+        assert stopper.agree() == number.name
+    assert signal.getsignal(number) == before
+    assert f"{number.name}: stopping after this step" in capfd.readouterr().err
+
+
+def test_the_stop_file(tmp_path):
+    with Stopper(tmp_path) as stopper:
+        (tmp_path / "stop").touch()
+        assert stopper.agree() == f"the file {tmp_path}/stop"
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
+    """But not the one that a launcher hands on right after the terminal's."""
+    with Stopper(tmp_path) as stopper:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopper.agree() == "SIGINT"
+        stopper._asked_at -= SAME_INTERRUPT_S + 0.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_what_is_not_finite_is_no_request(tmp_path):
+    with Stopper(tmp_path) as stopper:
+        assert (stopper.agree(not_finite=True), stopper.asked_by) == ("loss", "")
+
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "merge_adapter": False, "lora_dropout": 0.1}
+
+
+def stop_when(monkeypatch, event, step, ask):
+    """Let `ask()` be called when the trainer comes to `event` of a step."""
+    from transformers import TrainerCallback
+
+    from rlhf import run
+
+    add_callbacks = run.add_callbacks
+
+    class Ask(TrainerCallback):
+        pass
+
+    def at(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            ask()
+
+    setattr(Ask, event, at)
+    monkeypatch.setattr(run, "add_callbacks", lambda t, *a: (add_callbacks(t, *a), t.add_callback(Ask()))[0])
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_prediction_step"])
+def test_stopped_and_gone_on(event, recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    """Exit code 85 with a checkpoint of that step; the same command ends with the same weights and the same metrics. A stop
+    while evaluating leaves the evaluation to the next start."""
+    values = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, max_steps=6, save_strategy="steps", save_steps=5,
+                  eval_dataset_name="embedded:sample", dataset_test_split="heldout", max_eval_examples=7,
+                  eval_strategy="steps", eval_steps=3, global_batch_size=5, max_tokens_per_device=800)  # fmt: skip
+
+    def written(name):
+        file = Path(recipe("dpo", name=name, output_dir=str(tmp_path / name), **values, **LORA))
+        file.write_text("".join(x for x in file.read_text().splitlines(True) if "per_device_train" not in x))
+        return str(file)
+
+    assert main(["dpo", written("whole")]) == 0
+    with monkeypatch.context() as patched:
+        stop_when(patched, event, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["dpo", written("stopped")]) == EXIT_STOPPED
+    step = 3 if event == "on_prediction_step" else 4
+    shown = capsys.readouterr().out
+    assert f"Stopped after step {step} of 6 (SIGTERM); saved as {tmp_path}/stopped/checkpoint-{step}" in shown
+    assert "The same command goes on from there." in shown
+    note = json.loads((tmp_path / "stopped" / "stopped.json").read_text())
+    assert (note["step"], note["of"], note["by"]) == (step, 6, "SIGTERM")
+    assert not (tmp_path / "stopped" / "complete.json").exists()
+    assert main(["dpo", str(tmp_path / "stopped.yaml")]) == 0
+    assert f"resuming from {tmp_path}/stopped/checkpoint-{step}" in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / "stopped.json").exists()
+    rows = [
+        [{k: row.get(k) for k in ("step", "loss", "eval_loss", "grad_norm")} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "stopped")
+    ]
+    assert rows[0] == [row for row in rows[1] if row in rows[0]] and len(rows[0]) == len(rows[1])
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stopped_while_the_reference_is_computed(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    """What is done by then is in the cache."""
+    from rlhf import reference
+
+    monkeypatch.setattr(reference, "MAX_TOKENS", 600)
+    forward = reference.forward_logps
+    monkeypatch.setattr(reference, "forward_logps", lambda *a: (os.kill(os.getpid(), signal.SIGUSR1), forward(*a))[1])
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), **LORA)
+    assert main(["dpo", file]) == EXIT_STOPPED
+    done = int(re.search(r"Stopped: (\d+) of 12 pairs of the reference are in the cache", capsys.readouterr().out)[1])
+    monkeypatch.setattr(reference, "forward_logps", forward)
+    assert 0 < done < 12 and main(["dpo", file]) == 0
+    assert f"reference 12 pairs, {done} of them in the cache" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    from trl import DPOTrainer
+
+    loss = DPOTrainer._compute_loss
+
+    def broken(self, model, inputs, return_outputs):
+        found = loss(self, model, inputs, return_outputs)
+        return found * float("nan") if self.state.global_step == 2 and model.training else found
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", broken)
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), max_steps=5,
+                  save_strategy="steps", save_steps=2, **LORA)  # fmt: skip
+    assert main(["dpo", file]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "the loss of step 3 is not a finite number" in error and f"{tmp_path}/o/checkpoint-2 is from before it" in error
+    )
+    assert not (tmp_path / "o" / "complete.json").exists() and not (tmp_path / "o" / "checkpoint-4").exists()
+
+
+def test_a_second_run_is_refused_while_one_writes(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), **LORA)
+    found = []
+
+    def second():
+        done = subprocess.run([sys.executable, "-m", "rlhf", "dpo", file], cwd=ROOT, capture_output=True, text=True)
+        found.append((done.returncode, done.stderr))
+
+    with monkeypatch.context() as patched:
+        stop_when(patched, "on_step_begin", 1, second)
+        assert main(["dpo", file]) == 0
+    assert found[0][0] == 2 and "is being written by another run (process " in found[0][1]
+
+
+def test_fresh_begins_in_a_new_folder(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    out = tmp_path / "o"
+    file = recipe(
+        "dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), max_steps=1, **LORA
+    )
+    assert main(["dpo", file]) == 0
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert main(["dpo", file, "--beta", "0.5"]) == 2
+    assert "it differs in beta: None -> 0.5. Give --output_dir another folder, or --fresh" in capsys.readouterr().err
+    assert main(["dpo", file, "--beta", "0.5", "--fresh"]) == 0
+    assert (tmp_path / "o-2" / "complete.json").is_file()
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_the_watchdog_ends_a_process_that_hangs_and_shows_where():
+    code = "import time; from rlhf.stop import watch; watch(60); watch(0.5)\ndef hang(): time.sleep(60)\nhang()"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and time.monotonic() - started < 30
+    assert "Timeout" in done.stderr and "in hang" in done.stderr
+
+
+def test_the_watchdog_can_be_called_off():
+    code = "import time; from rlhf.stop import watch; watch(0.3); watch(None); time.sleep(0.6); print('alive')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "alive\n"
+
+
+def test_two_processes_stop_at_the_same_step(recipe, tiny_llama, few_pairs, tmp_path):
+    """SIGUSR1 to the second process alone; the launcher tells a failure, as both end with 85."""
+    out = tmp_path / "o"
+    file = recipe(
+        "dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), max_steps=3000, **LORA
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
+    run = subprocess.Popen([*command, "-m", "rlhf", "dpo", file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)  # fmt: skip
+    shown = []
+    reader = threading.Thread(target=lambda: shown.append(run.stdout.read()))
+    reader.start()
+    try:
+        end = time.monotonic() + 120
+        while len(read_metrics(out)) < 3 and time.monotonic() < end and run.poll() is None:
+            time.sleep(0.1)
+        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        assert len(workers) == 2, shown
+        os.kill(int(workers[1]), signal.SIGUSR1)
+        assert run.wait(timeout=120) != 0
+    finally:
+        run.kill()
+        reader.join(timeout=30)
+    steps = json.loads((out / "stopped.json").read_text())["step"]
+    assert f"Stopped after step {steps} of 3000 (SIGUSR1)" in shown[0] and "exitcode  : 85" in shown[0]
+    assert (out / f"checkpoint-{steps}" / "whole.json").is_file()
