@@ -3,7 +3,8 @@
 # make test        the whole test suite
 # make lint        ruff and shellcheck
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
-# make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (10 minutes)
+# make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
+# make faults      kill -9, full disks, damaged checkpoints, ...: N of them (24), each followed by the same command; a table
 # make lock        resolve requirements.lock anew
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint bench scale-proof lock
+.PHONY: setup quickstart test lint bench scale-proof faults lock
 setup: $(VENV)/.core
 
 $(VENV)/.core: requirements.lock pyproject.toml
@@ -33,7 +34,7 @@ quickstart: setup  # one process: on a machine with several GPUs it takes the fi
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} PYTHON=$(BIN)/python launch/pipeline.sh configs/quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -48,6 +49,9 @@ bench: $(VENV)/.core
 
 scale-proof: $(VENV)/.dev
 	$(BIN)/python bench/scale_proof.py
+
+faults: $(VENV)/.dev
+	$(BIN)/python tests/faults/faults.py --count $(or $(N),24) --seed $(or $(SEED),0)
 
 lock:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -205,7 +205,7 @@ class StopCallback(TrainerCallback):
         watch(self.safety.watchdog_s)
 
     def stopping(self, state) -> bool:
-        return bool(self.safety.stopper.asked_by) and state.global_step < state.max_steps
+        return bool(self.safety.stopper.agreed) and state.global_step < state.max_steps
 
 
 def not_finite(state, folder: Path) -> str:
@@ -221,21 +221,16 @@ def not_finite(state, folder: Path) -> str:
 def end_if_stopped(trainer) -> None:
     """After training: note what was asked for and raise Stopped, if it was and there is more to do."""
     safety, state = trainer.safety, trainer.state
-    if not safety.stopper.asked_by or state.global_step >= state.max_steps:
+    if not safety.stopper.agreed or state.global_step >= state.max_steps:
         return
     checkpoint = newest_checkpoint(safety.folder)
     if is_main():
-        note = {
-            "step": state.global_step,
-            "of": state.max_steps,
-            "by": safety.stopper.asked_by,
-            "checkpoint": checkpoint,
-        }
+        note = {"step": state.global_step, "of": state.max_steps, "by": safety.stopper.agreed, "checkpoint": checkpoint}
         write_file(safety.folder / "stopped.json", json.dumps(note) + "\n")
         (safety.folder / STOP_FILE).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
     say(
-        f"\nStopped after step {state.global_step} of {state.max_steps} ({safety.stopper.asked_by}); "
+        f"\nStopped after step {state.global_step} of {state.max_steps} ({safety.stopper.agreed}); "
         f"{'saved as ' + checkpoint if checkpoint else 'no checkpoint could be written'}. The same command goes on from there."
     )
     raise Stopped

@@ -26,13 +26,15 @@ class Stopper:
     once.
 
     Attributes:
-        asked_by: the request this process knows of; after `agree`, the one that all agreed on.
+        asked_by: the request that this process knows of, or ''.
+        agreed: the request that all processes have agreed on, or ''.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, folder: Path):
-        self.folder, self.asked_by, self._asked_at, self._looked_at = folder, "", 0.0, 0.0
+        self.folder, self.asked_by, self.agreed = folder, "", ""
+        self._asked_at = self._looked_at = 0.0
         self._group = None
         self._before = {}
 
@@ -62,10 +64,9 @@ class Stopper:
                 self.asked_by = f"the file {self.folder / STOP_FILE}"
         names = ["", *(s.name for s in self.SIGNALS), f"the file {self.folder / STOP_FILE}", NOT_FINITE]
         code = names.index(NOT_FINITE if not_finite else self.asked_by)
-        agreed = names[self._largest(code)]
-        if agreed != NOT_FINITE:
-            self.asked_by = agreed
-        return agreed
+        found = names[self._largest(code)]
+        self.agreed = "" if found == NOT_FINITE else found
+        return found
 
     def _largest(self, code: int) -> int:
         import torch

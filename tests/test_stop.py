@@ -27,7 +27,8 @@ def test_signals_are_heard_and_then_left_alone(number, tmp_path, capfd):
     with Stopper(tmp_path) as stopper:
         assert stopper.agree() == ""
         os.kill(os.getpid(), number)
-        assert stopper.agree() == number.name
+        assert (stopper.asked_by, stopper.agreed) == (number.name, "")  # one process knows, all have yet to agree
+        assert stopper.agree() == stopper.agreed == number.name
     assert signal.getsignal(number) == before
     assert f"{number.name}: stopping after this step" in capfd.readouterr().err
 
@@ -52,7 +53,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
 
 def test_what_is_not_finite_is_no_request(tmp_path):
     with Stopper(tmp_path) as stopper:
-        assert (stopper.agree(not_finite=True), stopper.asked_by) == ("loss", "")
+        assert (stopper.agree(not_finite=True), stopper.agreed) == ("loss", "")
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "merge_adapter": False, "lora_dropout": 0.1}

@@ -1,0 +1,95 @@
+"""Runs that are stopped and go on, on the same processes and on others, under every way to split them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+slow = pytest.mark.slow
+
+
+def start(launch_file, processes, recipe):
+    """Exit code and what was shown."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
+    command += ["--num_processes", str(processes), "-m", "rlhf", "dpo", recipe]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return done.returncode, done.stdout + done.stderr
+
+
+def result(out):
+    losses = [(row["step"], row["loss"]) for row in read_metrics(out) if "loss" in row]
+    return losses, load_file(out / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def written(recipe, tiny_llama, few_pairs, tmp_path):
+    def write(name):
+        file = Path(recipe("dpo", name=name, output_dir=str(tmp_path / name), model_name_or_path=tiny_llama, dataset_name=few_pairs,
+                           use_peft=True, lora_r=4, lora_target_modules="all-linear", merge_adapter=False, max_steps=4,
+                           global_batch_size=5, max_tokens_per_device=800))  # fmt: skip
+        file.write_text("".join(x for x in file.read_text().splitlines(True) if "per_device_train" not in x))
+        return str(file)
+
+    return write
+
+
+def needs_deepspeed(launch_file):
+    if launch_file.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+        if shutil.which("g++") is None:
+            pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
+
+
+@pytest.mark.parametrize(
+    "launch_file", ["zero2.yaml", pytest.param("zero3.yaml", marks=slow), pytest.param("fsdp2.yaml", marks=slow)]
+)
+def test_stopped_and_gone_on(launch_file, written, tmp_path):
+    """A stop file that lies there already stops after the first step; the resumed run is the uninterrupted one, to the bit."""
+    needs_deepspeed(launch_file)
+    out = tmp_path / "stopped"
+    assert start(launch_file, 2, written("whole"))[0] == 0
+    out.mkdir()
+    (out / "stop").touch()
+    code, shown = start(launch_file, 2, written("stopped"))
+    assert code != 0 and "Stopped after step 1 of 4 (the file " in shown, shown[-3000:]
+    assert not (out / "stop").exists() and json.loads((out / "stopped.json").read_text())["step"] == 1
+    code, shown = start(launch_file, 2, written("stopped"))
+    assert code == 0 and f"resuming from {out}/checkpoint-1" in shown, shown[-3000:]
+    (losses, weights), (again, found) = result(tmp_path / "whole"), result(out)
+    assert again == losses
+    assert all(torch.equal(weights[name], found[name]) for name in weights)
+    if launch_file.startswith("zero"):
+        (out / "complete.json").unlink()
+        code, shown = start(launch_file, 1, written("stopped"))
+        zero = launch_file[4]
+        assert code != 0 and f"was written by 2 processes under DeepSpeed ZeRO-{zero}, and can't be read by 1 under DeepSpeed ZeRO-{zero}; go on as before, or begin anew with --fresh" in shown  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launch_file", "numbers"), [("ddp.yaml", (2, 1, 4)), pytest.param("fsdp2.yaml", (2, 4, 2), marks=slow)]
+)
+def test_on_other_numbers_of_processes(launch_file, numbers, written, tmp_path):
+    """Two steps on each of them; the same losses and weights as without a break, to rounding."""
+    out = tmp_path / "stopped"
+    assert start("ddp.yaml", 1, written("whole"))[0] == 0
+    out.mkdir()
+    for number in numbers[:-1]:
+        (out / "stop").touch()
+        code, shown = start(launch_file, number, written("stopped"))
+        assert code != 0 and "Stopped after step" in shown, shown[-3000:]
+    code, shown = start(launch_file, numbers[-1], written("stopped"))
+    assert code == 0, shown[-3000:]
+    (losses, weights), (again, found) = result(tmp_path / "whole"), result(out)
+    assert [step for step, _ in again] == [1, 2, 3, 4]
+    for (_, loss), (_, other) in zip(losses, again, strict=True):
+        assert other == pytest.approx(loss, abs=5e-6)
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-5, atol=2e-6)
