@@ -107,31 +107,21 @@ def zero_bytes(launch: str, trained: float, weights: float, processes: int, micr
     return micro_batches * (2 * gather + reduce)
 
 
-def built_bytes(launch: str, parameters: list, processes: int, micro_batches: int = 1, checkpointing=False) -> float:
+def built_bytes(launch: str, parameters: list, processes: int, micro_batches: int = 1) -> float:
     """Bytes that each process sends with DeepSpeed 0.19, accelerate 1.15 and torch 2.13 as they are; NOTES says why.
 
     Args:
         parameters: of a Llama, (name, bytes, elements, trained) each.
     """
     size = lambda *words: sum(p[1] for p in parameters if any(word in p[0] for word in words))  # noqa: E731
-    weights, embedding, head = size(""), size("embed_tokens"), size("lm_head")
+    weights, head = size(""), size("lm_head")
     trained = sum(p[1] for p in parameters if p[3])
-    reduce, lora = ring_bytes("reduce-scatter", trained, processes), trained < weights
+    reduce = ring_bytes("reduce-scatter", trained, processes)
     if launch in ("zero1", "zero2"):  # all-reduce, then all-gather
         return (micro_batches if launch == "zero2" else 1) * 2 * reduce + reduce
     if launch == "fsdp2":
         gathered = micro_batches * (2 * weights - head - size("model.norm."))
         return ring_bytes("all-gather", gathered, processes) + reduce
-    if launch == "zero3":
-        small = sum(p[1] for p in parameters if p[2] <= 100_000)
-        gathered = 2 * (weights - small) + small
-        if lora:
-            gathered -= embedding + size(*(f"layers.0.self_attn.{x}_proj.base_layer" for x in "qkv"))
-        if checkpointing:
-            gathered += weights - small - embedding - head - size("down_proj")
-        kept = head if lora else head + embedding
-        gathered = micro_batches * gathered - (micro_batches - 1) * kept
-        return ring_bytes("all-gather", gathered, processes) + micro_batches * reduce
     return zero_bytes(launch, trained, weights, processes, micro_batches)
 
 
@@ -140,12 +130,10 @@ Where the ratio to the paper is not 1, this is done instead (read in the librari
 
 - ZeRO-1 and 2: DeepSpeed all-reduces gradients (use_multi_rank_bucket_allreduce, on by default) where the paper
   reduce-scatters them: 3 passes instead of 2. ZeRO-1 does it once a step, ZeRO-2 in each micro-batch.
-- ZeRO-3: parameters of at most 100,000 elements (stage3_param_persistence_threshold) stay whole and are gathered once
-  a step, and again in each further micro-batch: the norms, and here all of LoRA's. With LoRA, the embedding and the
-  first layer's q, k and v pass no gradient on, so they are not gathered backward. From the second micro-batch on the
-  head (and the embedding, if it is trained) is still there from the backward pass before.
-- ZeRO-3 with gradient checkpointing (full+gc): a layer's matrices are gathered a third time, to compute it again; all
-  but down_proj, at which that stops and the backward pass begins. FSDP2 gathers a layer once for both.
+- ZeRO-3 is compared with the paper alone: what DeepSpeed gathers when is decided by a prefetcher that learns from the step
+  before. With LoRA it sends less: the embedding and the first layer's q, k and v pass no gradient on, and are not gathered
+  backward. With gradient checkpointing (full+gc) and one micro-batch it sends more: a layer's matrices are gathered a third
+  time, to compute it again. FSDP2 gathers a layer once for both.
 - FSDP2: accelerate keeps the last norm and the head from forward to backward. Gradients stay whole until the last
   micro-batch (no_sync) and are reduce-scattered once: less to send, but each process holds a whole gradient.
 
@@ -191,7 +179,7 @@ def traffic_row(run: dict) -> tuple:
     trained, weights = sum(p[1] for p in parameters if p[3]), sum(p[1] for p in parameters)
     found = sent(run["model"], processes)
     paper = zero_bytes(run["launch"], trained, weights, processes, micro)
-    built = built_bytes(run["launch"], parameters, processes, micro, run["training"].endswith("+gc"))
+    built = built_bytes(run["launch"], parameters, processes, micro)
     return (
         run["training"], run["launch"], processes, micro, f"{found / 1e6:.3f}", f"{paper / 1e6:.3f}",
         f"{found / paper:.3f}", f"{built / 1e6:.3f}", f"{found / built:.3f}",
