@@ -8,7 +8,7 @@ import sys
 
 from rlhf import __version__
 from rlhf.config import UserError
-from rlhf.stop import EXIT_STOPPED, Stopped
+from rlhf.stop import EXIT_STOPPED, OutOfMemory, Stopped
 
 MAP = """\
 Align a language model with human preferences. The stages, in order, each fed by the one before:
@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rlhf: {error}", file=sys.stderr)
         return 2
+    except OutOfMemory as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        return 1
     except Stopped:
         return EXIT_STOPPED
     except KeyboardInterrupt:

@@ -90,6 +90,10 @@ class StageConfig:
         default=None,
         metadata={"help": "DPO: folder for cached reference log-probabilities; default: the user's cache."},
     )
+    max_gradient_spike: float = field(
+        default=1000.0,
+        metadata={"help": "End a run whose gradient norm is more than so many times its median of late; 0: never."},
+    )
     watchdog_minutes: float = field(
         default=30.0,
         metadata={"help": "End a run whose step hangs for so long, with the stacks of all processes; 0: never."},
@@ -174,7 +178,7 @@ HARMLESS = frozenset(
     "logging_steps logging_first_step logging_strategy logging_dir report_to run_name disable_tqdm log_level "
     "log_level_replica save_steps save_total_limit save_strategy eval_steps eval_strategy dataloader_num_workers "
     "dataloader_pin_memory dataset_num_proc per_device_eval_batch_size output_dir max_tokens_per_device "
-    "reference_cache watchdog_minutes".split()
+    "reference_cache watchdog_minutes max_gradient_spike".split()
 )
 
 

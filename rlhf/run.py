@@ -33,7 +33,7 @@ from rlhf.data.formats import join_chosen_rejected, prompt_key
 from rlhf.data.sources import Source, load_source
 from rlhf.launch import check_layout, check_quantised, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
-from rlhf.stop import Stopper, watch
+from rlhf.stop import OutOfMemory, Stopper, watch
 
 
 @dataclass
@@ -212,6 +212,8 @@ def _train(
 ) -> None:
     say(f"\n=== {stage.title}: {recipe.path}")
     quiet_libraries(len(data.train))
+    import torch
+
     from rlhf.models import is_adapter, locate, save_finished
     from rlhf.saving import Safety, end_if_stopped
 
@@ -240,9 +242,13 @@ def _train(
         )
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
-    trainer.make_safe(Safety(run.folder, stopper, layout, 60 * stage_args.watchdog_minutes or None))
+    watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
+    trainer.make_safe(Safety(run.folder, stopper, layout, watchdog_s, max_spike))
     started = time.time()
-    train_or_restore(trainer, run)
+    try:
+        train_or_restore(trainer, run)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, args.process_index, stage_args.max_tokens_per_device) from None
     watch(None)
     end_if_stopped(trainer)
     seconds = time.time() - started
@@ -272,6 +278,15 @@ def _train(
             )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemory:
+    """What to do about it, in a sentence."""
+    return OutOfMemory(
+        f"process {process} is out of GPU memory ({' '.join(str(error).split())[:200]}). Lower max_tokens_per_device (it is "
+        f"{max_tokens}), set `gradient_checkpointing: true`, or use a launch file that splits the model (launch/zero3.yaml, "
+        "launch/fsdp2.yaml); with the first two the same command goes on from its last checkpoint"
+    )
 
 
 def take_over(run: Run, where: str, layout: dict[str, Any]) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import UserError
 from rlhf.progress import is_main, say
-from rlhf.stop import NOT_FINITE, STOP_FILE, Stopped, Stopper, watch
+from rlhf.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 
 @dataclass
@@ -39,16 +41,32 @@ class Safety:
         watchdog_s: seconds after which a step that does not end is a hang; None: never.
         saving_to: where the checkpoint at hand is written, in place of `folder`; None while none is.
         evaluation_pending: a stop has kept the step at hand from its evaluation.
+        max_spike: a gradient norm of so many times its median of late ends the run; None: none does.
         finite: whether the last step's loss was.
+        norms: the gradient norms of the last steps.
     """
 
     folder: Path
     stopper: Stopper
     layout: dict[str, Any]
     watchdog_s: float | None = None
+    max_spike: float | None = None
     saving_to: Path | None = None
     evaluation_pending: bool = False
     finite: bool = True
+    norms: deque = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    def trouble(self) -> str:
+        """What is wrong with the last step, or ''."""
+        *before, norm = self.norms or [0.0]
+        if not self.finite:
+            return NOT_FINITE
+        if self.max_spike and len(before) >= HISTORY // 5 and norm > self.max_spike * statistics.median(before):
+            return SPIKE
+        return ""
+
+
+HISTORY = 100  # steps whose gradient norms are kept; a fifth of them has to be there for a judgement
 
 
 class EvaluationStopped(Exception):
@@ -71,6 +89,12 @@ class SafeRuns:
         if self.safety is not None:
             self.safety.finite = bool(torch.isfinite(loss))
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.safety is not None and found is not None:
+            self.safety.norms.append(float(found))
+        return found
 
     def _get_output_dir(self, trial) -> str:
         saving_to = self.safety and self.safety.saving_to
@@ -182,9 +206,9 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         watch(self.safety.watchdog_s)
-        request = self.safety.stopper.agree(not self.safety.finite)
-        if request == NOT_FINITE:
-            raise UserError(not_finite(state, self.safety.folder))
+        request = self.safety.stopper.agree(self.safety.trouble())
+        if request in (NOT_FINITE, SPIKE):
+            raise UserError(why_it_ends(request, self.safety, state.global_step))
         if request and state.global_step < state.max_steps:
             at_end = args.eval_strategy == "epoch" and math.isclose(state.epoch, round(state.epoch))
             self.safety.evaluation_pending = control.should_evaluate or at_end
@@ -208,13 +232,21 @@ class StopCallback(TrainerCallback):
         return bool(self.safety.stopper.agreed) and state.global_step < state.max_steps
 
 
-def not_finite(state, folder: Path) -> str:
-    kept = newest_checkpoint(folder)
+def why_it_ends(trouble: str, safety: Safety, step: int) -> str:
+    """The sentence for a loss or a gradient that training should not go on from."""
+    kept = newest_checkpoint(safety.folder)
     kept = f"{kept} is from before it" if kept else "no checkpoint had been written"
+    if trouble == SPIKE:
+        *before, norm = safety.norms
+        return (
+            f"the gradient norm of step {step} is {norm:.3g}, and its median over the {len(before)} steps before "
+            f"{statistics.median(before):.3g}: more than max_gradient_spike={safety.max_spike:g} times as much; {kept}. Look at "
+            "the data of this step, or raise max_gradient_spike (0: never stop), and give the same command again"
+        )
     return (
-        f"the loss of step {state.global_step} is not a finite number, so training would only spoil the model further; {kept}. "
-        "Usual causes: a learning rate that is too high, fp16 where bf16 is possible, a broken input model. Change the "
-        "recipe and start with --fresh"
+        f"the loss of step {step} is not a finite number, so training would only spoil the model further; {kept}. Usual "
+        "causes: a learning rate that is too high, fp16 where bf16 is possible, a broken input model. Change the recipe and "
+        "start with --fresh"
     )
 
 

@@ -12,11 +12,15 @@ from pathlib import Path
 EXIT_STOPPED = 85  # the run was asked to stop; the same command goes on
 SAME_INTERRUPT_S = 1.0  # a launcher hands Ctrl-C on to processes that the terminal has told already
 STOP_FILE = "stop"
-NOT_FINITE = "loss"  # a request that is no request: the loss is not finite
+NOT_FINITE, SPIKE = "loss", "gradient"  # requests that are none: why a run has to end
 
 
 class Stopped(Exception):
     """The run was asked to stop, and everything that there is to save is saved."""
+
+
+class OutOfMemory(Exception):
+    """One process has run out of memory: told by that process, whichever it is."""
 
 
 class Stopper:
@@ -56,16 +60,19 @@ class Stopper:
             again = "; once more stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\n{self.asked_by}: stopping after this step{again}\n".encode())
 
-    def agree(self, not_finite: bool = False) -> str:
-        """The request that one process or more knows of, or ''. All processes must ask, at the same place."""
+    def agree(self, trouble: str = "") -> str:
+        """The request (or the trouble, which comes first) that one process or more knows of, or ''.
+
+        All processes must ask, at the same place.
+        """
         if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and int(os.environ.get("RANK", 0)) == 0:
             self._looked_at = time.monotonic()
             if (self.folder / STOP_FILE).exists():
                 self.asked_by = f"the file {self.folder / STOP_FILE}"
-        names = ["", *(s.name for s in self.SIGNALS), f"the file {self.folder / STOP_FILE}", NOT_FINITE]
-        code = names.index(NOT_FINITE if not_finite else self.asked_by)
+        names = ["", *(s.name for s in self.SIGNALS), f"the file {self.folder / STOP_FILE}", SPIKE, NOT_FINITE]
+        code = names.index(trouble or self.asked_by)
         found = names[self._largest(code)]
-        self.agreed = "" if found == NOT_FINITE else found
+        self.agreed = "" if found in (SPIKE, NOT_FINITE) else found
         return found
 
     def _largest(self, code: int) -> int:

@@ -53,7 +53,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
 
 def test_what_is_not_finite_is_no_request(tmp_path):
     with Stopper(tmp_path) as stopper:
-        assert (stopper.agree(not_finite=True), stopper.agreed) == ("loss", "")
+        assert (stopper.agree("loss"), stopper.agreed) == ("loss", "")
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "merge_adapter": False, "lora_dropout": 0.1}
@@ -147,6 +147,48 @@ def test_a_loss_that_is_not_finite_ends_the_run(recipe, tiny_llama, few_pairs, t
         "the loss of step 3 is not a finite number" in error and f"{tmp_path}/o/checkpoint-2 is from before it" in error
     )
     assert not (tmp_path / "o" / "complete.json").exists() and not (tmp_path / "o" / "checkpoint-4").exists()
+
+
+def test_a_gradient_that_is_far_off_ends_the_run(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    """Nothing for 20 steps, for want of a history; then the one of 5,000 times the median, and with 0 never."""
+    from trl import DPOTrainer
+
+    norm = DPOTrainer._get_grad_norm
+
+    def spiked(self, model, grad_norm=None):
+        found = norm(self, model, grad_norm=grad_norm)
+        return found * 5000 if self.state.global_step in (10, 21) else found
+
+    monkeypatch.setattr(DPOTrainer, "_get_grad_norm", spiked)
+    values = dict(
+        model_name_or_path=tiny_llama,
+        dataset_name=few_pairs,
+        max_steps=23,
+        save_strategy="steps",
+        save_steps=20,
+        learning_rate=1e-5,
+    )
+    file = recipe("dpo", output_dir=str(tmp_path / "o"), **values, **LORA)
+    assert main(["dpo", file]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"the gradient norm of step 22 is \S+, and its median over the 21 steps before \S+: more than max_gradient_spike=1000 times", error)  # fmt: skip
+    assert f"{tmp_path}/o/checkpoint-20 is from before it" in error
+    assert main(["dpo", file, "--max_gradient_spike", "0"]) == 0
+
+
+def test_out_of_memory_is_one_sentence_of_that_process(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    from trl import RewardTrainer
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(RewardTrainer, "compute_loss", full)
+    file = recipe(
+        "reward", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), **LORA
+    )
+    assert main(["reward", file]) == 1
+    error = capsys.readouterr().err
+    assert "rlhf: process 0 is out of GPU memory (CUDA out of memory. Tried to allocate 20.00 GiB.). Lower max_tokens_per_device (it is 4096)" in error  # fmt: skip
 
 
 def test_a_second_run_is_refused_while_one_writes(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
