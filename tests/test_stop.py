@@ -232,8 +232,9 @@ def test_the_watchdog_can_be_called_off():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "alive\n"
 
 
-def test_two_processes_stop_at_the_same_step(recipe, tiny_llama, few_pairs, tmp_path):
-    """SIGUSR1 to the second process alone; the launcher tells a failure, as both end with 85."""
+@pytest.mark.parametrize(("to", "number"), [("second process", signal.SIGUSR1), ("launcher", signal.SIGTERM)])
+def test_two_processes_stop_at_the_same_step(to, number, recipe, tiny_llama, few_pairs, tmp_path):
+    """The launcher tells a failure where a process ends with 85, and that it got a signal where it did."""
     out = tmp_path / "o"
     file = recipe(
         "dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), max_steps=3000, **LORA
@@ -249,11 +250,12 @@ def test_two_processes_stop_at_the_same_step(recipe, tiny_llama, few_pairs, tmp_
             time.sleep(0.1)
         workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
         assert len(workers) == 2, shown
-        os.kill(int(workers[1]), signal.SIGUSR1)
+        os.kill(run.pid if to == "launcher" else int(workers[1]), number)
         assert run.wait(timeout=120) != 0
     finally:
         run.kill()
         reader.join(timeout=30)
     steps = json.loads((out / "stopped.json").read_text())["step"]
-    assert f"Stopped after step {steps} of 3000 (SIGUSR1)" in shown[0] and "exitcode  : 85" in shown[0]
+    assert f"Stopped after step {steps} of 3000 ({number.name})" in shown[0]
+    assert ("exitcode  : 85" if to == "second process" else "got signal: 15") in shown[0]
     assert (out / f"checkpoint-{steps}" / "whole.json").is_file()
