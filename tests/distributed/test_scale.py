@@ -15,19 +15,21 @@ CASES = [
     pytest.param(["--stages", "sft", "reward", "--processes", "2", "--launch", "zero1", "zero2", "zero3", "fsdp2"], 8, marks=pytest.mark.slow),
     pytest.param(["--stages", "dpo-qlora", "--processes", "2", "--steps", "3", "--launch", "ddp", "zero2", "zero3", "fsdp2"], 4, marks=pytest.mark.slow),
     pytest.param(["--stages", "dpo-full", "--processes", "2", "--steps", "3", "--launch", "zero3_offload"], 1, marks=pytest.mark.slow),
+    pytest.param(["--stages", "dpo-nf4", "--processes", "2", "--steps", "3", "--launch", "ddp", "zero1", "zero2", "zero3", "fsdp2"], 5, marks=pytest.mark.slow),
     pytest.param(["--stages", "dpo-full", "--processes", "4", "--launch", "ddp", "zero2", "zero3", "fsdp2"], 4, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("words", "runs"), CASES, ids=["dpo", "sft and reward", "qlora", "offload", "full, 4 processes"]
+    ("words", "runs"), CASES, ids=["dpo", "sft and reward", "qlora", "offload", "4-bit reference", "full, 4 processes"]
 )
-def test_scale_proof(words, runs, tiny_llama, tmp_path):
+def test_scale_proof(words, runs, tiny_llama, llama_64, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("the extra `deepspeed` is not installed")
     if shutil.which("g++") is None:
         pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
-    command = [sys.executable, str(ROOT / "bench" / "scale_proof.py"), "--model", tiny_llama, *words]
+    model = llama_64 if "dpo-nf4" in words else tiny_llama  # as wide as bitsandbytes' blocks
+    command = [sys.executable, str(ROOT / "bench" / "scale_proof.py"), "--model", model, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if re.match(r"(sft|reward|dpo)", line)]
