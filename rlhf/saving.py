@@ -42,7 +42,7 @@ class Safety:
         saving_to: where the checkpoint at hand is written, in place of `folder`; None while none is.
         evaluation_pending: a stop has kept the step at hand from its evaluation.
         max_spike: a gradient norm of so many times its median of late ends the run; None: none does.
-        finite: whether the last step's loss was.
+        finite: whether all losses of the step at hand are, 0-d bool; None: none was taken yet.
         norms: the gradient norms of the last steps.
     """
 
@@ -53,13 +53,14 @@ class Safety:
     max_spike: float | None = None
     saving_to: Path | None = None
     evaluation_pending: bool = False
-    finite: bool = True
+    finite: torch.Tensor | None = None
     norms: deque = field(default_factory=lambda: deque(maxlen=HISTORY))
 
     def trouble(self) -> str:
-        """What is wrong with the last step, or ''."""
+        """What is wrong with the step that has ended, or ''."""
         *before, norm = self.norms or [0.0]
-        if not self.finite:
+        finite, self.finite = self.finite, None
+        if finite is not None and not finite:
             return NOT_FINITE
         if self.max_spike and len(before) >= HISTORY // 5 and norm > self.max_spike * statistics.median(before):
             return SPIKE
@@ -74,7 +75,7 @@ class EvaluationStopped(Exception):
 
 
 class SafeRuns:
-    """Mixed in first; does nothing until `safety` is set."""
+    """Mixed in before TRL's trainer; does nothing until `make_safe` is called."""
 
     safety: Safety | None = None
 
@@ -86,8 +87,9 @@ class SafeRuns:
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.safety is not None:
-            self.safety.finite = bool(torch.isfinite(loss))
+        if self.safety is not None:  # of each micro-batch; looked at once a step, as that waits for the GPU
+            before, now = self.safety.finite, torch.isfinite(loss)
+            self.safety.finite = now if before is None else before & now
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):

@@ -129,19 +129,27 @@ def test_stopped_while_the_reference_is_computed(recipe, tiny_llama, few_pairs, 
     assert f"reference 12 pairs, {done} of them in the cache" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_a_loss_that_is_not_finite_ends_the_run(pieces, recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    """Also where only the first of the step's micro-batches had it."""
     from trl import DPOTrainer
 
-    loss = DPOTrainer._compute_loss
+    loss, steps = DPOTrainer._compute_loss, []
 
     def broken(self, model, inputs, return_outputs):
         found = loss(self, model, inputs, return_outputs)
-        return found * float("nan") if self.state.global_step == 2 and model.training else found
+        first = model.training and self.state.global_step == 2 and 2 not in steps
+        if model.training:
+            steps.append(self.state.global_step)
+        return found * float("nan") if first else found
 
     monkeypatch.setattr(DPOTrainer, "_compute_loss", broken)
-    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), max_steps=5,
-                  save_strategy="steps", save_steps=2, **LORA)  # fmt: skip
-    assert main(["dpo", file]) == 2
+    file = Path(recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), max_steps=5,
+                       save_strategy="steps", save_steps=2, global_batch_size=4,
+                       max_tokens_per_device=100_000 if pieces == 1 else 500, **LORA))  # fmt: skip
+    file.write_text("".join(x for x in file.read_text().splitlines(True) if "per_device_train" not in x))
+    assert main(["dpo", str(file)]) == 2
+    assert (steps.count(2) == 1) == (pieces == 1)
     error = capsys.readouterr().err
     assert (
         "the loss of step 3 is not a finite number" in error and f"{tmp_path}/o/checkpoint-2 is from before it" in error

@@ -151,14 +151,19 @@ def _ended(pid: int) -> bool:
 
 def kill_all(job: Job, dice: random.Random) -> str:
     """kill -9 of all processes at a random moment."""
-    job.start()
     step = dice.randrange(STEPS)
+    _kill_after(job, step, delay_s=dice.random() * 0.1)
+    return f"after step {step}"
+
+
+def _kill_after(job: Job, step: int, delay_s: float = 0.0, before=lambda: None) -> None:
+    """Start it, and kill -9 all processes once it has told of `step`; `before` is called in each of them first."""
+    job.start(before)
     job.until(lambda: job.step() >= step)
-    time.sleep(dice.random() * 0.1)
+    time.sleep(delay_s)
     for pid in job.pids:
         _kill(pid, signal.SIGKILL)
     job.wait()
-    return f"after step {step}"
 
 
 def kill_one(job: Job, dice: random.Random) -> str:
@@ -212,12 +217,7 @@ def ask(job: Job, dice: random.Random) -> str:
 
 def damage(job: Job, dice: random.Random) -> str:
     """Ended by kill -9, and then a file of the newest checkpoint is cut short, changed by a bit, or gone."""
-    job.start()
-    step = dice.randrange(2 * SAVE_EVERY, STEPS)
-    job.until(lambda: job.step() >= step)
-    for pid in job.pids:
-        _kill(pid, signal.SIGKILL)
-    job.wait()
+    _kill_after(job, dice.randrange(2 * SAVE_EVERY, STEPS))
     newest = max(job.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), default=None)
     if newest is None:
         return "before the first checkpoint"
@@ -237,12 +237,10 @@ def clock_jump(job: Job, dice: random.Random) -> str:
     """The clock jumps by a day, forwards or back, at each look; then kill -9."""
     real = time.time
     jump = dice.choice([-86400.0, 86400.0])
-    job.start(lambda: setattr(time, "time", lambda: real() + (jump if int(real() * 3) % 2 else 0.0)))
     step = dice.randrange(SAVE_EVERY, STEPS)
-    job.until(lambda: job.step() >= step)
-    for pid in job.pids:
-        _kill(pid, signal.SIGKILL)
-    job.wait()
+    _kill_after(
+        job, step, before=lambda: setattr(time, "time", lambda: real() + (jump if int(real() * 3) % 2 else 0.0))
+    )
     return f"by {jump / 3600:+.0f} h, killed after step {step}"
 
 
