@@ -367,8 +367,10 @@ def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=
     import trl.trainer.dpo_trainer  # noqa: F401
 
     import rlhf.dpo
+    import rlhf.progress
     import rlhf.saving  # noqa: F401
 
+    rlhf.progress.quiet_libraries()
     recipe = write_recipe(folder, model, data)
     whole = {}
     for processes in (1, 2):
