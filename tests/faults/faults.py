@@ -367,10 +367,8 @@ def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=
     import trl.trainer.dpo_trainer  # noqa: F401
 
     import rlhf.dpo
-    import rlhf.progress
-    import rlhf.saving  # noqa: F401
+    import rlhf.saving
 
-    rlhf.progress.quiet_libraries()
     recipe = write_recipe(folder, model, data)
     whole = {}
     for processes in (1, 2):
@@ -416,6 +414,9 @@ def main() -> int:
     parser.add_argument("--data", default="embedded:sample")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
+    from rlhf.progress import quiet_libraries
+
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = args.model
