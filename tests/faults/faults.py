@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -364,11 +365,8 @@ def write_recipe(folder: Path, model: str, data: str) -> Path:
 
 def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=print) -> list[str]:
     """Inject `count` faults, in turns with 1 and 2 processes; what went wrong, a line each."""
-    import trl.trainer.dpo_trainer  # noqa: F401
-
-    import rlhf.dpo
-    import rlhf.saving
-
+    for name in ("trl.trainer.dpo_trainer", "rlhf.dpo", "rlhf.saving"):
+        importlib.import_module(name)  # once, before the first fork
     recipe = write_recipe(folder, model, data)
     whole = {}
     for processes in (1, 2):
