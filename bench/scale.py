@@ -255,6 +255,7 @@ def worker(out: str, *recipes: str) -> None:
 
     import rlhf.run
     from rlhf.__main__ import main as command_line
+    from rlhf.stop import leave
     from rlhf.trainer import GlobalBatches
 
     runs, watch = [], watch_collectives()
@@ -276,6 +277,7 @@ def worker(out: str, *recipes: str) -> None:
         assert command_line(["dpo", recipe]) == 0
     if int(os.environ.get("RANK", 0)) == 0:
         Path(out).write_text(json.dumps(runs))
+    leave(0)
 
 
 def note_taker(watch, runs: list[dict]):

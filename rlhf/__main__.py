@@ -8,7 +8,7 @@ import sys
 
 from rlhf import __version__
 from rlhf.config import UserError
-from rlhf.stop import EXIT_STOPPED, OutOfMemory, Stopped
+from rlhf.stop import EXIT_STOPPED, OutOfMemory, Stopped, leave
 
 MAP = """\
 Align a language model with human preferences. The stages, in order, each fed by the one before:
@@ -179,5 +179,10 @@ def print_keys(stage: str) -> None:
             print(f"{key.owner:<16} {key.name:<38} {key.annotation}{choices}")
 
 
+def command() -> None:
+    """The console script: `main`, and the end of the process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

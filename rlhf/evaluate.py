@@ -133,7 +133,6 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
         gathered = gather_object([(pairs, answers)])
         pairs = {i: p for part, _ in gathered for i, p in part.items()}
         answers = {i: a for _, part in gathered for i, a in part.items()}
-        state.destroy_process_group()
     return [pairs[i] for i in sorted(pairs)], [answers[i] for i in sorted(answers)]
 
 

@@ -267,3 +267,28 @@ def test_two_processes_stop_at_the_same_step(to, number, recipe, tiny_llama, few
     assert f"Stopped after step {steps} of 3000 ({number.name})" in shown[0]
     assert ("exitcode  : 85" if to == "second process" else "got signal: 15") in shown[0]
     assert (out / f"checkpoint-{steps}" / "whole.json").is_file()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_leaves_without_a_tear_down(processes, tmp_path):
+    """An abort in the tear-down, as of gloo's threads, is not come by; what Python's libraries registered is called."""
+    file = tmp_path / "worker.py"
+    file.write_text(
+        "import atexit, ctypes, os, sys, torch\n"
+        "from rlhf.stop import leave\n"
+        "rank, processes = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n"
+        "if processes > 1:\n"
+        "    torch.distributed.init_process_group('gloo', f'file://{sys.argv[1]}', rank=rank, world_size=processes)\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)\n"
+        "atexit.register(print, 'registered')\n"
+        "print('last words', end=' ')\n"
+        "leave(85)\n"
+    )
+    started = [
+        subprocess.Popen([sys.executable, str(file), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes)})
+        for rank in range(processes)
+    ]  # fmt: skip
+    ends = [(each.communicate(timeout=60)[0], each.returncode) for each in started]
+    assert ends == [("last words registered\n", 85 if processes > 1 else -signal.SIGABRT)] * processes
