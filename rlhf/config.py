@@ -98,6 +98,13 @@ class StageConfig:
         default=30.0,
         metadata={"help": "End a run whose step hangs for so long, with the stacks of all processes; 0: never."},
     )
+    portable_checkpoints: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Save the training state in one piece too (12 bytes a trained parameter), so that the run can go on under "
+            "any launch file; default: with LoRA."
+        },
+    )
     continue_adapter: bool = field(
         default=True,
         metadata={"help": "The input model is a LoRA adapter: train it further (true) or merge it first (false)."},
@@ -178,7 +185,7 @@ HARMLESS = frozenset(
     "logging_steps logging_first_step logging_strategy logging_dir report_to run_name disable_tqdm log_level "
     "log_level_replica save_steps save_total_limit save_strategy eval_steps eval_strategy dataloader_num_workers "
     "dataloader_pin_memory dataset_num_proc per_device_eval_batch_size output_dir max_tokens_per_device "
-    "reference_cache watchdog_minutes max_gradient_spike".split()
+    "reference_cache watchdog_minutes max_gradient_spike portable_checkpoints".split()
 )
 
 
@@ -503,6 +510,11 @@ def build_configs(recipe: Recipe):
         training["bf16"] = torch.cuda.is_bf16_supported()
     training.setdefault("report_to", "none")
     try:
-        return config_class(**training), ModelConfig(**groups["ModelConfig"]), StageConfig(**groups["StageConfig"])
+        args, model_args = config_class(**training), ModelConfig(**groups["ModelConfig"])
+        stage_args = StageConfig(**groups["StageConfig"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{recipe.path}: {' '.join(str(error).split())}") from error
+    named = recipe.get("lora_target_modules")
+    if isinstance(named, list) and named != ["all-linear"]:
+        model_args.lora_target_modules = named  # TRL 1.16 makes a list of one a pattern, which then matches no module
+    return args, model_args, stage_args

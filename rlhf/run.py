@@ -215,6 +215,7 @@ def _train(
     import torch
 
     from rlhf.models import is_adapter, locate, save_finished
+    from rlhf.portable import PortableState
     from rlhf.saving import Safety, end_if_stopped
 
     args, model_args, stage_args = build_configs(recipe)
@@ -227,8 +228,15 @@ def _train(
     merge = check_merge(context)
     check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
     layout = layout_of_environment().record(args.world_size)
-    run.resume_from = take_over(run, recipe.where("output_dir"), layout)
-    trainer = stage.build(context)
+    run.resume_from, other_layout = take_over(run, recipe.where("output_dir"), layout)
+    try:
+        trainer = stage.build(context)
+    except ValueError as error:
+        if type(error).__name__ != "NoMatchingPeftModuleError":
+            raise
+        raise UserError(
+            f"{recipe.where('lora_target_modules')}: {' '.join(str(error).split())[:300]} `all-linear` is right for any model"
+        ) from None
     if len(trainer.train_dataset) == 0:
         raise UserError(
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
@@ -243,7 +251,12 @@ def _train(
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
-    trainer.make_safe(Safety(run.folder, stopper, layout, watchdog_s, max_spike))
+    portable = stage_args.portable_checkpoints
+    safety = Safety(
+        run.folder, stopper, layout, watchdog_s, max_spike, portable=model_args.use_peft if portable is None else portable,
+        restore=PortableState(Path(run.resume_from)) if other_layout else None,
+    )  # fmt: skip
+    trainer.make_safe(safety)
     started = time.time()
     try:
         train_or_restore(trainer, run)
@@ -289,46 +302,52 @@ def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemor
     )
 
 
-def take_over(run: Run, where: str, layout: dict[str, Any]) -> str | None:
+def take_over(run: Run, where: str, layout: dict[str, Any]) -> tuple[str | None, bool]:
     """Lock the run folder for this run, and find the checkpoint to go on from, its checksums verified.
 
     Returns:
-        The checkpoint's folder, the same on all processes, or None to begin.
+        The checkpoint's folder, the same on all processes, or None to begin; whether it is of another layout, and so to be
+        read in one piece.
 
     Raises:
         UserError: another run writes there, or the checkpoint is of a layout that this one can't read; on all processes.
     """
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None, ""]
+    found: list[Any] = [None, "", False]
     if is_main():
         try:
             run.lock = Lock(run.folder, where)
             found[0] = newest_checkpoint(run.folder, verify=True, tell=lambda text: say(f"warning: {text}"))
             if found[0]:
-                check_same_layout(found[0], layout)
+                found[2] = is_other_layout(found[0], layout)
             (run.folder / "stopped.json").unlink(missing_ok=True)
         except UserError as error:
             found[1] = str(error)
     found = broadcast_object_list(found)
     if found[1]:
         raise UserError(found[1])
-    return found[0]
+    return found[0], found[2]
 
 
-def check_same_layout(checkpoint: str, layout: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was split in another way than this run's."""
-    before = (read_manifest(Path(checkpoint)) or {}).get("layout")
+def is_other_layout(checkpoint: str, layout: dict[str, Any]) -> bool:
+    """Whether a checkpoint was split in another way than this run's; refuses it if it isn't there in one piece too."""
+    from rlhf.portable import is_portable
+
+    manifest = read_manifest(Path(checkpoint)) or {}
+    before = manifest.get("layout")
     if before is None or {before["split"], layout["split"]} <= {"no"}:
-        return
+        return False
     same = before["split"] == layout["split"] and (
         before["split"] == "FSDP" or before["processes"] == layout["processes"]
     )
-    if not same:
+    if not same and not is_portable(manifest.get("files", {})):
         raise UserError(
             f"{checkpoint} was written by {before['processes']} processes under {before['engine']}, and can't be read by "
-            f"{layout['processes']} under {layout['engine']}; go on as before, or begin anew with --fresh"
+            f"{layout['processes']} under {layout['engine']}: it was saved without `portable_checkpoints: true` (the default "
+            "with LoRA). Go on as before (with that key the next checkpoint can be read by any), or begin anew with --fresh"
         )
+    return not same
 
 
 def prepare_processes(args) -> None:
@@ -438,6 +457,8 @@ def train_or_restore(trainer, run: Run) -> None:
     if run.resume_from:
         state = TrainerState.load_from_json(str(Path(run.resume_from) / "trainer_state.json"))
         if state.global_step >= state.max_steps:
+            if trainer.safety.restore:
+                trainer.safety.restore.restore_weights(trainer.model)
             trainer._load_from_checkpoint(run.resume_from)
             trainer.state = state
             return
@@ -557,7 +578,11 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
             f"(the first: {first})"
         )
     if run.resume_from:
-        say(f"  resuming from {run.resume_from}")
+        before = (read_manifest(Path(run.resume_from)) or {}).get("layout") or {}
+        engine = layout_of_environment().record(world)["engine"]
+        other = (before.get("processes"), before.get("engine")) not in ((None, None), (world, engine))
+        by = f" (of {before['processes']} process{'es' if before['processes'] > 1 else ''}, {before['engine']})"
+        say(f"  resuming from {run.resume_from}{by if other else ''}")
 
 
 def _count(number: int) -> str:

@@ -26,6 +26,7 @@ from rlhf.checkpoint import (
     write_file,
 )
 from rlhf.config import UserError
+from rlhf.portable import PortableState, save_portable
 from rlhf.progress import is_main, say
 from rlhf.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
@@ -44,6 +45,8 @@ class Safety:
         max_spike: a gradient norm of so many times its median of late ends the run; None: none does.
         finite: whether all losses of the step at hand are, 0-d bool; None: none was taken yet.
         norms: the gradient norms of the last steps.
+        portable: checkpoints hold their state in one piece too.
+        restore: the checkpoint to go on from is of another layout and is read in one piece.
     """
 
     folder: Path
@@ -55,6 +58,8 @@ class Safety:
     evaluation_pending: bool = False
     finite: torch.Tensor | None = None
     norms: deque = field(default_factory=lambda: deque(maxlen=HISTORY))
+    portable: bool = False
+    restore: PortableState | None = None
 
     def trouble(self) -> str:
         """What is wrong with the step that has ended, or ''."""
@@ -175,6 +180,27 @@ class SafeRuns:
             except OSError as error:
                 reason = str(error)
         return self._first(reason)
+
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.safety is None or not self.safety.portable:
+            return
+        if reason := save_portable(self, Path(output_dir)):
+            self.safety.portable = False
+            say(f"\nnote: checkpoints will be read by this engine only, not under another launch file: {reason}")
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Where the checkpoint is another engine's, put its state in by parts: weights first, the rest when all is wrapped."""
+        if self.safety is None or self.safety.restore is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.safety.restore.restore_weights(self.model)
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.safety.restore.restore_optimizer(self)
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.safety is None or self.safety.restore is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _first(self, reason: str) -> str:
         """The first process's reason that is not '', on all of them."""

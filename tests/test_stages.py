@@ -318,3 +318,18 @@ def test_bad_input_is_told_in_one_sentence(case, recipe, tiny_llama, few_pairs, 
     error = capsys.readouterr().err
     assert error.startswith("rlhf: ") and sentence in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_lora_on_one_kind_of_module(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    """A list of one is a list, and a module that the model lacks is told in a sentence."""
+    values = dict(
+        model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=True, merge_adapter=False, max_steps=1
+    )
+    one = recipe("sft", name="one", output_dir=str(tmp_path / "one"), lora_target_modules=["q_proj"], **values)
+    assert main(["sft", one]) == 0
+    names = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert names and all(".q_proj.lora_" in name for name in names)
+    none = recipe("sft", name="none", output_dir=str(tmp_path / "none"), lora_target_modules=["c_attn"], **values)
+    assert main(["sft", none]) == 2
+    shown = capsys.readouterr().err
+    assert "none.yaml:" in shown and "c_attn" in shown and "`all-linear` is right for any model" in shown

@@ -1,0 +1,266 @@
+"""A training state in one piece: trained weights and what the optimizer keeps of them, by the parameters' names.
+
+What DeepSpeed and FSDP2 save can be read by the same engine only, and ZeRO's by the same number of processes. These files
+can be read by any: one process, DDP, ZeRO-1 to 3 and FSDP2, on any number of processes. They hold, for each trained
+parameter `NAME`, `weight:NAME` (fp32 where the engine keeps a master copy), and of its optimizer `exp_avg:NAME`,
+`exp_avg_sq:NAME` (Adam's moments) and `step:NAME`, as safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlhf.config import UserError
+from rlhf.progress import is_main
+
+NAME = "portable-{:05d}.safetensors"
+SHARD_BYTES = 2 << 30  # so much of a state does the main process hold at a time
+
+
+def is_portable(files) -> bool:
+    """Whether the names of a checkpoint's files are those of one that has its state in one piece too."""
+    return NAME.format(0) in files
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_portable(trainer, folder: Path) -> str:
+    """Write the state; all processes must call.
+
+    Returns:
+        Why it can't be (the optimizer keeps something else than numbers a weight or a step); '' if it is written.
+
+    Raises:
+        OSError, SafetensorError: of the disk, on the main process, after all others have done their part.
+    """
+    if reason := _why_not(trainer):
+        return reason
+    shard, size, number, trouble = {}, 0, 0, None
+    for key, tensor in _whole_state(trainer):
+        if not is_main() or trouble:
+            continue
+        shard[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        size += shard[key].nbytes
+        if size >= SHARD_BYTES:
+            trouble, shard, size, number = _write(shard, folder, number), {}, 0, number + 1
+    if shard and not trouble:
+        trouble = _write(shard, folder, number)
+    if trouble:
+        raise trouble
+    return ""
+
+
+def _write(shard: dict[str, torch.Tensor], folder: Path, number: int) -> Exception | None:
+    try:
+        save_file(shard, folder / NAME.format(number))
+    except Exception as error:  # raised when the other processes are no longer waiting for this one
+        return error
+    return None
+
+
+def _why_not(trainer) -> str:
+    if not isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return f"{type(trainer.lr_scheduler).__name__} is no schedule that a step's number decides"
+    optimizer = _inner(trainer)
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            plain = not torch.is_tensor(value) or value.dim() == 0 or value.is_floating_point()
+            if not plain or (torch.is_tensor(value) and value.dim() and value.shape != parameter.shape):
+                return f"{type(optimizer).__name__} keeps {key} in a shape or type of its own"
+    return ""
+
+
+def _whole_state(trainer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Keys and whole tensors, gathered one at a time; the same order on all processes."""
+    zero, optimizer = _zero(trainer), _inner(trainer)
+    if zero is None:
+        for name, parameter in _trained(trainer):
+            yield f"weight:{name}", _whole(parameter)
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"{key}:{name}", _whole(torch.as_tensor(value))
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    flat = _flat_parameters(zero)[0]
+    state = optimizer.state[flat]
+    keys = [key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape]
+    for name, parameter in _trained(trainer):
+        yield f"weight:{name}", safe_get_full_fp32_param(parameter)
+        for key in keys:
+            yield f"{key}:{name}", safe_get_full_optimizer_state(parameter, key)
+        if "step" in state:
+            yield f"step:{name}", torch.as_tensor(state["step"], dtype=torch.float32)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _trained(trainer) -> list[tuple[str, torch.nn.Parameter]]:
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=True)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _zero(trainer):
+    """DeepSpeed's optimizer, or None under another engine."""
+    return trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
+
+
+def _inner(trainer):
+    """The optimizer that does the arithmetic."""
+    zero = _zero(trainer)
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer) if zero is None else zero.optimizer
+
+
+def _flat_parameters(zero) -> list[torch.Tensor]:
+    """DeepSpeed's flat fp32 partitions, on which its optimizer works."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        return zero.fp32_partitioned_groups_flat
+    return [flat for group in zero.optimizer.param_groups for flat in group["params"]]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class PortableState:
+    """The files of a checkpoint, read a tensor at a time.
+
+    Attributes:
+        folder: the checkpoint.
+        names: the parameters that were trained.
+        kept: what the optimizer keeps of them, in the shape of the weight.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._files = [safe_open(file, "pt") for file in sorted(self.folder.glob("portable-*.safetensors"))]
+        self._place = {key: file for file in self._files for key in file.keys()}
+        kinds = {key.split(":", 1)[0] for key in self._place}
+        self.names = [key.split(":", 1)[1] for key in self._place if key.startswith("weight:")]
+        self.kept = sorted(kinds - {"weight", "step"})
+
+    def get(self, kind: str, name: str) -> torch.Tensor | None:
+        """`weight`, `step`, `exp_avg`, ... of a parameter, on the CPU; None where the optimizer had none."""
+        key = f"{kind}:{name}"
+        return self._place[key].get_tensor(key) if key in self._place else None
+
+    def restore_weights(self, model) -> None:
+        """Put the trained weights into a model that no engine has wrapped yet.
+
+        Raises:
+            UserError: the model trains other parameters than those of the state.
+        """
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if different := sorted(trained.keys() ^ set(self.names)):
+            raise UserError(
+                f"{self.folder} is of a run that trains other parameters than this one (such as {different[0]}); begin anew "
+                "with --fresh"
+            )
+        for name, parameter in trained.items():
+            with _writable(parameter), torch.no_grad():
+                if not parameter.is_meta and parameter.numel():
+                    parameter.copy_(self.get("weight", name))
+
+    def restore_optimizer(self, trainer) -> None:
+        """Put the optimizer's state, the master weights and the learning rates where the engine at hand keeps them."""
+        if _zero(trainer) is None:
+            self._into_torch(trainer)
+        else:
+            self._into_zero(trainer)
+        scheduler = trainer.lr_scheduler
+        schedule = torch.load(self.folder / "scheduler.pt", weights_only=True)
+        scheduler.last_epoch, scheduler._step_count = schedule["last_epoch"], schedule["_step_count"]
+        # its saved lists are of a group each, and DeepSpeed drops groups without parameters
+        lambdas = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
+        scheduler._last_lr = [base * of(scheduler.last_epoch) for of, base in lambdas]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _into_torch(self, trainer) -> None:
+        optimizer = _inner(trainer)
+        name_of = {id(parameter): name for name, parameter in _trained(trainer)}
+        states, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters):
+            found = {kind: self.get(kind, name_of[id(parameter)]) for kind in ("step", *self.kept)}
+            states[number] = {
+                kind: _like(value, parameter) if value.dim() else value
+                for kind, value in found.items()
+                if value is not None
+            }
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+    def _into_zero(self, trainer) -> None:
+        zero = _zero(trainer)
+        steps = [step for name in self.names if (step := self.get("step", name)) is not None]
+        for flat in _flat_parameters(zero):
+            state = {kind: torch.zeros_like(flat) for kind in self.kept}
+            if steps:
+                state["step"] = _step_for(zero.optimizer, float(max(steps)), flat)
+            zero.optimizer.state[flat] = state
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 do it after their first step
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in _trained(trainer):
+            for kind in ("weight", *self.kept):
+                if (value := self.get(kind, name)) is not None:
+                    _set_zero(parameter, kind, value)
+
+
+@contextlib.contextmanager
+def _writable(parameter):
+    """Whole for the time being, where ZeRO-3 has split it already."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, split as the parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.to_local().device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _step_for(optimizer, step: float, flat: torch.Tensor):
+    """A number of steps as this optimizer counts them; one object a partition, or all would count it."""
+    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+        return int(step)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")
+
+
+def _set_zero(parameter, kind: str, value: torch.Tensor) -> None:
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    value = value.float().to(parameter.device)
+    if hasattr(parameter, "ds_id"):  # its whole setter lacks the padding of the last process
+        part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+        padded = torch.nn.functional.pad(
+            value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())
+        )
+        value = padded[part * rank : part * (rank + 1)]
+        setters = safe_set_local_fp32_param, safe_set_local_optimizer_state
+    else:
+        setters = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if kind == "weight":
+        setters[0](parameter, value)
+    else:
+        setters[1](parameter, value, kind)
