@@ -31,6 +31,14 @@ All stages of a folder, in order: `launch/pipeline.sh configs/quickstart [launch
 """
 
 
+# gloo and NCCL of a process that is gone
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited or there was a network error",
+)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
@@ -100,6 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from rlhf.checkpoint import is_disk_trouble
 
+        if any(words in str(error) for words in LOST_PEER):
+            rank = os.environ.get("RANK", 0)
+            print(f"rlhf: process {rank} ends: another one has ended, and tells why", file=sys.stderr)
+            return 1
         if not is_disk_trouble(error):
             raise
         print(

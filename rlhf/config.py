@@ -101,7 +101,7 @@ class StageConfig:
     portable_checkpoints: bool | None = field(
         default=None,
         metadata={
-            "help": "Save the training state in one piece too (12 bytes a trained parameter), so that the run can go on under "
+            "help": "Save the training state in one piece, not as DeepSpeed or FSDP splits it, so that the run can go on under "
             "any launch file; default: with LoRA."
         },
     )

@@ -1,9 +1,9 @@
 """A training state in one piece: trained weights and what the optimizer keeps of them, by the parameters' names.
 
 What DeepSpeed and FSDP2 save can be read by the same engine only, and ZeRO's by the same number of processes. These files
-can be read by any: one process, DDP, ZeRO-1 to 3 and FSDP2, on any number of processes. They hold, for each trained
-parameter `NAME`, `weight:NAME` (fp32 where the engine keeps a master copy), and of its optimizer `exp_avg:NAME`,
-`exp_avg_sq:NAME` (Adam's moments) and `step:NAME`, as safetensors.
+can be read by any: one process, DDP, ZeRO-1 to 3 and FSDP2, on any number of processes. They hold, as safetensors, for each
+trained parameter NAME `weight:NAME` (fp32 where the engine keeps a master copy) and of its optimizer `exp_avg:NAME`,
+`exp_avg_sq:NAME` (Adam's moments) and `step:NAME`; and of the learning rate's schedule `schedule:last_epoch`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARD_BYTES = 2 << 30  # so much of a state does the main process hold at a time
 
 
 def is_portable(files) -> bool:
-    """Whether the names of a checkpoint's files are those of one that has its state in one piece too."""
+    """Whether the names of a checkpoint's files are those of one that has its state in one piece."""
     return NAME.format(0) in files
 
 
@@ -66,6 +66,8 @@ def _write(shard: dict[str, torch.Tensor], folder: Path, number: int) -> Excepti
 
 
 def _why_not(trainer) -> str:
+    if trainer.is_deepspeed_enabled and trainer.args.fp16:
+        return "DeepSpeed keeps a loss scale of its own for fp16"
     if not isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
         return f"{type(trainer.lr_scheduler).__name__} is no schedule that a step's number decides"
     optimizer = _inner(trainer)
@@ -79,6 +81,7 @@ def _why_not(trainer) -> str:
 
 def _whole_state(trainer) -> Iterator[tuple[str, torch.Tensor]]:
     """Keys and whole tensors, gathered one at a time; the same order on all processes."""
+    yield "schedule:last_epoch", torch.tensor(trainer.lr_scheduler.last_epoch)
     zero, optimizer = _zero(trainer), _inner(trainer)
     if zero is None:
         for name, parameter in _trained(trainer):
@@ -144,7 +147,7 @@ class PortableState:
         self._place = {key: file for file in self._files for key in file.keys()}
         kinds = {key.split(":", 1)[0] for key in self._place}
         self.names = [key.split(":", 1)[1] for key in self._place if key.startswith("weight:")]
-        self.kept = sorted(kinds - {"weight", "step"})
+        self.kept = sorted(kinds - {"weight", "step", "schedule"})
 
     def get(self, kind: str, name: str) -> torch.Tensor | None:
         """`weight`, `step`, `exp_avg`, ... of a parameter, on the CPU; None where the optimizer had none."""
@@ -175,9 +178,8 @@ class PortableState:
         else:
             self._into_zero(trainer)
         scheduler = trainer.lr_scheduler
-        schedule = torch.load(self.folder / "scheduler.pt", weights_only=True)
-        scheduler.last_epoch, scheduler._step_count = schedule["last_epoch"], schedule["_step_count"]
-        # its saved lists are of a group each, and DeepSpeed drops groups without parameters
+        scheduler.last_epoch = int(self.get("schedule", "last_epoch"))
+        scheduler._step_count = scheduler.last_epoch + 1
         lambdas = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         scheduler._last_lr = [base * of(scheduler.last_epoch) for of, base in lambdas]
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -226,9 +226,13 @@ def _train(
     context = Context(recipe, args, model_args, stage_args, data, model_name, stopper)
     model_commit = check_length(context)
     merge = check_merge(context)
-    check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
+    portable = model_args.use_peft if stage_args.portable_checkpoints is None else stage_args.portable_checkpoints
     layout = layout_of_environment().record(args.world_size)
-    run.resume_from, other_layout = take_over(run, recipe.where("output_dir"), layout)
+    run.resume_from, in_one_piece = take_over(run, recipe.where("output_dir"), layout)
+    needed = _bytes_needed(model_name, model_args.use_peft, merge, run.resume_from)
+    check_disk(
+        run.folder, needed, "what is still to be written (a checkpoint beside the last one, and the finished model)"
+    )
     try:
         trainer = stage.build(context)
     except ValueError as error:
@@ -251,10 +255,9 @@ def _train(
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
-    portable = stage_args.portable_checkpoints
     safety = Safety(
-        run.folder, stopper, layout, watchdog_s, max_spike, portable=model_args.use_peft if portable is None else portable,
-        restore=PortableState(Path(run.resume_from)) if other_layout else None,
+        run.folder, stopper, layout, watchdog_s, max_spike, portable=portable,
+        restore=PortableState(Path(run.resume_from)) if in_one_piece else None,
     )  # fmt: skip
     trainer.make_safe(safety)
     started = time.time()
@@ -306,8 +309,7 @@ def take_over(run: Run, where: str, layout: dict[str, Any]) -> tuple[str | None,
     """Lock the run folder for this run, and find the checkpoint to go on from, its checksums verified.
 
     Returns:
-        The checkpoint's folder, the same on all processes, or None to begin; whether it is of another layout, and so to be
-        read in one piece.
+        The checkpoint's folder, the same on all processes, or None to begin; whether its state is in one piece.
 
     Raises:
         UserError: another run writes there, or the checkpoint is of a layout that this one can't read; on all processes.
@@ -320,7 +322,7 @@ def take_over(run: Run, where: str, layout: dict[str, Any]) -> tuple[str | None,
             run.lock = Lock(run.folder, where)
             found[0] = newest_checkpoint(run.folder, verify=True, tell=lambda text: say(f"warning: {text}"))
             if found[0]:
-                found[2] = is_other_layout(found[0], layout)
+                found[2] = check_readable(found[0], layout)
             (run.folder / "stopped.json").unlink(missing_ok=True)
         except UserError as error:
             found[1] = str(error)
@@ -330,24 +332,26 @@ def take_over(run: Run, where: str, layout: dict[str, Any]) -> tuple[str | None,
     return found[0], found[2]
 
 
-def is_other_layout(checkpoint: str, layout: dict[str, Any]) -> bool:
-    """Whether a checkpoint was split in another way than this run's; refuses it if it isn't there in one piece too."""
+def check_readable(checkpoint: str, layout: dict[str, Any]) -> bool:
+    """Refuse a checkpoint that another engine has split; returns whether its state is in one piece, which any engine reads."""
     from rlhf.portable import is_portable
 
     manifest = read_manifest(Path(checkpoint)) or {}
+    if is_portable(manifest.get("files", {})):
+        return True
     before = manifest.get("layout")
     if before is None or {before["split"], layout["split"]} <= {"no"}:
         return False
     same = before["split"] == layout["split"] and (
         before["split"] == "FSDP" or before["processes"] == layout["processes"]
     )
-    if not same and not is_portable(manifest.get("files", {})):
+    if not same:
         raise UserError(
             f"{checkpoint} was written by {before['processes']} processes under {before['engine']}, and can't be read by "
             f"{layout['processes']} under {layout['engine']}: it was saved without `portable_checkpoints: true` (the default "
             "with LoRA). Go on as before (with that key the next checkpoint can be read by any), or begin anew with --fresh"
         )
-    return not same
+    return False
 
 
 def prepare_processes(args) -> None:
@@ -543,10 +547,16 @@ def check_length(context: Context) -> str | None:
     return commit
 
 
-def _bytes_needed(model_name: str, model_args) -> int:
-    """The model once (twice while it is compared), and for full fine-tuning a checkpoint of weights and Adam's moments."""
+def _bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
+    """Room for a checkpoint (as large as the last one; else of full fine-tuning: the weights twice and Adam's moments) and for
+    the finished model (an adapter is small)."""
     weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0
-    return int(weights * (1.2 if model_args.use_peft else 4.2)) + 50_000_000
+    finished = 0 if use_peft and not merge else 1.2 * weights
+    if resume_from:
+        checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())
+    else:
+        checkpoint = 0 if use_peft else 4 * weights
+    return int(finished + checkpoint) + 20_000_000
 
 
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:

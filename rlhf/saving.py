@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import shutil
@@ -45,8 +47,9 @@ class Safety:
         max_spike: a gradient norm of so many times its median of late ends the run; None: none does.
         finite: whether all losses of the step at hand are, 0-d bool; None: none was taken yet.
         norms: the gradient norms of the last steps.
-        portable: checkpoints hold their state in one piece too.
-        restore: the checkpoint to go on from is of another layout and is read in one piece.
+        disk_trouble: what the disk had to say while this process wrote its part of the checkpoint at hand.
+        portable: checkpoints hold their state in one piece, instead of as the engine splits it.
+        restore: the checkpoint to go on from, where it does.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class Safety:
     evaluation_pending: bool = False
     finite: torch.Tensor | None = None
     norms: deque = field(default_factory=lambda: deque(maxlen=HISTORY))
+    disk_trouble: str = ""
     portable: bool = False
     restore: PortableState | None = None
 
@@ -139,21 +143,36 @@ class SafeRuns:
         try:
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
+                (partial / f"checkpoint-{self.state.global_step}").mkdir(parents=True)
         except OSError as error:
             reason = str(error)
         if reason := self._first(reason):
             return reason
-        self.safety.saving_to = partial
+        self.safety.saving_to, self.safety.disk_trouble = partial, ""
         try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:  # safetensors and torch have kinds of their own for a full disk
-            if not is_disk_trouble(error):
-                raise
-            reason = " ".join(str(error).split())
+            with self._disk_trouble_noted():
+                super()._save_checkpoint(model, trial)
         finally:
             self.safety.saving_to = None
-        return self._first(reason)
+        return self._first(self.safety.disk_trouble)
+
+    @contextlib.contextmanager
+    def _disk_trouble_noted(self):
+        """While a checkpoint is written, the disk's errors wait until the processes have done what they do together."""
+        try:
+            yield
+        except Exception as error:  # safetensors and torch have kinds of their own for a full disk
+            if self.safety is None or self.safety.saving_to is None or not is_disk_trouble(error):
+                raise
+            self.safety.disk_trouble = self.safety.disk_trouble or " ".join(str(error).split())
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        with self._disk_trouble_noted():
+            super().create_model_card(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        with self._disk_trouble_noted():
+            super()._save(output_dir, state_dict)
 
     def _place(self, partial: Path, folder: Path) -> str:
         reason, files = "", {}
@@ -182,20 +201,48 @@ class SafeRuns:
         return self._first(reason)
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.safety is None or not self.safety.portable:
-            return
-        if reason := save_portable(self, Path(output_dir)):
-            self.safety.portable = False
-            say(f"\nnote: checkpoints will be read by this engine only, not under another launch file: {reason}")
+        if self.safety is not None and self.safety.portable:
+            with self._disk_trouble_noted():
+                reason = save_portable(self, Path(output_dir))
+                if not reason:
+                    return
+                self.safety.portable = False
+                say(f"\nnote: checkpoints will be read by this engine only, not under another launch file: {reason}")
+            if self.safety.disk_trouble:
+                return
+        split = self.safety is not None and self.is_deepspeed_enabled
+        with self._deepspeed_waits(output_dir) if split else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    @contextlib.contextmanager
+    def _deepspeed_waits(self, output_dir):
+        """DeepSpeed's engine writes in between of what its processes do together: an error there must not part them."""
+        engine = self.model_wrapped
+        write = engine.checkpoint_engine.save
+
+        def save(*args, **kwargs):
+            with self._disk_trouble_noted():
+                write(*args, **kwargs)
+
+        engine.checkpoint_engine.save = save
+        engine._copy_recovery_script = lambda folder: None
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
+        try:
+            yield
+        finally:
+            del engine.checkpoint_engine.save, engine._copy_recovery_script, engine.save_checkpoint
+        if is_main():
+            with self._disk_trouble_noted():
+                (Path(output_dir) / "latest").write_text(f"global_step{engine.global_steps}")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Where the checkpoint is another engine's, put its state in by parts: weights first, the rest when all is wrapped."""
+        """A state in one piece goes in by parts: weights first, the rest when the engine has wrapped all."""
         if self.safety is None or self.safety.restore is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.safety.restore.restore_weights(self.model)
         found = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.safety.restore.restore_optimizer(self)
+        self._load_scaler(resume_from_checkpoint)
         return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:

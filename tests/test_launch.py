@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from faults import environment_of
 
 from rlhf import launch
 from rlhf.__main__ import main
@@ -38,19 +39,6 @@ def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zer
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "1" if engine == "one process" else "2")
     assert layout_of_environment() == Layout(engine, zero_stage, offload, fsdp_version)
-
-
-def environment_of(path):
-    """What accelerate's launcher would set for the training processes."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    args = launch_command_parser().parse_args(["--config_file", path, "script.py"])
-    args, _, _ = _validate_launch_command(args)
-    if args.use_deepspeed:
-        args.deepspeed_fields_from_accelerate_config = ""  # the launcher sets it on the way
-        return {k: v for k, v in prepare_deepspeed_cmd_env(args)[1].items() if k.startswith("ACCELERATE")}
-    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("ACCELERATE", "FSDP"))}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
     python tests/faults/faults.py --count 200 --seed 7        (make faults N=200)
 
-Each fault hits a real training run (DPO by LoRA with dropout, a tiny model, 1 or 2 processes) at a random moment. Then the
-same command is given until the run is complete. Its final weights must be those of an uninterrupted run to the last bit,
+Each fault hits a real training run (DPO by LoRA with dropout, a tiny model; one process, or two under DDP, ZeRO-2 or FSDP2)
+at a random moment. Then the same command is given until the run is complete. Its final weights must be those of an uninterrupted run to the last bit,
 and so must every step's loss in metrics.jsonl. Prints a table, and exits with 1 if one was not.
 
 Processes are forked from one that has imported everything, so that a run takes a second or two and not ten.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+ROOT = Path(__file__).parent.parent.parent
+LAUNCH = ("", "ddp.yaml", "zero2.yaml", "fsdp2.yaml")  # '': one process
 STEPS, SAVE_EVERY = 12, 3
 ATTEMPTS = 4  # a run must be complete after so many more starts
 TIME_LIMIT_S = 120.0
@@ -39,11 +41,13 @@ class Job:
     Attributes:
         recipe: the recipe's path.
         folder: where it writes.
+        launch: the launch file that it runs under; '' for one process.
         log: what its processes print.
     """
 
-    def __init__(self, recipe: Path, folder: Path, processes: int):
-        self.recipe, self.folder, self.processes, self.pids = recipe, folder, processes, []
+    def __init__(self, recipe: Path, folder: Path, launch: str):
+        self.recipe, self.folder, self.launch, self.pids = recipe, folder, launch, []
+        self.processes = 2 if launch else 1
         self.log = folder.parent / f"{folder.name}.log"
         self.words = ["dpo", str(recipe), "--output_dir", str(folder)]
 
@@ -57,7 +61,7 @@ class Job:
         for rank in range(self.processes):
             pid = os.fork()
             if pid == 0:
-                _run(self.words, rank, self.processes, port, self.log, before)
+                _run(self.words, rank, self.processes, port, self.log, before, self.launch)
             self.pids.append(pid)
 
     def wait(self) -> list[int]:
@@ -107,7 +111,7 @@ class Job:
         return losses, load_file(self.folder / "adapter_model.safetensors")
 
 
-def _run(words, rank, processes, port, log, before) -> None:
+def _run(words, rank, processes, port, log, before, launch) -> None:
     """In the forked process: become a rank, and never return."""
     code = 1
     try:
@@ -118,7 +122,7 @@ def _run(words, rank, processes, port, log, before) -> None:
         if processes > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment_of(ROOT / "launch" / launch),
             )  # fmt: skip
         before()
         from rlhf.__main__ import main
@@ -131,6 +135,19 @@ def _run(words, rank, processes, port, log, before) -> None:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def environment_of(launch_file: Path) -> dict[str, str]:
+    """What accelerate's launcher would set for the training processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", str(launch_file), "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ""  # the launcher sets it on the way
+        return {k: v for k, v in prepare_deepspeed_cmd_env(args)[1].items() if k.startswith("ACCELERATE")}
+    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("ACCELERATE", "FSDP"))}
 
 
 def _kill(pid: int, number: int) -> None:
@@ -364,44 +381,51 @@ def write_recipe(folder: Path, model: str, data: str) -> Path:
 
 
 def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=print) -> list[str]:
-    """Inject `count` faults, in turns with 1 and 2 processes; what went wrong, a line each."""
+    """Inject `count` faults, in turns under each launch file; what went wrong, a line each."""
+    launch_files = usable_launch_files(tell)
     for name in ("trl.trainer.dpo_trainer", "rlhf.dpo", "rlhf.saving"):
         importlib.import_module(name)  # once, before the first fork
     recipe = write_recipe(folder, model, data)
     whole = {}
-    for processes in (1, 2):
-        job = Job(recipe, folder / f"whole-{processes}", processes)
+    for launch in launch_files:
+        job = Job(recipe, folder / f"whole-{launch}", launch)
         job.start()
         job.wait()
-        assert job.complete(), (folder / f"whole-{processes}.log").read_text()[-3000:]
-        whole[processes] = job.result()
-    tell(f"{'':>3}  {'fault':<18} {'processes':>9}  {'starts':>6}  {'seconds':>7}  result")
+        assert job.complete(), job.log.read_text()[-3000:]
+        whole[launch] = job.result()
+    tell(f"{'':>3}  {'fault':<18} {'under':<11}  {'starts':>6}  {'seconds':>7}  result")
     wrong = []
     for number in range(count):
         dice = random.Random(f"{seed} {number}")
-        fault, processes = FAULTS[number % len(FAULTS)], 2 if fault_needs_two(number) else 1 + number // len(FAULTS) % 2
-        job = Job(recipe, folder / f"run-{number}", processes)
+        fault = FAULTS[number % len(FAULTS)]
+        usable = launch_files[1:] if fault is kill_one else launch_files
+        launch = usable[(number + number // len(FAULTS)) % len(usable)]
+        job = Job(recipe, folder / f"run-{number}", launch)
         started = time.monotonic()
         what, starts = "", 0
         try:
             what = fault(job, dice)
             starts = _finish(job) if not what.startswith("left out") else 0
-            result = difference(whole[processes], job.result()) if not what.startswith("left out") else ""
+            result = difference(whole[launch], job.result()) if not what.startswith("left out") else ""
         except AssertionError as error:
             result = str(error)
         if result:
             wrong.append(f"{fault.__name__} {what}: {result} ({job.log})")
         told = result or ("-" if what.startswith("left out") else "equal")
         tell(
-            f"{number + 1:>3}  {fault.__name__:<18} {processes:>9}  {1 + starts:>6}  {time.monotonic() - started:7.1f}  {told}: {what}"
+            f"{number + 1:>3}  {fault.__name__:<18} {launch or 'one process':<11}  {1 + starts:>6}  {time.monotonic() - started:7.1f}  {told}: {what}"
         )
         if not result:
             shutil.rmtree(job.folder, ignore_errors=True)
     return wrong
 
 
-def fault_needs_two(number: int) -> bool:
-    return FAULTS[number % len(FAULTS)] is kill_one
+def usable_launch_files(tell) -> list[str]:
+    """Those that this machine has the packages for."""
+    if importlib.util.find_spec("deepspeed") and shutil.which("g++"):
+        return list(LAUNCH)
+    tell("without ZeRO-2: deepspeed or g++ is missing")
+    return [launch for launch in LAUNCH if not launch.startswith("zero")]
 
 
 def main() -> int:
@@ -411,7 +435,7 @@ def main() -> int:
     parser.add_argument("--model", help="a folder; default: a tiny Llama with random weights")
     parser.add_argument("--data", default="embedded:sample")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
+    sys.path.insert(0, str(ROOT / "bench"))
     from rlhf.progress import quiet_libraries
 
     quiet_libraries()
