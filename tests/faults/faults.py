@@ -401,6 +401,8 @@ def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=
         usable = launch_files[1:] if fault is kill_one else launch_files
         launch = usable[(number + number // len(FAULTS)) % len(usable)]
         job = Job(recipe, folder / f"run-{number}", launch)
+        if dice.random() < 0.3:  # as the engine splits it
+            job.words += ["--portable_checkpoints", "false"]
         started = time.monotonic()
         what, starts = "", 0
         try:
