@@ -225,7 +225,7 @@ def _train(
     context = Context(recipe, args, model_args, stage_args, data, model_name, stopper)
     model_commit = check_length(context)
     merge = check_merge(context)
-    check_disk(run.folder, _bytes_needed(model_name, model_args), "the finished model with its checkpoints")
+    check_disk(run.folder, bytes_needed(model_name, model_args.use_peft), "the finished model with its checkpoints")
     layout = layout_of_environment().record(args.world_size)
     run.resume_from = take_over(run, recipe.where("output_dir"), layout)
     trainer = stage.build(context)
@@ -522,10 +522,10 @@ def check_length(context: Context) -> str | None:
     return commit
 
 
-def _bytes_needed(model_name: str, model_args) -> int:
+def bytes_needed(model_name: str, use_peft: bool) -> int:
     """The model once (twice while it is compared), and for full fine-tuning a checkpoint of weights and Adam's moments."""
     weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0
-    return int(weights * (1.2 if model_args.use_peft else 4.2)) + 50_000_000
+    return int(weights * (1.2 if use_peft else 4.2)) + 50_000_000
 
 
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
