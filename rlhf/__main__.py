@@ -132,6 +132,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     if options.command in ("sft", "reward", "dpo", "evaluate"):
         run_recipe(options, rest)
     elif options.command == "preflight":
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # who doesn't come is told in a sentence, not in C++ frames
         from rlhf.preflight import preflight
 
         preflight(options.recipe, rest, options.quick, options.timeout_s)

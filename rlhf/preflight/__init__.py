@@ -58,6 +58,7 @@ def preflight(recipe_path: str | None, overrides: list[str], quick: bool = False
     ranks = Ranks(timeout_s)
     ranks.exchange_hosts()
     if told := ranks.exchange("recipe", mistake, answer=lambda found: _mistakes(found, ranks.hosts)):
+        ranks.leave()
         raise UserError(told)
     checks = Checks(ranks, recipe, output_dir, quick)
     try:

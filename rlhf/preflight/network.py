@@ -13,12 +13,12 @@ def judge_interfaces(reports: list[dict], hosts: list[str], env: dict[str, str])
     """Interfaces that are named but not there, and host names that gloo would take for this host alone."""
     found = []
     wanted = env.get("GLOO_SOCKET_IFNAME", "")
-    for name in filter(None, wanted.split(",")):
-        ranks = [rank for rank, r in enumerate(reports) if name not in r["interfaces"]]
+    if wanted:
+        ranks = [rank for rank, r in enumerate(reports) if not {*wanted.split(",")} & {*r["interfaces"]}]
         if ranks:
             there = ", ".join(n for n in reports[ranks[0]]["interfaces"] if n != "lo")
             fix = f"set GLOO_SOCKET_IFNAME to one of: {there}"
-            found.append(Finding("error", f"{who(ranks, hosts)}: GLOO_SOCKET_IFNAME={name}, and there is none", fix))
+            found.append(Finding("error", f"{who(ranks, hosts)}: GLOO_SOCKET_IFNAME={wanted}, and there is none", fix))
     wanted = env.get("NCCL_SOCKET_IFNAME", "")
     if wanted and not wanted.startswith("^"):
         exact, names = wanted.startswith("="), wanted.lstrip("=").split(",")
@@ -31,11 +31,9 @@ def judge_interfaces(reports: list[dict], hosts: list[str], env: dict[str, str])
     if len(set(hosts)) > 1 and not env.get("GLOO_SOCKET_IFNAME"):
         ranks = [rank for rank, r in enumerate(reports) if r["hostname_address"].startswith("127.")]
         if ranks:
-            route = next(
-                (reports[r]["route"] for r in range(len(hosts)) if reports[r]["route"] not in ("", "lo")), "eth0"
-            )
+            routes = dict.fromkeys(reports[r]["route"] for r in ranks if reports[r]["route"] not in ("", "lo"))
             text = f"{who(ranks, hosts)}: the host's own name means {reports[ranks[0]]['hostname_address']} there"
-            fix = f"export GLOO_SOCKET_IFNAME={route} (or mend /etc/hosts): other hosts can't reach that address"
+            fix = f"export GLOO_SOCKET_IFNAME={','.join(routes) or 'eth0'} (or mend /etc/hosts): other hosts can't reach that address"
             found.append(Finding("error", text, fix))
     return found
 
@@ -88,11 +86,16 @@ def judge_collectives(results: list[dict], hosts: list[str], devices: list[str])
 
 
 def _failed_collectives(results: list[dict], hosts: list[str], failed: list[int]) -> Row:
-    hung = [r for r in failed if results[r]["hung"]]
-    during, error = results[failed[0]]["during"], results[failed[0]]["error"]
+    groups: dict[tuple, list[int]] = {}
+    for rank in failed:
+        result = results[rank]
+        groups.setdefault((not result["hung"], result["during"], result["error"]), []).append(rank)
+    told = [  # who hangs comes first: the others' errors are of their waiting
+        f"{who(ranks, hosts)} {'failed' if politely else 'hung'} in {during} ({error})"
+        for (politely, during, error), ranks in sorted(groups.items())[:4]
+    ]
     rest = [r for r in range(len(hosts)) if r not in failed]
-    arrived = f"; {who(rest, hosts)} came through" if rest else ""
-    text = f"{who(failed, hosts)} {'hung' if hung else 'failed'} in {during}: {error}{arrived}"
+    text = "; ".join(told + ([f"{who(rest, hosts)} came through"] if rest else []))
     fix = (
         "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface that joins the hosts (`ip -br addr`), let the "
         "firewall pass all ports between them; NCCL_DEBUG=INFO says more"

@@ -30,7 +30,7 @@ from rlhf.run import maker_of
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")
-CANARY_WAIT_S = 10.0  # network file systems show a new file a little later on other hosts
+CANARY_WAIT_S = 5.0  # network file systems show a new file a little later on other hosts
 FEW_INODES = 1000
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -114,6 +114,7 @@ class Ranks:
         except RuntimeError:
             raise self.told_here(f"rank 0 has not answered ('{name}'); its own message, or its log, says why") from None
         if "missing" in found:
+            self.leave()
             raise UserError(found["missing"])
         return found["answer"]
 
@@ -129,6 +130,7 @@ class Ranks:
             if missing:
                 text = self._describe_missing(name, missing, wait_s)
                 self.store.set(name, json.dumps({"missing": text}))
+                self.leave(missing)
                 raise UserError(text) from None
         found = answer([json.loads(self.store.get(key)) for key in keys])
         self.store.set(name, json.dumps({"answer": found}))
@@ -158,12 +160,13 @@ class Ranks:
         numbers = [rank // size for rank in range(self.world)]
         return [names[n] if n < len(names) else platform.node() if n == 0 else f"machine {n}" for n in numbers]
 
-    def leave(self) -> None:
+    def leave(self, missing: Iterable[int] = ()) -> None:
         """The last words: rank 0, whose process may hold the store, goes when the others have got their answers."""
         self.store.set(f"left/{self.rank}", "")
         if self.rank == 0:
             with contextlib.suppress(RuntimeError):
-                self.store.wait([f"left/{rank}" for rank in range(self.world)], timedelta(seconds=10))
+                here = [f"left/{rank}" for rank in range(self.world) if rank not in missing]
+                self.store.wait(here, timedelta(seconds=10))
 
     def exchange_hosts(self) -> None:
         """Let every rank know every rank's host: the first exchange, which shows that all have come."""
