@@ -158,7 +158,7 @@ class Checks:
         self.rows += [dataclasses.replace(first, findings=tuple(findings)), *rest, judge_versions(reports, hosts)]
         if self.ranks.world > 1:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            found = tuple(judge_interfaces(reports, hosts, dict(os.environ)))
+            found = tuple(judge_interfaces(reports, hosts))
             self.rows.append(Row("rendezvous", f"{where}: all {self.ranks.world} processes are there", found))
 
     def check_paths(self, recipe: Recipe) -> None:

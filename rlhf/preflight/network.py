@@ -9,33 +9,41 @@ from rlhf.preflight.ranks import who
 SKEW_WARNING_S, SKEW_ERROR_S = 1.0, 60.0
 
 
-def judge_interfaces(reports: list[dict], hosts: list[str], env: dict[str, str]) -> list[Finding]:
+def judge_interfaces(reports: list[dict], hosts: list[str]) -> list[Finding]:
     """Interfaces that are named but not there, and host names that gloo would take for this host alone."""
     found = []
-    wanted = env.get("GLOO_SOCKET_IFNAME", "")
-    if wanted:
-        ranks = [rank for rank, r in enumerate(reports) if not {*wanted.split(",")} & {*r["interfaces"]}]
-        if ranks:
-            there = ", ".join(n for n in reports[ranks[0]]["interfaces"] if n != "lo")
-            fix = f"set GLOO_SOCKET_IFNAME to one of: {there}"
-            found.append(Finding("error", f"{who(ranks, hosts)}: GLOO_SOCKET_IFNAME={wanted}, and there is none", fix))
-    wanted = env.get("NCCL_SOCKET_IFNAME", "")
-    if wanted and not wanted.startswith("^"):
-        exact, names = wanted.startswith("="), wanted.lstrip("=").split(",")
-        fits = lambda n: any(n == w if exact else n.startswith(w) for w in names)  # noqa: E731
-        ranks = [rank for rank, r in enumerate(reports) if not any(map(fits, r["interfaces"]))]
-        if ranks:
-            there = ", ".join(n for n in reports[ranks[0]]["interfaces"] if n != "lo")
-            fix = f"set NCCL_SOCKET_IFNAME to one of: {there}"
-            found.append(Finding("error", f"{who(ranks, hosts)}: NCCL_SOCKET_IFNAME={wanted}, and there is none", fix))
-    if len(set(hosts)) > 1 and not env.get("GLOO_SOCKET_IFNAME"):
-        ranks = [rank for rank, r in enumerate(reports) if r["hostname_address"].startswith("127.")]
-        if ranks:
-            routes = dict.fromkeys(reports[r]["route"] for r in ranks if reports[r]["route"] not in ("", "lo"))
-            text = f"{who(ranks, hosts)}: the host's own name means {reports[ranks[0]]['hostname_address']} there"
-            fix = f"export GLOO_SOCKET_IFNAME={','.join(routes) or 'eth0'} (or mend /etc/hosts): other hosts can't reach that address"
-            found.append(Finding("error", text, fix))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        for wanted in dict.fromkeys(report[variable] for report in reports):
+            asked = [rank for rank, report in enumerate(reports) if report[variable] == wanted]
+            ranks = [rank for rank in asked if not _names_interface(variable, wanted, reports[rank]["interfaces"])]
+            if ranks:
+                there = ", ".join(name for name in reports[ranks[0]]["interfaces"] if name != "lo")
+                text = f"{who(ranks, hosts)}: {variable}={wanted}, and there is no such interface"
+                found.append(Finding("error", text, f"set {variable} to one of: {there}"))
+    alone = [
+        rank for rank, report in enumerate(reports)
+        if report["hostname_address"].startswith("127.") and not report["GLOO_SOCKET_IFNAME"]
+    ]  # fmt: skip
+    if alone and len(set(hosts)) > 1:
+        routes = {hosts[r]: reports[r]["route"] for r in alone if reports[r]["route"] not in ("", "lo")}
+        names = list(dict.fromkeys(routes.values())) or ["eth0"]
+        text = f"{who(alone, hosts)}: the host's own name means {reports[alone[0]]['hostname_address']} there"
+        fix = f"export GLOO_SOCKET_IFNAME={names[0]}"
+        if len(names) > 1:
+            fix = "; ".join(f"on {host}: export GLOO_SOCKET_IFNAME={name}" for host, name in list(routes.items())[:8])
+        found.append(Finding("error", text, f"{fix} (or mend /etc/hosts): other hosts can't reach that address"))
     return found
+
+
+def _names_interface(variable: str, wanted: str, there: list[str]) -> bool:
+    """Whether all names of gloo's variable are there, or one that NCCL's fits (by its beginning; `=` exactly, `^` not)."""
+    if not wanted or wanted.startswith("^"):
+        return True
+    names = wanted.lstrip("=").split(",")
+    if variable == "GLOO_SOCKET_IFNAME":
+        return set(names) <= set(there)
+    exact = wanted.startswith("=")
+    return any(name == there_name if exact else there_name.startswith(name) for name in names for there_name in there)
 
 
 def judge_clocks(offsets: list, hosts: list[str]) -> Row | None:

@@ -41,14 +41,14 @@ def describe(local_rank: int, on_cpu: bool) -> dict[str, Any]:
     return {
         "versions": versions | {"code": about["git_commit"]},
         "executable": sys.executable,
-        "folder": os.getcwd(),
         "cores": len(os.sched_getaffinity(0)),
         "memory": [psutil.virtual_memory().available, psutil.virtual_memory().total],
         "device": describe_device(local_rank, on_cpu),
         "driver": driver_version(),
-        "offline": os.environ.get("HF_HUB_OFFLINE", ""),
         "hostname_address": address_of(platform.node()),
         "interfaces": sorted(psutil.net_if_addrs()),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", ""),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", ""),
         "route": interface_to(os.environ.get("MASTER_ADDR", "")),
     }
 

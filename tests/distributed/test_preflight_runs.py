@@ -21,10 +21,10 @@ def can_mount():
 
 
 def can_make_hosts():
-    if not shutil.which("ip") or not shutil.which("nsenter"):
+    if not shutil.which("ip") or not shutil.which("unshare"):
         return False
-    made = subprocess.run(["ip", "netns", "add", "rlhf-try"], capture_output=True).returncode == 0
-    subprocess.run(["ip", "netns", "del", "rlhf-try"], capture_output=True)
+    made = subprocess.run(["ip", "netns", "add", f"rlhf-{os.getpid()}"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", f"rlhf-{os.getpid()}"], capture_output=True)
     return made
 
 
@@ -198,20 +198,23 @@ def two_hosts():
     """Two network namespaces on a wire, n1 at 10.99.0.1 and n2 at 10.99.0.2, with names of their own; as root."""
     if not can_make_hosts():
         pytest.skip("may not make network namespaces (no root, or no `ip`)")
-    names = ["rlhf-n1", "rlhf-n2"]
+    names = [f"rlhf-{os.getpid()}-n1", f"rlhf-{os.getpid()}-n2"]
     script = """
-        ip netns add rlhf-n1; ip netns add rlhf-n2
-        ip link add v1 netns rlhf-n1 type veth peer name v2 netns rlhf-n2
+        ip netns add $1; ip netns add $2
+        ip link add v1 netns $1 type veth peer name v2 netns $2
         for i in 1 2; do
-          ip -n rlhf-n$i link set lo up; ip -n rlhf-n$i addr add 10.99.0.$i/24 dev v$i; ip -n rlhf-n$i link set v$i up
-          mkdir -p /etc/netns/rlhf-n$i
-          printf '127.0.0.1 localhost\\n10.99.0.1 n1\\n10.99.0.2 n2\\n' > /etc/netns/rlhf-n$i/hosts
+          n=$1; ip -n $n link set lo up; ip -n $n addr add 10.99.0.$i/24 dev v$i; ip -n $n link set v$i up
+          mkdir -p /etc/netns/$n
+          printf '127.0.0.1 localhost\\n10.99.0.1 n1\\n10.99.0.2 n2\\n' > /etc/netns/$n/hosts
+          shift
         done
     """
     try:
-        subprocess.run(["sh", "-ec", script], check=True, capture_output=True)
-        yield lambda i: ["ip", "netns", "exec", f"rlhf-n{i}", "unshare", "--uts", "--", "sh", "-c",
-                         f'hostname n{i}; exec "$@"', "n"]  # fmt: skip
+        subprocess.run(["sh", "-ec", script, "two-hosts", *names], check=True, capture_output=True)
+        yield [
+            ["ip", "netns", "exec", name, "unshare", "--uts", "--", "sh", "-c", f'hostname n{i}; exec "$@"', "on"]
+            for i, name in enumerate(names, 1)
+        ]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
@@ -221,7 +224,7 @@ def two_hosts():
 def on_two_hosts(two_hosts, *words, **env):
     processes = [
         subprocess.Popen(
-            [*two_hosts(machine + 1), *ACCELERATE, "--num_machines", "2", "--machine_rank", str(machine), "--main_process_ip",
+            [*two_hosts[machine], *ACCELERATE, "--num_machines", "2", "--machine_rank", str(machine), "--main_process_ip",
              "10.99.0.1", "--main_process_port", "29555", "--num_processes", "2", WORKER, *map(str, words)],
             text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env},
         )
@@ -254,10 +257,10 @@ def test_two_hosts_whose_clocks_differ(two_hosts, dpo):
 def test_host_whose_name_is_a_loopback_address(two_hosts, dpo):
     """Debian's /etc/hosts: gloo would listen where no other host can come."""
     for i in (1, 2):
-        hosts = Path(f"/etc/netns/rlhf-n{i}/hosts")
+        hosts = Path(f"/etc/netns/{two_hosts[i - 1][3]}/hosts")
         hosts.write_text(hosts.read_text().replace(f"10.99.0.{i} n{i}", f"127.0.1.1 n{i}"))
     both = on_two_hosts(two_hosts, dpo, "--quick")
     assert [code for code, _, _ in both] == [1, 1]
     assert "n1 (rank 0), n2 (rank 1): the host's own name means 127.0.1.1 there\n" in both[0][1]
-    assert "export GLOO_SOCKET_IFNAME=v1,v2 " in both[0][1]
+    assert "-> on n1: export GLOO_SOCKET_IFNAME=v1; on n2: export GLOO_SOCKET_IFNAME=v2 (or mend" in both[0][1]
     assert row(both[0][1], "all-reduce")[1] == "not tried: the errors above come first"
