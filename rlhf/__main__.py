@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     preflight.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
+    preflight.add_argument("--output_dir", metavar="DIR", help="where results would go; default: the recipe's, or here")
     preflight.add_argument("--quick", action="store_true", help="leave the long measurements out")
     preflight.add_argument("--timeout_s", type=float, default=120.0, help="give up after so long what hangs (120)")
     chat = commands.add_parser("chat", description="Talk to a finished model. /reset /system /compare /quit inside.")
@@ -137,7 +138,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         )  # who doesn't come is told in a sentence, not in C++ frames
         from rlhf.preflight import preflight
 
-        preflight(options.recipe, rest, options.quick, options.timeout_s)
+        if rest and not (options.recipe or "").endswith((".yaml", ".yml")):
+            raise UserError(
+                f"the recipe comes first: rlhf preflight RECIPE.yaml --key value (found '{' '.join(rest)}')"
+            )
+        preflight(options.recipe, rest, options.output_dir, options.quick, options.timeout_s)
     elif options.command == "chat":
         from rlhf.chat import chat
 

@@ -41,18 +41,25 @@ from rlhf.run import bytes_needed, maker_of
 WRITE_BYTES = 64 << 20
 
 
-def preflight(recipe_path: str | None, overrides: list[str], quick: bool = False, timeout_s: float = 120.0) -> None:
+def preflight(
+    recipe_path: str | None,
+    overrides: list[str],
+    output_dir: str | None = None,
+    quick: bool = False,
+    timeout_s: float = 120.0,
+) -> None:
     """Run all checks on all ranks and print one table on rank 0.
 
     Args:
-        overrides: `--key value` of the recipe; without a recipe only `--output_dir`.
+        overrides: `--key value` of the recipe.
+        output_dir: default: the recipe's, or the working folder.
         quick: no speeds, only whether things work.
         timeout_s: what may hang is given up after so long.
 
     Raises:
         UserError: something will not work; on all ranks, after the table. Where a rank does not come, there is no table.
     """
-    recipe, output_dir, mistake = _read(recipe_path, overrides)
+    recipe, mistake = _read(recipe_path, overrides, output_dir)
     if mistake and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UserError(mistake)
     ranks = Ranks(timeout_s)
@@ -60,7 +67,7 @@ def preflight(recipe_path: str | None, overrides: list[str], quick: bool = False
     if told := ranks.exchange("recipe", mistake, answer=lambda found: _mistakes(found, ranks.hosts)):
         ranks.leave()
         raise UserError(told)
-    checks = Checks(ranks, recipe, output_dir, quick)
+    checks = Checks(ranks, recipe, output_dir or (recipe.values["output_dir"] if recipe else "."), quick)
     try:
         checks.run()
         errors = ranks.exchange("verdict", answer=lambda _: checks.show())
@@ -89,18 +96,15 @@ def _leave_at_once(error: UserError) -> None:
     os._exit(2)
 
 
-def _read(recipe_path: str | None, overrides: list[str]) -> tuple[Recipe | None, str, str]:
-    """(recipe, output_dir, '' or what is wrong with them)."""
+def _read(recipe_path: str | None, overrides: list[str], output_dir: str | None) -> tuple[Recipe | None, str]:
+    """(recipe, '' or what is wrong with it)."""
+    if not recipe_path:
+        return None, ""
+    more = ["--output_dir", output_dir] if output_dir else []
     try:
-        if recipe_path:
-            recipe = load_recipe(recipe_path, stage_of(recipe_path), overrides)
-            return recipe, recipe.values["output_dir"], ""
+        return load_recipe(recipe_path, stage_of(recipe_path), overrides + more), ""
     except UserError as error:
-        return None, "", str(error)
-    words = [part for word in overrides for part in word.split("=", 1)]
-    if words and (len(words) != 2 or words[0] not in ("--output_dir", "--output-dir")):
-        return None, "", f"unexpected '{' '.join(overrides)}'; without a recipe there is --output_dir DIR only"
-    return None, words[1] if words else ".", ""
+        return None, str(error)
 
 
 def _mistakes(found: list[str], hosts: list[str]) -> str:
