@@ -270,8 +270,9 @@ class Checks:
         for finding in sorted(findings, key=lambda f: f.level):
             say(f"{finding.level:<8} {finding.found}\n{'':<8} -> {finding.fix}")
         if not errors:
-            stage = f"; `{self.recipe.stage}` in place of `preflight` starts the training" if self.recipe else ""
-            say(f"Ready{', but mind the warnings' if findings else ''}{stage}.")
+            ready = f"Ready{', but mind the warnings' if findings else ''}"
+            stage = self.recipe and self.recipe.stage
+            say(f"{ready}: the same command with `{stage}` in place of `preflight` begins." if stage else f"{ready}.")
         return errors
 
     def close(self) -> None:

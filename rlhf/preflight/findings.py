@@ -154,10 +154,8 @@ def judge_versions(reports: list[dict], hosts: list[str]) -> Row:
         found.append(
             Finding(level, f"{place}: {', '.join(text)}; the others: {others}", _align(names_odd, usual, python))
         )
-    shown = [
-        f"{n} {usual[n]}" for n in ("rlhf-dpo", "python", "torch", "transformers", "trl", "deepspeed") if usual.get(n)
-    ]
-    return Row("versions", f"{'the same' if not found else 'mostly'}: {', '.join(shown)}", tuple(found))
+    shown = [f"{n} {usual[n]}" for n in ("rlhf-dpo", "python", "torch", "transformers", "trl") if usual.get(n)]
+    return Row("versions", f"{'the same' if not found else 'most have'}: {', '.join(shown)}", tuple(found))
 
 
 def _minor_differs(version: str | None, usual: str) -> bool:

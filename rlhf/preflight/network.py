@@ -60,7 +60,7 @@ def judge_clocks(offsets: list, hosts: list[str]) -> Row | None:
             text = f"{hosts[rank]}: its clock is {abs(offset):.1f} s {side} {hosts[0]}'s"
             found.append(Finding(level, text, f"on {hosts[rank]}: sudo chronyc makestep (or start chronyd, ntpd)"))
     offset, uncertainty = max(measured.values(), key=lambda m: abs(m[0]))
-    shown = f"at most {abs(offset):.3f} s from {hosts[0]}'s (measured to {uncertainty:.3f} s)"
+    shown = f"at most {abs(offset) * 1e3:,.1f} ms from {hosts[0]}'s (measured to {uncertainty * 1e3:,.1f} ms)"
     return Row("clocks", shown, tuple(found))
 
 
@@ -149,7 +149,7 @@ def speed_row(check: str, num_bytes: int, seconds: float, world: int, link: tupl
         f"bus {speed(bus)}, algorithm {speed(num_bytes / seconds)} ({num_bytes >> 20} MiB in {seconds * 1e3:.0f} ms)"
     )
     if link is None:
-        return Row(check, f"{shown}; the hardware's speed is unknown")
+        return Row(check, f"{shown}; link speed unknown")
     name, rate, kind = link
     share, least = bus / rate, LEAST_SHARE[kind]
     found = ()

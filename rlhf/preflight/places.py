@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf.preflight.findings import Finding, Row, gb, gib, near_time, speed
-from rlhf.preflight.probes import FEW_INODES
+from rlhf.preflight.probes import FEW_INODES, MODEL_KEYS
 from rlhf.preflight.ranks import majority, who
 
 SLOW_DISK = 50e6  # bytes/s
@@ -20,17 +20,23 @@ def judge_paths(looks: list[dict], names: dict[str, str], places: dict[str, str]
         return None
     found: list[Finding] = []
     for key, name in names.items():
-        found += _judge_path(f"{places[key]}: {key} {name}", [look[key] for look in looks], makers[key], hosts)
+        found += _judge_path(
+            f"{places[key]}: {key} {name}", _download(key, name), [look[key] for look in looks], makers[key], hosts
+        )
     waits = [makers[key] for key in names if makers[key] and all(look[key][0] == "absent" for look in looks)]
     shown = f"{', '.join(dict.fromkeys(names.values()))}: {'the same on all hosts' if len(set(hosts)) > 1 else 'there'}"
     if found:
-        shown = ", ".join(f.found.split(": ")[1] for f in found)
+        shown = f"{len(found)} of {len(names)} are not as they should be, see below"
     elif waits:
         shown = f"yet to be made by {', '.join(f'`{w}`' for w in waits)}"
     return Row("model and data", shown, tuple(found))
 
 
-def _judge_path(what: str, seen: list, maker: str, hosts: list[str]) -> list[Finding]:
+def _download(key: str, name: str) -> str:
+    return f"hf download {'' if key in MODEL_KEYS else '--repo-type dataset '}{name}"
+
+
+def _judge_path(what: str, download: str, seen: list, maker: str, hosts: list[str]) -> list[Finding]:
     absent = [rank for rank, (state, _) in enumerate(seen) if state == "absent"]
     no_hub = [rank for rank, (state, _) in enumerate(seen) if state == "no hub"]
     if len(absent) == len(seen):
@@ -40,7 +46,7 @@ def _judge_path(what: str, seen: list, maker: str, hosts: list[str]) -> list[Fin
         return [Finding("error", f"{what} is not there on {who(absent, hosts)}", fix)]
     if no_hub:
         fix = (
-            "on a host with internet: `hf download ID` (data: --repo-type dataset) with HF_HOME on a disk that all share; "
+            f"on a host with internet: {download}, with HF_HOME on a disk that all share; "
             "then run with the same HF_HOME and HF_HUB_OFFLINE=1"
         )
         return [
@@ -98,14 +104,13 @@ def judge_write(bytes_per_s: float, checkpoint: int | None) -> Row:
 
 def judge_memory(needed: int, parameters: int, reports: list[dict], hosts: list[str]) -> Row:
     """The states of training against the smallest device; processes on CPUs share their host's memory."""
-    device = reports[0]["device"]
-    if device["kind"] == "cuda":
+    if reports[0]["device"]["kind"] == "cuda":
         room, where = min(r["device"].get("memory", [0, 0])[1] for r in reports), "the GPU has"
     else:
         room = min(r["memory"][1] // hosts.count(hosts[rank]) for rank, r in enumerate(reports))
-        where = "a process's part of the host has"
+        where = "its share of the host is"
     shown = (
-        f"{gib(needed)} a process for weights, gradients and optimizer ({parameters / 1e6:,.1f} M); {where} {gib(room)}"
+        f"{gib(needed)} of {gib(room)} a process: weights, gradients, optimizer of {parameters / 1e6:,.1f} M parameters"
     )
     if needed <= room:
         return Row("memory", shown)

@@ -82,7 +82,7 @@ def test_all_well_under_accelerate(dpo, tmp_path):
     for check in ("versions", "rendezvous", "model and data", "output folder", "reference cache", "within the host"):
         assert row(done.stdout, check)[0] == "ok"
     assert "MiB in" in row(done.stdout, "within the host")[1]
-    assert done.stdout.rstrip().endswith("Ready; `dpo` in place of `preflight` starts the training.")
+    assert done.stdout.rstrip().endswith("Ready: the same command with `dpo` in place of `preflight` begins.")
     assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
     assert not [p for p in tmp_path.rglob(".rlhf-preflight*")] and not (tmp_path / "runs").exists()
 
