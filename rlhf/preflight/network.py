@@ -84,6 +84,8 @@ def judge_collectives(results: list[dict], hosts: list[str], devices: list[str])
             tuple(findings),
         )
     ]
+    if "all" not in results[0]:
+        return rows
     several = len(set(hosts)) > 1
     if several:
         rows += _inside_rows(results, hosts, devices)
