@@ -23,6 +23,7 @@ Align a language model with human preferences. The stages, in order, each fed by
 and around them:
 
   rlhf pairs DATASET          write accepted_data, rejected_data and preference_data.jsonl from any preference data
+  rlhf preflight RECIPE.yaml  before a long run: hosts, versions, network, disks and clocks of all processes; a table
   rlhf fetch                  fetch the embedded model (SmolLM2-135M-Instruct) into the cache
 
 A recipe's keys can be set on the command line: `rlhf dpo configs/quickstart/dpo.yaml --beta 0.2 --output_dir runs/b02`.
@@ -55,6 +56,17 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument("--fresh", action="store_true", help="begin anew in a new folder; delete nothing")
             stage.add_argument("--launch", metavar="FILE", help="with --check: check it under this launch file too")
         stage.add_argument("--keys", action="store_true", help="list all keys with their types and choices")
+    preflight = commands.add_parser(
+        "preflight",
+        description="Look for what breaks long runs on clusters: hosts and versions that differ, all-reduce, shared disks, "
+        "clocks. Started as a stage is, under the same `accelerate launch`. Any key of the recipe can be given as --key value; "
+        "without a recipe only --output_dir.",
+        allow_abbrev=False,
+    )
+    preflight.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
+    preflight.add_argument("--output_dir", metavar="DIR", help="where results would go; default: the recipe's, or here")
+    preflight.add_argument("--quick", action="store_true", help="leave the long measurements out")
+    preflight.add_argument("--timeout_s", type=float, default=120.0, help="give up after so long what hangs (120)")
     chat = commands.add_parser("chat", description="Talk to a finished model. /reset /system /compare /quit inside.")
     chat.add_argument("model", metavar="MODEL_DIR", help="a stage's output, any local model or adapter, or embedded:…")
     chat.add_argument("--prompt", help="answer this one prompt and exit")
@@ -85,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.command is None:
         top.print_help()
         return 0
-    if rest and options.command not in ("sft", "reward", "dpo", "evaluate"):
+    if rest and options.command not in ("sft", "reward", "dpo", "evaluate", "preflight"):
         top.error(f"unknown argument '{rest[0]}'; see `rlhf {options.command} --help`")
     _quiet_environment()
     try:
@@ -132,6 +144,17 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     """Import what the subcommand needs and call it."""
     if options.command in ("sft", "reward", "dpo", "evaluate"):
         run_recipe(options, rest)
+    elif options.command == "preflight":
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # who doesn't come is told in a sentence, not in C++ frames
+        from rlhf.preflight import preflight
+
+        if rest and not (options.recipe or "").endswith((".yaml", ".yml")):
+            raise UserError(
+                f"the recipe comes first: rlhf preflight RECIPE.yaml --key value (found '{' '.join(rest)}')"
+            )
+        preflight(options.recipe, rest, options.output_dir, options.quick, options.timeout_s)
     elif options.command == "chat":
         from rlhf.chat import chat
 

@@ -238,6 +238,19 @@ def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Re
     return recipe
 
 
+def stage_of(path: str) -> str:
+    """Which stage a recipe is for.
+
+    Raises:
+        UserError: no such file, bad YAML, or it doesn't say.
+    """
+    values, lines = _read_yaml(path)
+    if values.get("stage") not in STAGES:
+        place = f"{path}:{lines.get('stage', 1)}"
+        raise UserError(f"{place}: the recipe does not say its stage; add a line `stage: ` with {', '.join(STAGES)}")
+    return values["stage"]
+
+
 def _check_required(recipe: Recipe) -> None:
     if not recipe.get("output_dir"):
         raise UserError(f"{recipe.path}: key 'output_dir' is missing; it says where the results go")

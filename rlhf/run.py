@@ -229,7 +229,7 @@ def _train(
     portable = model_args.use_peft if stage_args.portable_checkpoints is None else stage_args.portable_checkpoints
     layout = layout_of_environment().record(args.world_size)
     run.resume_from, in_one_piece = take_over(run, recipe.where("output_dir"), layout)
-    needed = _bytes_needed(model_name, model_args.use_peft, merge, run.resume_from)
+    needed = bytes_needed(model_name, model_args.use_peft, merge, run.resume_from)
     check_disk(
         run.folder, needed, "what is still to be written (a checkpoint beside the last one, and the finished model)"
     )
@@ -547,7 +547,7 @@ def check_length(context: Context) -> str | None:
     return commit
 
 
-def _bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
+def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
     """Room for a checkpoint (as large as the last one; else of full fine-tuning: the weights twice and Adam's moments) and for
     the finished model (an adapter is small)."""
     weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0

@@ -1,0 +1,180 @@
+"""What the ranks have reported about themselves, judged: rows of the table, each trouble with host and fix. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.preflight.ranks import majority, who
+
+GPU_TAKEN = 0.1  # of a GPU's memory, by others, from which a warning is due
+# Packages whose version changes what is trained, or whose versions don't speak with each other.
+DECISIVE = (
+    "rlhf-dpo",
+    "code",
+    "torch",
+    "CUDA",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "bitsandbytes",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not well: `error` or `warning`, what was found (with the host) and what to do."""
+
+    level: str
+    found: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, and what is behind it that is not well."""
+
+    check: str
+    shown: str
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """`ok`, or the worst level among its findings."""
+        levels = {f.level for f in self.findings}
+        return "error" if "error" in levels else "warning" if levels else "ok"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count < 10e9 else f"{count / 1e9:,.0f} GB"
+
+
+def speed(count: float) -> str:
+    return f"{count / 1e9:.1f} GB/s" if count >= 1e9 else f"{count / 1e6:.0f} MB/s"
+
+
+def near_time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+# --- hosts -----------------------------------------------------------------------------------------------------------
+
+
+def host_rows(reports: list[dict], hosts: list[str]) -> list[Row]:
+    """A row for all hosts that are alike, with the least free memory among them."""
+    alike: dict[str, list[int]] = {}
+    for rank, report in enumerate(reports):
+        alike.setdefault(_device_words(report, hosts.count(hosts[rank])), []).append(rank)
+    rows = []
+    for words, ranks in alike.items():
+        names = list(dict.fromkeys(hosts[r] for r in ranks))
+        shown = names[0] if len(names) == 1 else f"{len(names)} hosts: {', '.join(names[:16])}"
+        processes = f"{len(ranks)} process{'es' if len(ranks) > 1 else ''}"
+        free = min((reports[r]["device"].get("memory") or reports[r]["memory"])[0] for r in ranks)
+        rows.append(Row("hosts", f"{shown} ({processes}): {words}, {gib(free)} free"))
+    return rows
+
+
+def _device_words(report: dict, processes: int) -> str:
+    device = report["device"]
+    if device["kind"] == "cuda":
+        driver = f", driver {report['driver']}" if report["driver"] else ""
+        return f"{device['count']}x {device['name']}{driver}, CUDA {report['versions']['CUDA']}, {gib(device['memory'][1])} each"
+    return f"CPU, {report['cores']} cores, {gib(report['memory'][1])}"
+
+
+def judge_devices(reports: list[dict], hosts: list[str]) -> list[Finding]:
+    """GPUs that can't be used, differ, are shared or idle."""
+    found = []
+    for rank, report in enumerate(reports):
+        if report["device"]["problem"]:
+            fix = "take that host out (Slurm: --exclude), or mend its driver; --num_processes is the number of GPUs in all"
+            found.append(Finding("error", f"{who([rank], hosts)}: {report['device']['problem']}", fix))
+    names = [r["device"].get("name", "CPU") for r in reports]
+    usual = majority(names)
+    for name in sorted(set(names) - {usual}):
+        ranks = [rank for rank, n in enumerate(names) if n == name]
+        fix = "ask for one type (Slurm: --gpus-per-node=TYPE:N, --constraint), or --exclude those hosts"
+        found.append(Finding("error", f"{who(ranks, hosts)}: {name}, the others have {usual}", fix))
+    seen: dict[tuple, int] = {}
+    for rank, report in enumerate(reports):
+        device = report["device"]
+        if device["kind"] != "cuda":
+            continue
+        key = (hosts[rank], device["uuid"])
+        if device["uuid"] and key in seen:
+            text = f"{who([seen[key], rank], hosts)} have the same GPU ({device['uuid']})"
+            found.append(Finding("error", text, "leave CUDA_VISIBLE_DEVICES as the launcher or Slurm sets it"))
+        seen.setdefault(key, rank)
+        free, total = device["memory"]
+        if free < (1 - GPU_TAKEN) * total:
+            text = f"{who([rank], hosts)}: {gib(total - free)} of its GPU's {gib(total)} are taken"
+            found.append(Finding("warning", text, "see `nvidia-smi` there; end what is left over from another job"))
+        if rank == hosts.index(hosts[rank]) and hosts.count(hosts[rank]) < device["count"]:
+            text = f"{hosts[rank]} shows {device['count']} GPUs and has {hosts.count(hosts[rank])} processes"
+            found.append(Finding("warning", text, "--num_processes is the number of GPUs of all hosts together"))
+    return found
+
+
+def judge_nodes(hosts: list[str], num_nodes: int) -> list[Finding]:
+    """Machines of a Slurm job on which nothing runs."""
+    used = len(set(hosts))
+    if used >= num_nodes:
+        return []
+    fix = "start one launcher on each (`srun --ntasks-per-node=1 accelerate launch ...`), with --num_machines"
+    return [Finding("warning", f"Slurm gave this job {num_nodes} hosts, and processes run on {used}", fix)]
+
+
+def judge_versions(reports: list[dict], hosts: list[str]) -> Row:
+    """Packages, drivers and checkouts that are not the same on all ranks; those that differ alike are told together."""
+    tables = [report["versions"] | {"driver": report["driver"]} for report in reports]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    usual = {name: majority([table.get(name) for table in tables]) for name in names}
+    groups: dict[tuple, list[int]] = {}
+    for rank, table in enumerate(tables):
+        odd = tuple((name, table.get(name)) for name in names if table.get(name) != usual[name])
+        if odd:
+            groups.setdefault(odd, []).append(rank)
+    python = reports[0]["executable"]
+    found = []
+    for odd, ranks in groups.items():
+        place, text = who(ranks, hosts), [f"{name} {version or 'is not there'}" for name, version in odd]
+        others = ", ".join(f"{name} {usual[name] or 'missing'}" for name, _ in odd)
+        names_odd = [name for name, _ in odd]
+        decisive = any(name in DECISIVE for name in names_odd) or _minor_differs(
+            dict(odd).get("python"), usual["python"]
+        )
+        level = "error" if decisive else "warning"
+        found.append(
+            Finding(level, f"{place}: {', '.join(text)}; the others: {others}", _align(names_odd, usual, python))
+        )
+    shown = [f"{n} {usual[n]}" for n in ("rlhf-dpo", "python", "torch", "transformers", "trl") if usual.get(n)]
+    return Row("versions", f"{'the same' if not found else 'most have'}: {', '.join(shown)}", tuple(found))
+
+
+def _minor_differs(version: str | None, usual: str) -> bool:
+    return version is not None and version.split(".")[:2] != usual.split(".")[:2]
+
+
+def _align(names: list[str], usual: dict[str, Any], python: str) -> str:
+    """The command that brings packages to the others' versions."""
+    fixes = []
+    packages = [n for n in names if n not in ("rlhf-dpo", "code", "CUDA", "driver", "python")]
+    if missing := [f"{n}=={usual[n]}" for n in packages if usual[n]]:
+        fixes.append(f"there: {python} -m pip install {' '.join(missing)}")
+    if added := [n for n in packages if not usual[n]]:
+        fixes.append(f"there: {python} -m pip uninstall {' '.join(added)}")
+    if "rlhf-dpo" in names or "code" in names:
+        commit = str(usual["code"] or "").removesuffix("+changes")
+        fixes.append(f"there: git checkout {commit}" if commit else f"install rlhf-dpo {usual['rlhf-dpo']} there")
+    if "python" in names or "CUDA" in names:
+        fixes.append("use one virtual environment, on a disk that all hosts share")
+    if "driver" in names and not fixes:
+        fixes.append("runs as a rule; if NCCL fails, --exclude the host or have its driver updated")
+    return "; ".join(fixes)
