@@ -110,9 +110,10 @@ be_host() {   # the first process of a host; bash also buries what its daemons l
   while :; do wait -n || true; sleep 1; done
 }
 
-on() {   # a command on a host
+on() {   # a command on a host, in the folder where we are
   local name=$1; shift
-  nsenter --target "$(cat "$folder/$name.pid")" --net --uts --mount --pid "$@"
+  # shellcheck disable=SC2016
+  nsenter --target "$(cat "$folder/$name.pid")" --net --uts --mount --pid sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
 }
 
 stop_host() {
