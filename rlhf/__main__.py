@@ -101,8 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfMemory as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 1
-    except Stopped:
-        return EXIT_STOPPED
+    except (
+        Stopped
+    ):  # accelerate's launcher makes a traceback of any code but 0; slurm/node.sh asks for that, and `--status`
+        return int(os.environ.get("RLHF_EXIT_STOPPED", EXIT_STOPPED))
     except KeyboardInterrupt:
         print("\nrlhf: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

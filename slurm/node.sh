@@ -59,6 +59,7 @@ choose_interface() {   # gloo and NCCL's bootstrap take the interface that leads
 shield() {
   local code=0 pid
   export PET_SIGNALS_TO_HANDLE=SIGHUP
+  export RLHF_EXIT_STOPPED=0   # train.sbatch asks for --status; any other code is a traceback of accelerate's
   trap ':' TERM
   trap 'echo "USR1 on $SLURM_NODEID" > "$RLHF_STOP_FILE"' USR1
   (trap '' TERM USR1 INT; exec "$@") &
