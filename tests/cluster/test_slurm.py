@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "slurm" / "train.sbatch"
 pytestmark = pytest.mark.xdist_group("cluster")  # with --dist loadgroup one worker runs them all
 
-STEPS = 80
+STEPS = 60
 
 
 def write(file, **values):
@@ -116,7 +116,7 @@ def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_pa
 
 
 def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_path):
-    """A node that dies in the midst of a step, and a preemption with 15 s (KillWait) to end."""
+    """A node that dies in the midst of a step, and a preemption with 10 s (KillWait) to end."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
     job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
