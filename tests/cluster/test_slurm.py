@@ -124,7 +124,7 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     cluster.script("kill", f"{PREFIX}2")
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
     at = losses(out)[-1][0]
-    assert "a node does not answer: requeued" in cluster.log(job)
+    assert f"Node failure on {PREFIX}2" in cluster.log(job)
     assert f"dpo: interrupted at step {at} of {STEPS}" in cluster.log(job)
     assert f"goes on after step {at // 10 * 10}" in cluster.log(job)
     cluster.until(steps_are_past(out, at + 5), [job])
@@ -132,7 +132,7 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     assert cluster.wait(urgent, job) == ("COMPLETED", 0)
     log = cluster.log(job)
     assert "DUE TO PREEMPTION" in log and "attempt 3:" in log
-    assert "Slurm decides what comes next" in log and log.count("requeued (number") == 1  # Slurm itself did the second
+    assert "Slurm decides what comes next" in log and "requeued (number" not in log  # by itself, both times
     is_the_same(out, whole)
 
 
