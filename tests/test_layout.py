@@ -37,6 +37,7 @@ LEVELS = (
     {"rlhf.checkpoint"},
     {"rlhf.progress"},
     {"rlhf.stop"},
+    {"rlhf.status"},
     {"rlhf.portable"},
     {"rlhf.saving"},
     {"rlhf.launch"},

@@ -1,0 +1,159 @@
+"""Where a run stands, read from its folder: for batch scripts, which decide by the exit code, and for people. No torch."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.checkpoint import newest_checkpoint, read_json, refuse_other_run
+from rlhf.config import STAGES, UserError, load_recipe
+from rlhf.progress import read_metrics
+from rlhf.stop import EXIT_STOPPED
+
+COMPLETE, STOPPED, INTERRUPTED, NOT_BEGUN, RUNNING = "complete", "stopped", "interrupted", "not begun", "running"
+EXIT_CODES = {COMPLETE: 0, STOPPED: EXIT_STOPPED, INTERRUPTED: 1, NOT_BEGUN: 3, RUNNING: 4}
+
+
+@dataclass
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        stage: `sft`, `reward`, `dpo` or `evaluate`.
+        folder: the run folder.
+        kind: `complete`, `stopped` (asked to, and saved), `interrupted`, `not begun` or `running`.
+        step: the last step that the run has logged; 0: none.
+        of: how many there are; 0: not known.
+        saved: the step of the checkpoint to go on from; 0: none.
+        by: who asked it to stop, or who is running it.
+    """
+
+    stage: str
+    folder: Path
+    kind: str
+    step: int = 0
+    of: int = 0
+    saved: int = 0
+    by: str = ""
+
+    def progress(self) -> str:
+        """`step 12 of 40`, as far as that is known."""
+        return (f"step {self.step}" + (f" of {self.of}" if self.of else "")) if self.step else ""
+
+    def next(self) -> str:
+        """What giving the same command again will do."""
+        if self.kind == RUNNING:
+            return self.by
+        if self.kind in (COMPLETE, NOT_BEGUN):
+            return ""
+        if not self.saved:
+            return "no checkpoint yet: the same command begins again"
+        lost = self.step - self.saved
+        return f"the same command goes on after step {self.saved}" + (f" ({_steps(lost)} lost)" if lost > 0 else "")
+
+    def line(self) -> str:
+        """All of it in one line."""
+        asked = f" ({self.by})" if self.kind == STOPPED and self.by else ""
+        at = f"{' at' if self.kind in (STOPPED, INTERRUPTED) else ','} {self.progress()}" if self.progress() else ""
+        return " · ".join(filter(None, (f"{self.stage}: {self.kind}{at}{asked}", str(self.folder), self.next())))
+
+
+def _steps(number: int) -> str:
+    return f"{number} step{'' if number == 1 else 's'}"
+
+
+def status_of_recipe(recipe_path: str, stage: str, overrides: list[str] | None = None) -> Status:
+    """Where the run of a recipe stands.
+
+    Raises:
+        UserError: a mistake in the recipe, or its folder holds another run.
+    """
+    recipe = load_recipe(recipe_path, stage, overrides or [])
+    folder = Path(recipe.get("output_dir"))
+    if (folder / "recipe.yaml").is_file():
+        refuse_other_run(recipe, folder, {})
+    return status_of_folder(folder, stage)
+
+
+def status_of_folder(folder: Path, stage: str) -> Status:
+    """Where the run in a folder stands (`not begun` where there is none)."""
+    complete, stopped = read_json(folder / "complete.json"), read_json(folder / "stopped.json")
+    if complete:
+        steps = int(complete.get("steps") or 0)
+        return Status(stage, folder, COMPLETE, steps, steps, steps)
+    checkpoint = newest_checkpoint(folder)
+    saved = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
+    step = max([saved, *(row["step"] for row in read_metrics(folder))])
+    state = (read_json(Path(checkpoint) / "trainer_state.json") or {}) if checkpoint else {}
+    found = Status(stage, folder, INTERRUPTED, step, int(state.get("max_steps") or 0), saved)
+    holder = holder_of(folder)
+    if holder is not None:
+        found.kind, found.by = RUNNING, holder
+    elif stopped:
+        found.kind, found.step, found.of = STOPPED, int(stopped["step"]), int(stopped["of"])
+        found.by = stopped["by"]
+    elif not step and not (folder / "recipe.yaml").is_file():
+        found.kind = NOT_BEGUN
+    return found
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who holds the run folder's lock (process, host and since when), or None."""
+    try:
+        with open(folder / ".lock", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:  # no lock there, or a file system without
+        pass
+    return None
+
+
+# --- all stages of a folder -------------------------------------------------------------------------------------------
+
+
+def statuses(folder: str) -> list[Status]:
+    """Of a folder of recipes, of a folder with the runs of several stages, or of one run.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    place = Path(folder)
+    if (place / "provenance.json").is_file():
+        return [status_of_folder(place, _stage_of(place))]
+    recipes = [stage for stage in STAGES if (place / f"{stage}.yaml").is_file()]
+    if recipes:
+        return [status_of_recipe(str(place / f"{stage}.yaml"), stage) for stage in recipes]
+    runs = [f.parent for f in place.glob("*/provenance.json")] if place.is_dir() else []
+    found = [status_of_folder(run, _stage_of(run)) for run in sorted(runs)]
+    if not found:
+        raise UserError(f"{folder} has neither recipes (sft.yaml, ...) nor runs in it")
+    return sorted(found, key=lambda status: STAGES.index(status.stage))
+
+
+def _stage_of(folder: Path) -> str:
+    return (read_json(folder / "provenance.json") or {}).get("stage", "?")
+
+
+def show_statuses(folder: str) -> None:
+    """Print a table."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for title in ("stage", "state", "step", "folder", ""):
+        table.add_column(title, overflow="fold")
+    for status in statuses(folder):
+        step = f"{status.step}{f' of {status.of}' if status.of else ''}" if status.step else ""
+        table.add_row(status.stage, status.kind, step, str(status.folder), status.next())
+    Console().print(table)
+
+
+def print_status(recipe_path: str, stage: str, overrides: list[str]) -> int:
+    """Print one line about a recipe's run; returns the exit code that tells its state."""
+    status = status_of_recipe(recipe_path, stage, overrides)
+    print(status.line())
+    return EXIT_CODES[status.kind]

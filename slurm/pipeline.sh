@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Submit the stages of a recipe folder, each after the one before: sft -> reward -> dpo -> evaluate.
+#
+#   slurm/pipeline.sh configs/X --launch launch/zero3.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
+#
+# --launch FILE, --procs-per-node N, --container IMAGE and --skip-preflight are train.sbatch's; --dry-run prints what would
+# be submitted; all other words go to sbatch. Every recipe is checked before anything is submitted. A complete stage is left
+# out and an interrupted one goes on, so the same command again is always right; a stage that fails takes those after it
+# out of the queue.
+set -euo pipefail
+
+main() {
+  [ $# -ge 1 ] && [[ $1 != -* ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+  recipes=${1%/}; shift
+  root=$(cd "$(dirname "$0")/.." && pwd)
+  [ -d "$recipes" ] || die "no recipe folder at $recipes; try configs/quickstart"
+  read_words "$@"
+  read_site
+  stages=()
+  for stage in sft reward dpo evaluate; do
+    [ ! -f "$recipes/$stage.yaml" ] || stages+=("$stage")
+  done
+  [ ${#stages[@]} -gt 0 ] || die "$recipes has none of sft.yaml, reward.yaml, dpo.yaml, evaluate.yaml"
+  check_all
+  submit_all
+}
+
+die() { echo "pipeline: $*" >&2; exit 2; }
+
+read_words() {
+  launch=() more=() options=() dry_run='' container=${RLHF_CONTAINER:-}
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --launch | --procs-per-node | --container)
+        [ $# -ge 2 ] || die "$1 needs a value"
+        case $1 in
+          --launch) launch=(--launch "$2"); [ -f "$2" ] || die "no launch file at $2; launch/ has $(cd "$root/launch" && echo *.yaml)" ;;
+          --container) container=$2; more+=("$1" "$2") ;;
+          *) more+=("$1" "$2") ;;
+        esac
+        shift ;;
+      --skip-preflight) more+=("$1") ;;
+      --dry-run) dry_run=yes ;;
+      *) options+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+read_site() {   # here too: SBATCH_ACCOUNT, SBATCH_PARTITION and their like are for sbatch
+  local env=${RLHF_SITE_ENV:-$root/slurm/site.env}
+  if [ -f "$env" ]; then
+    set +u; set -a
+    # shellcheck disable=SC1090
+    source "$env"
+    set +a; set -u
+  fi
+  python=${PYTHON:-python}
+  if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+  export RLHF_ROOT=$root PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+}
+
+check_all() {   # launch files are looked at by the jobs: what they need is on the nodes, not here
+  todo=()
+  if ! "$python" -c 'import yaml' 2> /dev/null; then
+    [ -n "${container:-${RLHF_CONTAINER:-}}" ] || die "$python has not the project's packages; run make setup, or give --container"
+    echo "pipeline: the project is not installed here, so each job will check its recipe when it starts" >&2
+    todo=("${stages[@]}")
+    return
+  fi
+  for stage in "${stages[@]}"; do
+    "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null
+  done
+  for stage in "${stages[@]}"; do
+    local code=0 line
+    line=$("$python" -m rlhf "$stage" "$recipes/$stage.yaml" --status) || code=$?
+    if [ "$code" = 2 ]; then exit 2; fi
+    if [ "$code" != 0 ] || [ ${#todo[@]} -gt 0 ]; then todo+=("$stage"); else echo "$line"; fi
+  done
+}
+
+submit_all() {
+  local logs=${RLHF_LOGS:-logs} ids=() id='' before command after
+  if [ ${#todo[@]} -eq 0 ]; then
+    echo "All stages of $recipes are complete. Next: rlhf report $recipes"
+    return
+  fi
+  [ -n "$dry_run" ] || mkdir -p "$logs"
+  for stage in "${todo[@]}"; do
+    # singleton: submitted twice, the second waits and finds the stage complete
+    before=$id after=singleton${id:+,afterok:$id}
+    command=(sbatch --parsable "--job-name=$stage-$(basename "$(realpath "$recipes")")" "--output=$logs/%x-%j.out"
+      --kill-on-invalid-dep=yes "--dependency=$after" "${options[@]}" "$root/slurm/train.sbatch" "$stage" "$recipes/$stage.yaml")
+    [ "$stage" = evaluate ] || command+=("${launch[@]}")
+    command+=("${more[@]}")
+    if [ -n "$dry_run" ]; then
+      id=JOB_OF_$stage
+      printf '%q ' "${command[@]}"; echo
+      continue
+    fi
+    id=$("${command[@]}") || { [ ${#ids[@]} -eq 0 ] || echo "pipeline: these are submitted already: ${ids[*]} (scancel takes them back)" >&2; exit 1; }
+    id=${id%%;*}   # some clusters add their name
+    ids+=("$id")
+    echo "$stage: job $id${before:+ after $before}, log $logs/$stage-$(basename "$(realpath "$recipes")")-$id.out"
+  done
+  [ -z "$dry_run" ] || return 0
+  echo "where they stand: squeue --jobs $(IFS=,; echo "${ids[*]}"); rlhf status $recipes"
+  echo "to stop:          scancel ${ids[*]}      at the end: rlhf report $recipes"
+}
+
+main "$@"; exit

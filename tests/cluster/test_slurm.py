@@ -1,0 +1,309 @@
+"""The project's own Slurm scripts on a real Slurm of four nodes, with tiny models on CPUs."""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NODES, PREFIX, SCRIPT
+from safetensors.torch import load_file
+
+from rlhf.progress import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+TRAIN = ROOT / "slurm" / "train.sbatch"
+pytestmark = pytest.mark.xdist_group("cluster")  # with --dist loadgroup one worker runs them all
+
+STEPS = 60
+
+
+def write(file, **values):
+    file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
+    return str(file)
+
+
+@pytest.fixture
+def recipe(tiny_llama, few_pairs, tmp_path):
+    """recipe("dpo", …) -> the path of one whose steps do not depend on the number of processes."""
+
+    def make(stage, **values):
+        common = {
+            "stage": stage, "model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / stage),
+            "max_length": 256, "global_batch_size": 5, "max_tokens_per_device": 800, "max_steps": STEPS, "use_peft": True,
+            "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.0, "gradient_checkpointing": False,
+            "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 10, "save_total_limit": 2, "disable_tqdm": True, "seed": 1,
+        }  # fmt: skip
+        if stage == "dpo":
+            common["reference_cache"] = str(tmp_path / "reference")
+        folder = tmp_path / "recipes"
+        folder.mkdir(exist_ok=True)
+        return write(folder / f"{stage}.yaml", **common | values)
+
+    return make
+
+
+def losses(folder):
+    return [(row["step"], row["loss"]) for row in read_metrics(folder) if "loss" in row]
+
+
+def steps_are_past(folder, step):
+    return lambda: (found := losses(folder)) and found[-1][0] >= step
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_llama, few_pairs, tmp_path_factory):
+    """Losses and weights of the DPO recipe, by two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    found = []
+
+    def get(file):
+        if not found:
+            command = ["--num_processes", "2", "-m", "rlhf", "dpo", file, "--output_dir", str(folder / "dpo")]
+            launch(*command, "--reference_cache", str(folder / "reference"))
+            found.extend((losses(folder / "dpo"), load_file(folder / "dpo" / "model.safetensors")))
+        return found
+
+    return get
+
+
+def launch(*words):
+    import os
+    import sys
+
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def is_the_same(folder, whole):
+    """To the last bit."""
+    assert losses(folder) == whole[0]
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == whole[1].keys()
+    assert all(torch.equal(weights[name], whole[1][name]) for name in weights)
+
+
+# --- stop and go ------------------------------------------------------------------------------------------------------
+
+
+def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_path):
+    """What a time limit sends, and then a preemption that gives time: both save the step they are at. Exact resumption."""
+    file, out = recipe("dpo"), tmp_path / "dpo"
+    whole = uninterrupted(file)
+    job = cluster.sbatch("--nodes=2", "--partition=patient", TRAIN, "dpo", file)
+    cluster.until(steps_are_past(out, 11), [job])
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
+    stopped = json.loads((out / "stopped.json").read_text())["step"]
+    cluster.until(steps_are_past(out, stopped + 5), [job])
+    urgent = cluster.sbatch(f"--nodes={NODES}", "--exclusive", "--partition=urgent", "--wrap", "sleep 1")
+    assert cluster.wait(urgent, job) == ("COMPLETED", 0)
+    log = cluster.log(job)
+    assert (
+        "got USR1: asking the run to save and stop" in log
+        and "it was told to stop (USR1): requeued (number 1 of" in log
+    )
+    assert f"attempt 2: 2 node(s) x 1 process(es) on CPUs, {PREFIX}1 {PREFIX}2" in log
+    assert f"dpo: stopped at step {stopped} of {STEPS}" in log and f"resuming from {out}/checkpoint-{stopped}\n" in log
+    assert "it is being preempted: requeued (number 2 of" in log and "attempt 3:" in log
+    assert "lost" not in log and "Traceback" not in log
+    assert len(list((tmp_path / "logs" / f"rlhf-{job}").glob("attempt-?-*.log"))) == 6  # 3 attempts on 2 nodes
+    is_the_same(out, whole)
+
+
+def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_path):
+    """A node that dies in the midst of a step, and a preemption with 10 s (KillWait) to end."""
+    file, out = recipe("dpo"), tmp_path / "dpo"
+    whole = uninterrupted(file)
+    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
+    cluster.until(steps_are_past(out, 12), [job])
+    cluster.script("kill", f"{PREFIX}2")
+    cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
+    at = losses(out)[-1][0]
+    assert f"Node failure on {PREFIX}2" in cluster.log(job)
+    assert f"dpo: interrupted at step {at} of {STEPS}" in cluster.log(job)
+    assert f"goes on after step {at // 10 * 10}" in cluster.log(job)
+    cluster.until(steps_are_past(out, at + 5), [job])
+    urgent = cluster.sbatch("--nodes=3", "--exclusive", "--partition=urgent", "--wrap", "sleep 1")
+    assert cluster.wait(urgent, job) == ("COMPLETED", 0)
+    log = cluster.log(job)
+    assert "DUE TO PREEMPTION" in log and "attempt 3:" in log
+    assert "Slurm decides what comes next" in log and "requeued (number" not in log  # by itself, both times
+    is_the_same(out, whole)
+
+
+@pytest.mark.slow
+def test_the_first_node_is_gone_at_once(cluster, recipe, uninterrupted, tmp_path):
+    """The node of the batch script falls silent: Slurm misses it, and requeues the job elsewhere."""
+    file, out = recipe("dpo"), tmp_path / "dpo"
+    whole = uninterrupted(file)
+    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
+    cluster.until(steps_are_past(out, 12), [job])
+    cluster.script("crash", f"{PREFIX}1")
+    assert cluster.wait(job, seconds=200) == ("COMPLETED", 0)
+    log = cluster.log(job)
+    assert f"attempt 2: 2 node(s) x 1 process(es) on CPUs, {PREFIX}2 {PREFIX}3" in log
+    is_the_same(out, whole)
+
+
+@pytest.mark.slow
+def test_from_four_nodes_to_two(cluster, recipe, uninterrupted, tmp_path):
+    """8 processes (two fake GPUs a node) stop; the bound of requeues is told; the same recipe goes on with 2."""
+    file, out = recipe("dpo"), tmp_path / "dpo"
+    job = cluster.sbatch("--nodes=4", "--gres=gpu:2", TRAIN, "dpo", file, RLHF_MAX_REQUEUES="0")
+    cluster.until(steps_are_past(out, 12), [job], 150)
+    cluster.run("scancel", "--signal=USR1", job)  # to the nodes, not to the batch script
+    assert cluster.wait(job) == ("FAILED", 85)
+    assert "4 node(s) x 2 process(es)," in cluster.log(job)
+    assert "it has been requeued 0 times (RLHF_MAX_REQUEUES): not again" in cluster.log(job)
+    again = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
+    assert cluster.wait(again) == ("COMPLETED", 0)
+    assert f"resuming from {out}/checkpoint-" in cluster.log(again)
+    for (step, loss), (other_step, other) in zip(losses(out), uninterrupted(file)[0], strict=True):
+        assert step == other_step and loss == pytest.approx(other, abs=5e-6)
+
+
+def test_cancelled_and_stopped_by_hand_stay_away(cluster, recipe, tmp_path):
+    """Whoever cancels a job or makes the file `stop` does not want it back."""
+    file, out = recipe("sft", max_steps=400), tmp_path / "sft"
+    job = cluster.sbatch("--nodes=1", TRAIN, "sft", file)
+    cluster.until(steps_are_past(out, 3), [job])
+    (out / "stop").touch()
+    assert cluster.wait(job) == ("FAILED", 85)
+    assert "stopped by hand; not requeued" in cluster.log(job)
+    job = cluster.sbatch("--nodes=1", TRAIN, "sft", file)
+    cluster.until(lambda: "resuming from" in cluster.log(job), [job])
+    before = losses(out)[-1][0]
+    cluster.until(steps_are_past(out, before + 3), [job])
+    cluster.run("scancel", job)
+    assert cluster.wait(job)[0] == "CANCELLED"
+    assert "Slurm decides what comes next" in cluster.log(job) and "requeued (number" not in cluster.log(job)
+    stopped = json.loads((out / "stopped.json").read_text())
+    assert stopped["step"] > before  # and yet what it had done is saved
+
+
+# --- chains -----------------------------------------------------------------------------------------------------------
+
+
+def jobs_of(shown):
+    """{stage: job number} of what pipeline.sh prints."""
+    return {line.split(":")[0]: line.split()[2].strip(",") for line in shown.splitlines() if ": job " in line}
+
+
+def test_pipeline(cluster, recipe, few_pairs, tmp_path):
+    """sft -> reward -> dpo -> evaluate on two nodes, a signal in the midst; DPO's losses are one process's."""
+    sft = str(tmp_path / "sft")
+    recipe("sft", max_steps=12)
+    recipe("reward", model_name_or_path=sft, max_steps=4)
+    dpo = recipe("dpo", model_name_or_path=sft, max_steps=12)
+    evaluate = {"stage": "evaluate", "sft_model": sft, "dpo_model": str(tmp_path / "dpo"), "dataset_name": few_pairs,
+                "reward_model": str(tmp_path / "reward"), "output_dir": str(tmp_path / "evaluation"), "max_eval_examples": 4,
+                "dataset_test_split": "train", "max_new_tokens": 4}  # fmt: skip
+    write(tmp_path / "recipes" / "evaluate.yaml", **evaluate)
+    pipeline = [
+        ROOT / "slurm" / "pipeline.sh",
+        tmp_path / "recipes",
+        "--nodes",
+        "2",
+        "--launch",
+        ROOT / "launch" / "ddp.yaml",
+    ]
+    jobs = jobs_of(cluster.run(*pipeline))
+    assert list(jobs) == ["sft", "reward", "dpo", "evaluate"]
+    logs = tmp_path / "logs"
+    cluster.until(lambda: (logs / f"sft-recipes-{jobs['sft']}.out").exists())
+    cluster.run("scancel", "--signal=USR1", "--batch", jobs["sft"])  # before it trains: it stops after its first step
+    assert cluster.wait(*jobs.values(), seconds=240) == ("COMPLETED", 0)
+    assert "attempt 2:" in (logs / f"sft-recipes-{jobs['sft']}.out").read_text()
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    shown = cluster.run(*pipeline)  # again
+    assert shown.count(": complete") == 4 and "All stages of" in shown and not jobs_of(shown)
+    (tmp_path / "evaluation" / "complete.json").unlink()
+    assert list(jobs_of(cluster.run(*pipeline))) == ["evaluate"]
+    launch("--num_processes", "1", "-m", "rlhf", "dpo", dpo, "--output_dir", str(tmp_path / "alone"))
+    assert [step for step, _ in losses(tmp_path / "dpo")] == list(range(1, 13))
+    for (_, loss), (_, alone) in zip(losses(tmp_path / "dpo"), losses(tmp_path / "alone"), strict=True):
+        assert loss == pytest.approx(alone, abs=5e-6)
+
+
+def test_a_failed_stage_stops_the_chain(cluster, recipe, tmp_path):
+    """A loss that is not finite is the run's own error: told with the node's log, not requeued, nothing after it runs."""
+    recipe("sft", learning_rate=1e38, lr_scheduler_type="constant", max_steps=5)
+    recipe("reward", model_name_or_path=str(tmp_path / "sft"))
+    jobs = jobs_of(cluster.run(ROOT / "slurm" / "pipeline.sh", tmp_path / "recipes", "--nodes", "2"))
+    state, code = cluster.wait(jobs["sft"])
+    assert (state, code) == ("FAILED", 2)  # the run's own, which accelerate's launcher has made 1
+    log = (tmp_path / "logs" / f"sft-recipes-{jobs['sft']}.out").read_text()
+    assert "is not a finite number" in log and "failed by its own error" in log and "attempt 2" not in log
+    assert f"--- the end of {tmp_path}/logs/sft-recipes-{jobs['sft']}/attempt-1-{PREFIX}2.log" in log
+    assert cluster.wait(jobs["reward"])[0] == "CANCELLED"
+
+
+def test_array_shares_one_reference(cluster, recipe, tmp_path):
+    """Two runs with other betas begin together: one computes the reference of the 12 pairs, the other finds all 12."""
+    file = recipe("dpo", max_steps=2)
+    job = cluster.sbatch("--array=0-1", "--nodes=1", ROOT / "slurm" / "sweep.sbatch", file, "beta", "0.1", "0.5")
+    cluster.until(lambda: not cluster.run("squeue", "--noheader").strip(), [job])
+    logs = [file.read_text() for file in sorted(tmp_path.glob("*.out"))]
+    assert sorted("12 pairs, 12 of them in the cache" in log for log in logs) == [False, True], logs
+    assert sorted("12 pairs, 0 of them in the cache" in log for log in logs) == [False, True], logs
+    for beta in (0.1, 0.5):
+        made = tmp_path / f"dpo-beta{beta}"
+        assert json.loads((made / "complete.json").read_text())["steps"] == 2
+        assert json.loads((made / "provenance.json").read_text())["arguments"]["beta"] == beta
+        assert losses(made)[0][1] == pytest.approx(0.693147, abs=1e-5)  # ln 2: it is this policy's reference
+
+
+def test_container(cluster, recipe, tmp_path, monkeypatch):
+    """A stand-in for Apptainer writes down how it is called, and runs the command without a container."""
+    image, tools, calls = tmp_path / "images" / "host_image_1.sif", tmp_path / "tools", tmp_path / "calls"
+    tools.mkdir()
+    fake = '#!/bin/sh\necho "$*" >> CALLS\ncase $1 in\npull) touch "$2" ;;\nexec) while [ "$1" != IMAGE ]; do shift; done; shift; exec "$@" ;;\nesac\n'
+    (tools / "apptainer").write_text(fake.replace("CALLS", str(calls)).replace("IMAGE", str(image)))
+    (tools / "apptainer").chmod(0o755)
+    import os
+    import sys
+
+    job = cluster.sbatch(
+        "--nodes=2", "--gpus-per-node=1", TRAIN, "sft", recipe("sft", max_steps=1), "--container", "docker://host/image:1",
+        PATH=f"{tools}:{os.environ['PATH']}", RLHF_CONTAINER_PYTHON=sys.executable, RLHF_BIND="/tmp",
+    )  # fmt: skip
+    assert cluster.wait(job) == ("COMPLETED", 0), cluster.log(job)
+    shown = calls.read_text().splitlines()
+    assert [c for c in shown if c.startswith("pull")] == [f"pull {image}.{job} docker://host/image:1"]  # once
+    trained = sorted(c for c in shown if "accelerate.commands.launch" in c)
+    for rank, call in enumerate(trained):
+        assert call.startswith(
+            f"exec --nv --bind {tmp_path} --bind {ROOT} --bind /tmp --pwd {tmp_path} {image} {sys.executable} -m"
+        )
+        assert f"--num_processes 2 --num_machines 2 --machine_rank {rank} --main_process_ip {PREFIX}1" in call
+    assert len(trained) == 2
+
+
+# --- the cluster itself -----------------------------------------------------------------------------------------------
+
+
+def test_cluster_leaves_nothing(cluster, tmp_path):
+    """A second one beside the first: up in seconds, its node back after a crash, gone when its standard input ends."""
+    place = tmp_path / "other"
+    before = time.monotonic()
+    session = subprocess.Popen([str(SCRIPT), "session", str(place), "2", "n"], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert session.stdout.readline() == "ready\n"
+    assert time.monotonic() - before < 10
+    ask = lambda *words: subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, timeout=60).stdout  # noqa: E731
+    assert ask("run", str(place), "srun", "-N2", "hostname").split() in (["n1", "n2"], ["n2", "n1"])
+    ask("crash", str(place), "n2")
+    ask("start", str(place), "n2")
+    assert ask("run", str(place), "srun", "-w", "n2", "hostname") == "n2\n"
+    session.kill()  # even so: the rest is told by the test below, through a second session
+    for pidfile in place.glob("n*.pid"):
+        assert Path(f"/proc/{pidfile.read_text().strip()}").exists()
+    subprocess.run([str(SCRIPT), "down", str(place)], check=True)
+    found = subprocess.run(["pgrep", "-f", str(place)], capture_output=True, text=True).stdout.split()
+    assert found == []
+    shutil.rmtree(place)
