@@ -34,12 +34,12 @@ quickstart: setup  # one process: on a machine with several GPUs it takes the fi
 	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} PYTHON=$(BIN)/python launch/pipeline.sh configs/quickstart
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch tests/cluster/*.sh .ci/run
 
 bench: $(VENV)/.core
 	$(BIN)/python bench/dpo.py

@@ -80,7 +80,7 @@ check_all() {   # launch files are looked at by the jobs: what they need is on t
 }
 
 submit_all() {
-  local logs=${RLHF_LOGS:-logs} ids=() id command after
+  local logs=${RLHF_LOGS:-logs} ids=() id='' before command after
   if [ ${#todo[@]} -eq 0 ]; then
     echo "All stages of $recipes are complete. Next: rlhf report $recipes"
     return
@@ -88,7 +88,7 @@ submit_all() {
   [ -n "$dry_run" ] || mkdir -p "$logs"
   for stage in "${todo[@]}"; do
     # singleton: submitted twice, the second waits and finds the stage complete
-    after=singleton${id:+,afterok:$id}
+    before=$id after=singleton${id:+,afterok:$id}
     command=(sbatch --parsable "--job-name=$stage-$(basename "$(realpath "$recipes")")" "--output=$logs/%x-%j.out"
       --kill-on-invalid-dep=yes "--dependency=$after" "${options[@]}" "$root/slurm/train.sbatch" "$stage" "$recipes/$stage.yaml")
     [ "$stage" = evaluate ] || command+=("${launch[@]}")
@@ -99,9 +99,9 @@ submit_all() {
       continue
     fi
     id=$("${command[@]}") || { [ ${#ids[@]} -eq 0 ] || echo "pipeline: these are submitted already: ${ids[*]} (scancel takes them back)" >&2; exit 1; }
-    id=${id%%;*}
+    id=${id%%;*}   # some clusters add their name
     ids+=("$id")
-    echo "$stage: job $id${after#singleton}, log $logs/$stage-$(basename "$(realpath "$recipes")")-$id.out"
+    echo "$stage: job $id${before:+ after $before}, log $logs/$stage-$(basename "$(realpath "$recipes")")-$id.out"
   done
   [ -z "$dry_run" ] || return 0
   echo "where they stand: squeue --jobs $(IFS=,; echo "${ids[*]}"); rlhf status $recipes"

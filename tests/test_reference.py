@@ -1,8 +1,11 @@
 """Cached reference log-probabilities: what they are, when they are found again, and what happens to damaged files."""
 
+import contextlib
 import json
 import math
 import multiprocessing
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from rlhf.__main__ import main
 from rlhf.data.sources import SAMPLE_DIR
 from rlhf.progress import read_metrics
 from rlhf.reference import Shards, add_reference_logps, decode, encode, pair_key, reference_key, token_batches
+from rlhf.stop import Stopped, Stopper
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 ROW = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [3, 6]}
@@ -193,6 +197,43 @@ def test_an_interrupted_build_goes_on(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "forward_logps", lambda *a: (rest.append(a[3]), forward(*a))[1])
     add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
     assert len(calls) == 3 and len(rest) == 4 and not {k[0] for k in calls} & {k[0] for k in rest}
+
+
+def test_one_run_builds_and_the_other_waits(tiny_llama, tmp_path, monkeypatch, capsys):
+    """The second comes while the first is at work: it waits, and then computes nothing."""
+    forward, calls, second = reference.forward_logps, [], []
+    trainers = [make_trainer(tiny_llama, tmp_path / name) for name in ("first", "second")]
+    ask = lambda trainer: add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")  # noqa: E731
+
+    def slow(trainer, *rest):
+        calls.append(trainer)
+        if not second:
+            second.append(threading.Thread(target=ask, args=(trainers[1],)))
+            second[0].start()
+        while "waiting for it" not in shown():  # the first goes on when the second has seen it
+            time.sleep(0.01)
+        return forward(trainer, *rest)
+
+    said = []
+    shown = lambda: said.append(capsys.readouterr().out) or "".join(said)  # noqa: E731
+    monkeypatch.setattr(reference, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(reference, "forward_logps", slow)
+    ask(trainers[0])
+    second[0].join(60)
+    assert not second[0].is_alive() and calls and set(calls) == {trainers[0]}
+    assert "7 pairs, 0 of them in the cache" in shown() and "7 pairs, 7 of them in the cache" in shown()
+
+
+def test_a_wait_for_a_reference_ends_when_asked_to_stop(tiny_llama, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_llama, tmp_path / "out")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    with contextlib.ExitStack() as other:
+        assert reference._take(other, tmp_path / "cache" / ".lock")
+        with contextlib.ExitStack() as mine, pytest.raises(Stopped):
+            reference.wait_for_turn(trainer, mine, tmp_path / "cache", Stopper(tmp_path / "run"))
+    with contextlib.ExitStack() as mine:  # the other is gone
+        reference.wait_for_turn(trainer, mine, tmp_path / "cache")
 
 
 # --- keys of references ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "slurm" / "train.sbatch"
 pytestmark = pytest.mark.xdist_group("cluster")  # with --dist loadgroup one worker runs them all
 
-STEPS = 80
+STEPS = 60
 
 
 def write(file, **values):
@@ -32,7 +32,7 @@ def recipe(tiny_llama, few_pairs, tmp_path):
     def make(stage, **values):
         common = {
             "stage": stage, "model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / stage),
-            "max_length": 128, "global_batch_size": 5, "max_tokens_per_device": 800, "max_steps": STEPS, "use_peft": True,
+            "max_length": 256, "global_batch_size": 5, "max_tokens_per_device": 800, "max_steps": STEPS, "use_peft": True,
             "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.0, "gradient_checkpointing": False,
             "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 10, "save_total_limit": 2, "disable_tqdm": True, "seed": 1,
         }  # fmt: skip
@@ -116,7 +116,7 @@ def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_pa
 
 
 def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_path):
-    """A node that dies in the midst of a step, and a preemption with 15 s (KillWait) to end."""
+    """A node that dies in the midst of a step, and a preemption with 10 s (KillWait) to end."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
     job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
@@ -124,7 +124,7 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     cluster.script("kill", f"{PREFIX}2")
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
     at = losses(out)[-1][0]
-    assert "a node does not answer: requeued" in cluster.log(job)
+    assert f"Node failure on {PREFIX}2" in cluster.log(job)
     assert f"dpo: interrupted at step {at} of {STEPS}" in cluster.log(job)
     assert f"goes on after step {at // 10 * 10}" in cluster.log(job)
     cluster.until(steps_are_past(out, at + 5), [job])
@@ -132,7 +132,7 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     assert cluster.wait(urgent, job) == ("COMPLETED", 0)
     log = cluster.log(job)
     assert "DUE TO PREEMPTION" in log and "attempt 3:" in log
-    assert "Slurm decides what comes next" in log and log.count("requeued (number") == 1  # Slurm itself did the second
+    assert "Slurm decides what comes next" in log and "requeued (number" not in log  # by itself, both times
     is_the_same(out, whole)
 
 
@@ -236,7 +236,7 @@ def test_a_failed_stage_stops_the_chain(cluster, recipe, tmp_path):
     recipe("reward", model_name_or_path=str(tmp_path / "sft"))
     jobs = jobs_of(cluster.run(ROOT / "slurm" / "pipeline.sh", tmp_path / "recipes", "--nodes", "2"))
     state, code = cluster.wait(jobs["sft"])
-    assert state == "FAILED" and code not in (0, 85)
+    assert (state, code) == ("FAILED", 2)  # the run's own, which accelerate's launcher has made 1
     log = (tmp_path / "logs" / f"sft-recipes-{jobs['sft']}.out").read_text()
     assert "is not a finite number" in log and "failed by its own error" in log and "attempt 2" not in log
     assert f"--- the end of {tmp_path}/logs/sft-recipes-{jobs['sft']}/attempt-1-{PREFIX}2.log" in log
