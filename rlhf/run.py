@@ -98,7 +98,8 @@ def run_stage(
     if fresh:
         recipe.values["output_dir"] = str(fresh_folder(Path(recipe.values["output_dir"])))
     if launch_file:
-        check_layout(recipe, layout_of_file(launch_file), on_cpu(recipe))
+        layout = layout_of_file(launch_file)
+        check_layout(recipe, layout, layout.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # that imports torch
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
     data = read_data(stage, recipe)
     if check_only and waits_for(recipe, recipe.get("model_name_or_path")):

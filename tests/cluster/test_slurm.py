@@ -1,8 +1,10 @@
 """The project's own Slurm scripts on a real Slurm of four nodes, with tiny models on CPUs."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -70,9 +72,6 @@ def uninterrupted(tiny_llama, few_pairs, tmp_path_factory):
 
 
 def launch(*words):
-    import os
-    import sys
-
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200, cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -174,7 +173,7 @@ def test_cancelled_and_stopped_by_hand_stay_away(cluster, recipe, tmp_path):
     cluster.until(steps_are_past(out, 3), [job])
     (out / "stop").touch()
     assert cluster.wait(job) == ("FAILED", 85)
-    assert "stopped by hand; not requeued" in cluster.log(job)
+    assert "stopped by hand" in cluster.log(job)
     job = cluster.sbatch("--nodes=1", TRAIN, "sft", file)
     cluster.until(lambda: "resuming from" in cluster.log(job), [job])
     before = losses(out)[-1][0]
@@ -265,9 +264,6 @@ def test_container(cluster, recipe, tmp_path, monkeypatch):
     fake = '#!/bin/sh\necho "$*" >> CALLS\ncase $1 in\npull) touch "$2" ;;\nexec) while [ "$1" != IMAGE ]; do shift; done; shift; exec "$@" ;;\nesac\n'
     (tools / "apptainer").write_text(fake.replace("CALLS", str(calls)).replace("IMAGE", str(image)))
     (tools / "apptainer").chmod(0o755)
-    import os
-    import sys
-
     job = cluster.sbatch(
         "--nodes=2", "--gpus-per-node=1", TRAIN, "sft", recipe("sft", max_steps=1), "--container", "docker://host/image:1",
         PATH=f"{tools}:{os.environ['PATH']}", RLHF_CONTAINER_PYTHON=sys.executable, RLHF_BIND="/tmp",
@@ -300,10 +296,8 @@ def test_cluster_leaves_nothing(cluster, tmp_path):
     ask("crash", str(place), "n2")
     ask("start", str(place), "n2")
     assert ask("run", str(place), "srun", "-w", "n2", "hostname") == "n2\n"
-    session.kill()  # even so: the rest is told by the test below, through a second session
-    for pidfile in place.glob("n*.pid"):
-        assert Path(f"/proc/{pidfile.read_text().strip()}").exists()
-    subprocess.run([str(SCRIPT), "down", str(place)], check=True)
+    session.stdin.close()  # as when its owner is killed
+    assert session.wait(60) == 0
     found = subprocess.run(["pgrep", "-f", str(place)], capture_output=True, text=True).stdout.split()
     assert found == []
     shutil.rmtree(place)
