@@ -17,6 +17,7 @@ from rlhf.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "slurm" / "train.sbatch"
+QUICK = "--skip-preflight"
 pytestmark = pytest.mark.xdist_group("cluster")  # with --dist loadgroup one worker runs them all
 
 STEPS = 60
@@ -93,7 +94,7 @@ def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_pa
     """What a time limit sends, and then a preemption that gives time: both save the step they are at. Exact resumption."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
-    job = cluster.sbatch("--nodes=2", "--partition=patient", TRAIN, "dpo", file)
+    job = cluster.sbatch("--nodes=2", "--partition=patient", TRAIN, "dpo", file, QUICK)
     cluster.until(steps_are_past(out, 11), [job])
     cluster.run("scancel", "--signal=USR1", "--batch", job)
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
@@ -114,11 +115,12 @@ def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_pa
     is_the_same(out, whole)
 
 
+@pytest.mark.slow
 def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_path):
     """A node that dies in the midst of a step, and a preemption with 10 s (KillWait) to end."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
-    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
+    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file, QUICK)
     cluster.until(steps_are_past(out, 12), [job])
     cluster.script("kill", f"{PREFIX}2")
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
@@ -140,7 +142,7 @@ def test_the_first_node_is_gone_at_once(cluster, recipe, uninterrupted, tmp_path
     """The node of the batch script falls silent: Slurm misses it, and requeues the job elsewhere."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
-    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
+    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file, QUICK)
     cluster.until(steps_are_past(out, 12), [job])
     cluster.script("crash", f"{PREFIX}1")
     assert cluster.wait(job, seconds=200) == ("COMPLETED", 0)
@@ -153,13 +155,13 @@ def test_the_first_node_is_gone_at_once(cluster, recipe, uninterrupted, tmp_path
 def test_from_four_nodes_to_two(cluster, recipe, uninterrupted, tmp_path):
     """8 processes (two fake GPUs a node) stop; the bound of requeues is told; the same recipe goes on with 2."""
     file, out = recipe("dpo"), tmp_path / "dpo"
-    job = cluster.sbatch("--nodes=4", "--gres=gpu:2", TRAIN, "dpo", file, RLHF_MAX_REQUEUES="0")
+    job = cluster.sbatch("--nodes=4", "--gres=gpu:2", TRAIN, "dpo", file, QUICK, RLHF_MAX_REQUEUES="0")
     cluster.until(steps_are_past(out, 12), [job], 150)
     cluster.run("scancel", "--signal=USR1", job)  # to the nodes, not to the batch script
     assert cluster.wait(job) == ("FAILED", 85)
     assert "4 node(s) x 2 process(es)," in cluster.log(job)
     assert "it has been requeued 0 times (RLHF_MAX_REQUEUES): not again" in cluster.log(job)
-    again = cluster.sbatch("--nodes=2", TRAIN, "dpo", file)
+    again = cluster.sbatch("--nodes=2", TRAIN, "dpo", file, QUICK)
     assert cluster.wait(again) == ("COMPLETED", 0)
     assert f"resuming from {out}/checkpoint-" in cluster.log(again)
     for (step, loss), (other_step, other) in zip(losses(out), uninterrupted(file)[0], strict=True):
@@ -169,12 +171,12 @@ def test_from_four_nodes_to_two(cluster, recipe, uninterrupted, tmp_path):
 def test_cancelled_and_stopped_by_hand_stay_away(cluster, recipe, tmp_path):
     """Whoever cancels a job or makes the file `stop` does not want it back."""
     file, out = recipe("sft", max_steps=400), tmp_path / "sft"
-    job = cluster.sbatch("--nodes=1", TRAIN, "sft", file)
+    job = cluster.sbatch("--nodes=1", TRAIN, "sft", file, QUICK)
     cluster.until(steps_are_past(out, 3), [job])
     (out / "stop").touch()
     assert cluster.wait(job) == ("FAILED", 85)
     assert "stopped by hand" in cluster.log(job)
-    job = cluster.sbatch("--nodes=1", TRAIN, "sft", file)
+    job = cluster.sbatch("--nodes=1", TRAIN, "sft", file, QUICK)
     cluster.until(lambda: "resuming from" in cluster.log(job), [job])
     before = losses(out)[-1][0]
     cluster.until(steps_are_past(out, before + 3), [job])
@@ -210,6 +212,7 @@ def test_pipeline(cluster, recipe, few_pairs, tmp_path):
         "2",
         "--launch",
         ROOT / "launch" / "ddp.yaml",
+        QUICK,
     ]
     jobs = jobs_of(cluster.run(*pipeline))
     assert list(jobs) == ["sft", "reward", "dpo", "evaluate"]
@@ -230,13 +233,15 @@ def test_pipeline(cluster, recipe, few_pairs, tmp_path):
 
 
 def test_a_failed_stage_stops_the_chain(cluster, recipe, tmp_path):
-    """A loss that is not finite is the run's own error: told with the node's log, not requeued, nothing after it runs."""
+    """A loss that is not finite is the run's own error: told with the node's log, not requeued, nothing after it runs. Before
+    that, the preflight of both nodes."""
     recipe("sft", learning_rate=1e38, lr_scheduler_type="constant", max_steps=5)
     recipe("reward", model_name_or_path=str(tmp_path / "sft"))
     jobs = jobs_of(cluster.run(ROOT / "slurm" / "pipeline.sh", tmp_path / "recipes", "--nodes", "2"))
     state, code = cluster.wait(jobs["sft"])
     assert (state, code) == ("FAILED", 2)  # the run's own, which accelerate's launcher has made 1
     log = (tmp_path / "logs" / f"sft-recipes-{jobs['sft']}.out").read_text()
+    assert f"2 hosts: {PREFIX}1, {PREFIX}2" in log and "Ready: the same command with `sft`" in log
     assert "is not a finite number" in log and "failed by its own error" in log and "attempt 2" not in log
     assert f"--- the end of {tmp_path}/logs/sft-recipes-{jobs['sft']}/attempt-1-{PREFIX}2.log" in log
     assert cluster.wait(jobs["reward"])[0] == "CANCELLED"
@@ -245,7 +250,9 @@ def test_a_failed_stage_stops_the_chain(cluster, recipe, tmp_path):
 def test_array_shares_one_reference(cluster, recipe, tmp_path):
     """Two runs with other betas begin together: one computes the reference of the 12 pairs, the other finds all 12."""
     file = recipe("dpo", max_steps=2)
-    job = cluster.sbatch("--array=0-1", "--nodes=1", ROOT / "slurm" / "sweep.sbatch", file, "beta", "0.1", "0.5")
+    job = cluster.sbatch(
+        "--array=0-1", "--nodes=1", ROOT / "slurm" / "sweep.sbatch", file, "beta", "0.1", "0.5", "--", QUICK
+    )
     cluster.until(lambda: not cluster.run("squeue", "--noheader").strip(), [job])
     logs = [file.read_text() for file in sorted(tmp_path.glob("*.out"))]
     assert sorted("12 pairs, 12 of them in the cache" in log for log in logs) == [False, True], logs
@@ -265,7 +272,7 @@ def test_container(cluster, recipe, tmp_path, monkeypatch):
     (tools / "apptainer").write_text(fake.replace("CALLS", str(calls)).replace("IMAGE", str(image)))
     (tools / "apptainer").chmod(0o755)
     job = cluster.sbatch(
-        "--nodes=2", "--gpus-per-node=1", TRAIN, "sft", recipe("sft", max_steps=1), "--container", "docker://host/image:1",
+        "--nodes=2", "--gpus-per-node=1", TRAIN, "sft", recipe("sft", max_steps=1), QUICK, "--container", "docker://host/image:1",
         PATH=f"{tools}:{os.environ['PATH']}", RLHF_CONTAINER_PYTHON=sys.executable, RLHF_BIND="/tmp",
     )  # fmt: skip
     assert cluster.wait(job) == ("COMPLETED", 0), cluster.log(job)

@@ -99,7 +99,6 @@ MORE = [("ddp.yaml", 2), ("zero3.yaml", 4), ("zero1.yaml", 1), ("fsdp2.yaml", 4)
     ("layouts", "more"),
     [
         (LORA, {}),
-        pytest.param(MORE, {}, marks=slow),
         pytest.param(MORE, {"use_peft": False, "merge_adapter": None, "portable_checkpoints": True}, marks=slow),
     ],
 )
