@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from rlhf.config import HARMLESS, Recipe, UserError
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 
 
-OURS = {".lock", "stop", ".partial"}  # may lie in a folder that is otherwise empty
+OURS = re.compile(r"\.lock|stop|\.partial|\.rlhf-preflight-.*")  # may lie in a folder that is otherwise empty
 
 
 @dataclass
@@ -72,7 +73,7 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
     where = recipe.where("output_dir")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{where}: output_dir {folder} is a file; name a folder")
-    found = sorted({p.name for p in folder.iterdir()} - OURS) if folder.is_dir() else []
+    found = sorted(p.name for p in folder.iterdir() if not OURS.fullmatch(p.name)) if folder.is_dir() else []
     if found and "recipe.yaml" not in found:
         raise UserError(
             f"{where}: output_dir {folder} holds other files ({', '.join(found[:4])}) and no run of ours; "

@@ -216,7 +216,9 @@ class Checks:
         """Room in the output folder and the reference's cache, and how fast a checkpoint is written (rank 0)."""
         recipe, needed = self.recipe, None
         if recipe and recipe.stage in TRAINING_STAGES and (source := model_folder(recipe)):
-            merge = recipe.get("merge_adapter", not (recipe.get("load_in_4bit") or recipe.get("load_in_8bit")))
+            merge = recipe.get("merge_adapter")
+            if merge is None:
+                merge = not (recipe.get("load_in_4bit") or recipe.get("load_in_8bit"))
             newest = newest_checkpoint(Path(recipe.values["output_dir"]))
             needed = bytes_needed(str(source), bool(recipe.get("use_peft")), bool(merge), newest)
         speed = None
