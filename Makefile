@@ -4,7 +4,7 @@
 # make lint        ruff and shellcheck
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
 # make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
-# make faults      kill -9, full disks, damaged checkpoints, ...: N of them (24), each followed by the same command; a table
+# make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
 # make lock        resolve requirements.lock anew
 
 SHELL := /bin/bash
@@ -51,7 +51,7 @@ scale-proof: $(VENV)/.dev
 	$(BIN)/python bench/scale_proof.py
 
 faults: $(VENV)/.dev
-	$(BIN)/python tests/faults/faults.py --count $(or $(N),24) --seed $(or $(SEED),0)
+	$(BIN)/python tests/faults/faults.py --count $(or $(N),27) --seed $(or $(SEED),0)
 
 lock:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ("", "ddp.yaml", "zero2.yaml", "fsdp2.yaml")  # '': one process
 STEPS, SAVE_EVERY = 12, 3
 ATTEMPTS = 4  # a run must be complete after so many more starts
-TIME_LIMIT_S = 120.0
+TIME_LIMIT_S = 240.0
 
 
 class Job:
@@ -66,15 +66,16 @@ class Job:
 
     def wait(self) -> list[int]:
         """Exit codes (negative: the signal that ended it); whatever lives after the time limit is a hang."""
-        codes, end = {}, time.monotonic() + TIME_LIMIT_S
+        codes, failed, end = {}, 0.0, time.monotonic() + TIME_LIMIT_S
         while len(codes) < len(self.pids) and time.monotonic() < end:
             for pid in self.pids:
                 if pid not in codes and os.waitpid(pid, os.WNOHANG)[0]:
                     codes[pid] = 0
             if codes and len(codes) < len(self.pids):  # a launcher ends the others when one fails
                 time.sleep(0.5)
+                failed = failed or time.monotonic()
                 for pid in set(self.pids) - set(codes):
-                    _kill(pid, signal.SIGTERM)
+                    _kill(pid, signal.SIGTERM if time.monotonic() < failed + 10 else signal.SIGKILL)
             time.sleep(0.02)
         hung = set(self.pids) - set(codes)
         for pid in hung:
@@ -192,6 +193,20 @@ def kill_one(job: Job, dice: random.Random) -> str:
     time.sleep(dice.random() * 0.1)
     _kill(job.pids[rank], signal.SIGKILL)
     job.wait()
+    return f"rank {rank} after step {step}"
+
+
+def freeze_one(job: Job, dice: random.Random) -> str:
+    """One process stands still: the others' watchdog shows their stacks and ends them, so that the launcher ends all."""
+    words, job.words = job.words, [*job.words, "--watchdog_minutes", "0.2"]
+    job.start()
+    step, rank = dice.randrange(STEPS - 1), dice.randrange(job.processes)
+    job.until(lambda: job.step() >= max(1, step))
+    _kill(job.pids[rank], signal.SIGSTOP)
+    job.wait()
+    job.words = words
+    log = job.log.read_text()
+    assert job.complete() or ("Timeout (0:00:12)!" in log and "most recent call first" in log), "no stacks were shown"
     return f"rank {rank} after step {step}"
 
 
@@ -337,7 +352,7 @@ def _move_out(job: Job) -> None:
     job.folder = kept
 
 
-FAULTS = (kill_all, kill_one, kill_while_saving, ask, damage, clock_jump, full_disk, read_only_folder)
+FAULTS = (kill_all, kill_one, freeze_one, kill_while_saving, ask, damage, clock_jump, full_disk, read_only_folder)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -398,7 +413,7 @@ def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=
     for number in range(count):
         dice = random.Random(f"{seed} {number}")
         fault = FAULTS[number % len(FAULTS)]
-        usable = launch_files[1:] if fault is kill_one else launch_files
+        usable = launch_files[1:] if fault in (kill_one, freeze_one) else launch_files
         launch = usable[(number + number // len(FAULTS)) % len(usable)]
         job = Job(recipe, folder / f"run-{number}", launch)
         if dice.random() < 0.3:  # as the engine splits it
@@ -432,7 +447,7 @@ def usable_launch_files(tell) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--count", type=int, default=27)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a folder; default: a tiny Llama with random weights")
     parser.add_argument("--data", default="embedded:sample")
