@@ -209,7 +209,7 @@ def worker(bench: Bench, args) -> None:
     from rlhf.config import build_configs, load_recipe
     from rlhf.models import locate
     from rlhf.progress import quiet_libraries
-    from rlhf.run import Context, read_data
+    from rlhf.stage import Context, read_data
 
     quiet_libraries()
     scratch = Path(args.folder) / f"cache-{args.worker}-{os.getpid()}"  # nothing is found from an earlier round

@@ -22,7 +22,8 @@ from pathlib import Path
 from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
 from rlhf.progress import say
-from rlhf.run import Context, Stage, pack, use_global_batches
+from rlhf.run import pack, use_global_batches
+from rlhf.stage import Context, Stage
 
 
 def load(context: Context):

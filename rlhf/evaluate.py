@@ -17,7 +17,7 @@ from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
 from rlhf.progress import is_main, quiet_libraries, say
-from rlhf.run import maker_of, waits_for
+from rlhf.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
 Z_95 = 1.959964

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rlhf.data.formats import preference_rows
-from rlhf.run import Context, Stage, pack, use_global_batches
+from rlhf.run import pack, use_global_batches
+from rlhf.stage import Context, Stage
 
 
 def load(context: Context):

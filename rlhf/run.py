@@ -6,13 +6,9 @@ is here: everything that can be wrong in a recipe, in the data or on the disk is
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,55 +24,12 @@ from rlhf.checkpoint import (
     open_run,
     read_manifest,
 )
-from rlhf.config import TRAINING_STAGES, Recipe, UserError, build_configs, load_recipe
-from rlhf.data.formats import join_chosen_rejected, prompt_key
-from rlhf.data.sources import Source, load_source
-from rlhf.launch import check_layout, check_quantised, layout_of_environment, layout_of_file
+from rlhf.checks import bytes_needed, check_devices, check_extras, check_length, check_merge, on_cpu
+from rlhf.config import Recipe, UserError, build_configs, load_recipe
+from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
+from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
-
-
-@dataclass
-class StageData:
-    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from."""
-
-    train: list[dict[str, Any]]
-    heldout: list[dict[str, Any]] | None
-    digests: dict[str, str]
-
-
-@dataclass
-class Stage:
-    """How a stage differs from the others.
-
-    Attributes:
-        name: `sft`, `reward` or `dpo`.
-        title: what it is called on the screen.
-        to_rows: a Source to canonical rows.
-        load: (context) to the model to train (a PeftModel where an adapter goes on) and its tokenizer.
-        build: (context) to TRL's trainer.
-        probe: the trainer's tokenised training set to a few rows of token ids.
-    """
-
-    name: str
-    title: str
-    to_rows: Callable[[Source], list[dict[str, Any]]]
-    load: Callable[[Any], tuple[Any, Any]]
-    build: Callable[[Any], Any]
-    probe: Callable[[Any], list[list[int]]]
-
-
-@dataclass
-class Context:
-    """What a stage's `build` gets: configs, rows, the located input model, and who is asked to stop."""
-
-    recipe: Recipe
-    args: Any
-    model_args: Any
-    stage_args: Any
-    data: StageData
-    model_name: str
-    stopper: Stopper | None = None
 
 
 def run_stage(
@@ -122,92 +75,6 @@ def run_stage(
                 run.lock.release()
 
 
-def maker_of(recipe: Recipe, name: str | None) -> str:
-    """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
-    if not name:
-        return ""
-    import yaml
-
-    for stage in TRAINING_STAGES:
-        sibling = Path(recipe.path).parent / f"{stage}.yaml"
-        if stage == recipe.stage or not sibling.is_file():
-            continue
-        try:
-            output = (yaml.safe_load(sibling.read_text(encoding="utf-8")) or {}).get("output_dir")
-        except (yaml.YAMLError, AttributeError):
-            continue
-        if output and os.path.normpath(output) == os.path.normpath(name):
-            return f"rlhf {stage} {sibling}"
-    return ""
-
-
-def waits_for(recipe: Recipe, name: str) -> str:
-    """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
-    return "" if (Path(name) / "complete.json").is_file() else maker_of(recipe, name)
-
-
-def read_data(stage: Stage, recipe: Recipe) -> StageData:
-    """Read, validate and convert the training rows and the held-out rows of a recipe."""
-    where = recipe.where
-    train_split, test_split = recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")
-    digests = {}
-    if recipe.get("chosen_dataset_name"):
-        sides = [load_source(recipe.get(k), train_split, None, where(k)) for k in _SIDES]
-        digests |= {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
-        source = join_chosen_rejected(*sides)
-    else:
-        name, config = recipe.get("dataset_name"), recipe.get("dataset_config")
-        source = load_source(name, train_split, config, where("dataset_name"))
-        digests["dataset_name"] = source.digest
-    heldout = None
-    if recipe.get("eval_dataset_name"):
-        heldout = load_source(recipe.get("eval_dataset_name"), test_split or "train", None, where("eval_dataset_name"))
-    elif test_split:
-        heldout = load_source(
-            recipe.get("dataset_name"), test_split, recipe.get("dataset_config"), where("dataset_test_split")
-        )
-    elif recipe.get("eval_strategy", "no") != "no":
-        raise UserError(
-            f"{where('eval_strategy')}: there is nothing to evaluate on; set dataset_test_split or eval_dataset_name"
-        )
-    if heldout:
-        digests["heldout"] = heldout.digest
-    source = source.head(recipe.get("max_train_examples"))
-    train = [{**row, "place": source.where(index)} for index, row in enumerate(stage.to_rows(source))]
-    heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples"))) if heldout else None
-    if heldout_rows:
-        seen = {prompt_key(row) for row in train}
-        leaks = sum(prompt_key(row) in seen for row in heldout_rows)
-        if leaks:
-            say(
-                f"note: {leaks} of {len(heldout_rows)} held-out prompts are in the training data too; scores on them mean little"
-            )
-    return StageData(train, heldout_rows, digests)
-
-
-_SIDES = ("chosen_dataset_name", "rejected_dataset_name")
-
-
-def check_extras(recipe: Recipe) -> None:
-    """Packages that a key asks for must be there before anything loads."""
-    needs = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
-    for key, package in needs.items():
-        if recipe.get(key) and importlib.util.find_spec(package) is None:
-            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install {package}")
-    if recipe.get("reference") == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{recipe.where('reference')}: reference: nf4 needs bitsandbytes; run: pip install bitsandbytes"
-        )
-    if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
-        raise UserError(
-            f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`"
-        )
-    reporters = recipe.get("report_to") or []
-    for name in [reporters] if isinstance(reporters, str) else reporters:
-        if name in ("tensorboard", "wandb", "trackio", "mlflow", "swanlab") and importlib.util.find_spec(name) is None:
-            raise UserError(f"{recipe.where('report_to')}: report_to {name} needs the package; run: pip install {name}")
-
-
 def _train(
     stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str, stopper: Stopper
 ) -> None:
@@ -220,7 +87,7 @@ def _train(
     from rlhf.saving import Safety, end_if_stopped
 
     args, model_args, stage_args = build_configs(recipe)
-    _check_devices(args, recipe)
+    check_devices(args, recipe)
     check_layout(recipe, layout_of_environment(), args.use_cpu)
     prepare_processes(args)
     model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
@@ -474,90 +341,6 @@ def describe_complete(summary: dict[str, Any]) -> str:
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
     return f"{summary['steps']} steps, training loss {arrow}, {summary['seconds'] / 60:.1f} min"
-
-
-def on_cpu(recipe: Recipe) -> bool:
-    """Whether this recipe will be computed on the CPU of this machine."""
-    import torch
-
-    return bool(recipe.get("use_cpu")) or not torch.cuda.is_available()
-
-
-def _check_devices(args, recipe: Recipe) -> None:
-    import torch
-
-    capability = torch.cuda.get_device_capability() if args.device.type == "cuda" else None
-    check_quantised(recipe, args.device.type, capability)
-    if not args.use_cpu and torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        count = torch.cuda.device_count()
-        raise UserError(
-            f"{count} GPUs are visible to one process; use them all with `accelerate launch --config_file "
-            f"launch/ddp.yaml --num_processes {count} -m rlhf {recipe.stage} {recipe.path}`, or one with "
-            "CUDA_VISIBLE_DEVICES=0"
-        )
-
-
-def check_merge(context: Context) -> bool:
-    """Whether the finished model is to be merged; refuses an adapter whose base would be nowhere on the disk."""
-    from rlhf.models import is_adapter
-
-    model_args, stage_args, recipe = context.model_args, context.stage_args, context.recipe
-    merge = stage_args.merge_adapter
-    if merge is None:
-        merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
-    goes_on = recipe.stage != "reward" and stage_args.continue_adapter
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if recipe.get(key) and is_adapter(context.model_name) and not goes_on:
-            raise UserError(
-                f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
-                "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
-            )
-    if model_args.use_peft and not merge and is_adapter(context.model_name) and not goes_on:
-        raise UserError(
-            f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
-            "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"
-        )
-    return merge
-
-
-def check_length(context: Context) -> str | None:
-    """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise).
-
-    Returns:
-        The commit of a model from the hub, for the record.
-    """
-    from transformers import AutoConfig
-
-    name = context.model_name
-    if (Path(name) / "adapter_config.json").is_file():
-        name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    whole = AutoConfig.from_pretrained(name, trust_remote_code=context.args.trust_remote_code)
-    config = whole.get_text_config()
-    commit = getattr(whole, "_commit_hash", None)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    wanted = context.args.max_length
-    if positions and (wanted is None or wanted > positions):
-        if not context.recipe.get("max_length"):
-            context.args.max_length = min(positions, wanted or positions)  # TRL's default, not the user's word
-            say(f"note: max_length is {context.args.max_length}, all the positions this model has")
-            return commit
-        raise UserError(
-            f"{context.recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
-            f"{context.recipe.get('model_name_or_path')}; use {positions} or less"
-        )
-    return commit
-
-
-def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
-    """Room for a checkpoint (as large as the last one; else of full fine-tuning: the weights twice and Adam's moments) and for
-    the finished model (an adapter is small)."""
-    weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0
-    finished = 0 if use_peft and not merge else 1.2 * weights
-    if resume_from:
-        checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())
-    else:
-        checkpoint = 0 if use_peft else 4 * weights
-    return int(finished + checkpoint) + 20_000_000
 
 
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:

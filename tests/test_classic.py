@@ -62,8 +62,8 @@ def test_every_stage_of_the_classic(tiny_gpt2, tiny_distilbert, alpaca, tmp_path
 def test_eos_is_in_the_labels_of_every_alpaca_row(tiny_gpt2, alpaca, tmp_path):
     """What SFT trains on: the prompt masked, the answer and its end not."""
     from rlhf.config import build_configs, load_recipe
-    from rlhf.run import Context, read_data
     from rlhf.sft import SFT, build
+    from rlhf.stage import Context, read_data
 
     flags = ["--model_name_or_path", tiny_gpt2, "--dataset_name", alpaca, "--output_dir", str(tmp_path / "o")]
     recipe = load_recipe(str(RECIPES / "sft.yaml"), "sft", flags)

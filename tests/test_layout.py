@@ -45,6 +45,8 @@ LEVELS = (
     {"rlhf.batching"},
     {"rlhf.throughput"},
     {"rlhf.trainer"},
+    {"rlhf.stage"},
+    {"rlhf.checks"},
     {"rlhf.run"},
     {"rlhf.preflight.ranks"},
     {"rlhf.preflight.bandwidth"},

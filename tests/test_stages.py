@@ -137,7 +137,7 @@ def test_dpo_with_another_reference_is_stopped(sft_model, tiny_llama, recipe, fe
     from datasets import Dataset
 
     from rlhf.dpo import trainer_class
-    from rlhf.run import Context
+    from rlhf.stage import Context
 
     file = recipe(
         "dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), reference="online"

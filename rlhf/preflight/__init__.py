@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import newest_checkpoint
+from rlhf.checks import bytes_needed
 from rlhf.config import TRAINING_STAGES, Recipe, UserError, load_recipe, stage_of
 from rlhf.embedded import cache_dir
 from rlhf.launch import layout_of_environment
@@ -36,7 +37,7 @@ from rlhf.preflight.probes import (
 )
 from rlhf.preflight.ranks import Ranks, who
 from rlhf.progress import is_main, say
-from rlhf.run import bytes_needed, maker_of
+from rlhf.stage import maker_of
 
 WRITE_BYTES = 64 << 20
 

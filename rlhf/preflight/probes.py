@@ -26,7 +26,7 @@ from rlhf.config import Recipe
 from rlhf.data.sources import FILE_TYPES
 from rlhf.embedded import NAME, PREFIX, cache_dir
 from rlhf.launch import Layout
-from rlhf.run import maker_of
+from rlhf.stage import maker_of
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")

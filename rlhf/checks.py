@@ -1,0 +1,117 @@
+"""What is looked at before anything is trained: packages, devices, room on the disk, what model and recipe ask of each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from rlhf.config import Recipe, UserError
+from rlhf.launch import check_quantised
+from rlhf.progress import say
+from rlhf.stage import Context
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Packages that a key asks for must be there before anything loads."""
+    needs = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
+    for key, package in needs.items():
+        if recipe.get(key) and importlib.util.find_spec(package) is None:
+            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install {package}")
+    if recipe.get("reference") == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{recipe.where('reference')}: reference: nf4 needs bitsandbytes; run: pip install bitsandbytes"
+        )
+    if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
+        raise UserError(
+            f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`"
+        )
+    reporters = recipe.get("report_to") or []
+    for name in [reporters] if isinstance(reporters, str) else reporters:
+        if name in ("tensorboard", "wandb", "trackio", "mlflow", "swanlab") and importlib.util.find_spec(name) is None:
+            raise UserError(f"{recipe.where('report_to')}: report_to {name} needs the package; run: pip install {name}")
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether this recipe will be computed on the CPU of this machine."""
+    import torch
+
+    return bool(recipe.get("use_cpu")) or not torch.cuda.is_available()
+
+
+def check_devices(args, recipe: Recipe) -> None:
+    import torch
+
+    capability = torch.cuda.get_device_capability() if args.device.type == "cuda" else None
+    check_quantised(recipe, args.device.type, capability)
+    if not args.use_cpu and torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"{count} GPUs are visible to one process; use them all with `accelerate launch --config_file "
+            f"launch/ddp.yaml --num_processes {count} -m rlhf {recipe.stage} {recipe.path}`, or one with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_merge(context: Context) -> bool:
+    """Whether the finished model is to be merged; refuses an adapter whose base would be nowhere on the disk."""
+    from rlhf.models import is_adapter
+
+    model_args, stage_args, recipe = context.model_args, context.stage_args, context.recipe
+    merge = stage_args.merge_adapter
+    if merge is None:
+        merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
+    goes_on = recipe.stage != "reward" and stage_args.continue_adapter
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if recipe.get(key) and is_adapter(context.model_name) and not goes_on:
+            raise UserError(
+                f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
+                "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
+            )
+    if model_args.use_peft and not merge and is_adapter(context.model_name) and not goes_on:
+        raise UserError(
+            f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
+            "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"
+        )
+    return merge
+
+
+def check_length(context: Context) -> str | None:
+    """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise).
+
+    Returns:
+        The commit of a model from the hub, for the record.
+    """
+    from transformers import AutoConfig
+
+    name = context.model_name
+    if (Path(name) / "adapter_config.json").is_file():
+        name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=context.args.trust_remote_code)
+    config = whole.get_text_config()
+    commit = getattr(whole, "_commit_hash", None)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    wanted = context.args.max_length
+    if positions and (wanted is None or wanted > positions):
+        if not context.recipe.get("max_length"):
+            context.args.max_length = min(positions, wanted or positions)  # TRL's default, not the user's word
+            say(f"note: max_length is {context.args.max_length}, all the positions this model has")
+            return commit
+        raise UserError(
+            f"{context.recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
+            f"{context.recipe.get('model_name_or_path')}; use {positions} or less"
+        )
+    return commit
+
+
+def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
+    """Room for a checkpoint (as large as the last one; else of full fine-tuning: the weights twice and Adam's moments) and for
+    the finished model (an adapter is small)."""
+    weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0
+    finished = 0 if use_peft and not merge else 1.2 * weights
+    if resume_from:
+        checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())
+    else:
+        checkpoint = 0 if use_peft else 4 * weights
+    return int(finished + checkpoint) + 20_000_000
