@@ -35,14 +35,17 @@ def train(layout, stage, model, packed, kind, folder):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [(layout, "lora") for layout in LAYOUTS]
+    + [pytest.param(layout, "full", marks=pytest.mark.slow if layout != "ddp" else ()) for layout in LAYOUTS],
+)
 def test_dpo(layout, kind, tiny_llama, tmp_path):
     """The packed run with its cached reference, against TRL's reference in every step."""
     assert_packed_equals_padded(layout, "dpo", tiny_llama, kind, tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp", pytest.param("zero3", marks=pytest.mark.slow), "fsdp2"])
 def test_reward(layout, tiny_llama, tmp_path):
     assert_packed_equals_padded(layout, "reward", tiny_llama, "lora", tmp_path)
 

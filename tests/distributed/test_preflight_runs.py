@@ -174,7 +174,7 @@ def test_paths_and_output_folder_on_another_disk(recipe, tiny_llama, few_pairs, 
     [
         ("ro", "it is mounted read-only"),
         ("size=4k,nr_inodes=100", "the disk is full (or has no inodes left): free some"),
-        ("size=20m", "0.02 GB free, and the model with its checkpoints needs about 0.05 GB"),
+        ("size=10m", "0.01 GB free, and the model with its checkpoints needs about 0.02 GB"),
         ("size=200m,nr_inodes=50", "has room for 4"),
     ],
 )
