@@ -356,7 +356,12 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree this package runs from, with `+changes` if it is not clean; None outside of git."""
+    """The commit of the source tree this package runs from, with `+changes` if it is not clean; None outside of git.
+
+    An image has no git: there RLHF_GIT_COMMIT tells it.
+    """
+    if os.environ.get("RLHF_GIT_COMMIT"):
+        return os.environ["RLHF_GIT_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# What the image starts first: rlhf-entrypoint COMMAND WORDS ...
+#
+# `docker stop` sends SIGTERM to this process alone. A training process saves and exits with 85 when it gets one, so `rlhf`
+# takes this process's place. `accelerate launch` would end its training processes 30 s later, saved or not, and a shell
+# script would just die; so they are asked in another way: by a file that the training processes look for (RLHF_STOP_FILE).
+set -euo pipefail
+
+main() {
+  touch /tmp/rlhf-started   # the health check counts from here
+  for folder in "$HOME" runs; do warn_unless_writable "$folder"; done
+  case "$*" in
+    rlhf | rlhf\ * | python\ -m\ rlhf\ * | bash | sh) exec "$@" ;;
+    *) watch_over "$@" ;;
+  esac
+}
+
+warn_unless_writable() {
+  [ ! -d "$1" ] || [ -w "$1" ] || echo "rlhf: $(realpath "$1") can't be written by uid $(id -u). If it is a folder of yours: mkdir it before docker does, and add --user \"\$(id -u):\$(id -g)\"" >&2
+}
+
+watch_over() {
+  local code=0
+  asked='' child=''
+  export RLHF_STOP_FILE=${RLHF_STOP_FILE:-/tmp/rlhf-stop}
+  rm -f "$RLHF_STOP_FILE"   # of before a restart
+  export PET_SIGNALS_TO_HANDLE=SIGHUP   # torch's launcher: leave the others to this script
+  trap 'ask TERM' TERM
+  trap 'ask USR1' USR1
+  trap 'ask INT' INT
+  "$@" <&0 &   # in the background a trap runs at once; bash makes it ignore SIGINT, which a terminal sends to all
+  child=$!
+  wait "$child" || code=$?
+  while kill -0 "$child" 2> /dev/null; do   # a signal has ended the wait, not the command
+    code=0
+    wait "$child" || code=$?
+  done
+  if [ -n "$asked" ] && [ "$code" != 0 ]; then
+    echo "rlhf: stopped when asked to ($asked); the same command goes on. (A traceback that ends in 'exit status 85' is accelerate's way to say so.)" >&2
+    code=85
+  fi
+  exit "$code"
+}
+
+ask() {   # the run to save, or, where none is, the command to end
+  if trains; then
+    [ -z "$asked" ] || [ "$1" != INT ] || { echo "rlhf: stopped at once" >&2; exit 130; }
+    asked=$1
+    echo "$1" > "$RLHF_STOP_FILE"
+    echo "rlhf: got SIG$1: the run saves and stops after this step" >&2
+  else
+    kill -TERM "$child" 2> /dev/null || true
+  fi
+}
+
+trains() { grep -lzxE 'sft|reward|dpo|evaluate' /proc/[0-9]*/cmdline > /dev/null 2>&1; }
+
+main "$@"
