@@ -4,11 +4,14 @@
 # `docker stop` sends SIGTERM to this process alone. A training process saves and exits with 85 when it gets one, so `rlhf`
 # takes this process's place. `accelerate launch` would end its training processes 30 s later, saved or not, and a shell
 # script would just die; so they are asked in another way: by a file that the training processes look for (RLHF_STOP_FILE).
+#
+#   RLHF_EXIT_STOPPED   the container's exit code when a run has saved and stopped (85); with 0 a restart policy leaves it be
 set -euo pipefail
 
 main() {
-  touch /tmp/rlhf-started   # the health check counts from here
-  for folder in "$HOME" runs; do warn_unless_writable "$folder"; done
+  # the health check counts from here
+  touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
+  for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
   case "$*" in
     rlhf | rlhf\ * | python\ -m\ rlhf\ * | bash | sh) exec "$@" ;;
     *) watch_over "$@" ;;
@@ -20,11 +23,15 @@ warn_unless_writable() {
 }
 
 watch_over() {
-  local code=0
+  local code=0 code_when_stopped=${RLHF_EXIT_STOPPED:-85}
   asked='' child=''
   export RLHF_STOP_FILE=${RLHF_STOP_FILE:-/tmp/rlhf-stop}
-  rm -f "$RLHF_STOP_FILE"   # of before a restart
+  rm -f "$RLHF_STOP_FILE" "$RLHF_STOP_FILE.done"   # of before a restart
   export PET_SIGNALS_TO_HANDLE=SIGHUP   # torch's launcher: leave the others to this script
+  case $1 in
+    accelerate | torchrun) export RLHF_EXIT_STOPPED=0 ;;   # they would make a traceback of any other
+    *) unset RLHF_EXIT_STOPPED ;;                          # a script has to see that its stage isn't complete
+  esac
   trap 'ask TERM' TERM
   trap 'ask USR1' USR1
   trap 'ask INT' INT
@@ -35,10 +42,8 @@ watch_over() {
     code=0
     wait "$child" || code=$?
   done
-  if [ -n "$asked" ] && [ "$code" != 0 ]; then
-    echo "rlhf: stopped when asked to ($asked); the same command goes on. (A traceback that ends in 'exit status 85' is accelerate's way to say so.)" >&2
-    code=85
-  fi
+  if [ -e "$RLHF_STOP_FILE.done" ]; then code=85; fi   # the training processes' own word for it
+  [ "$code" != 85 ] || code=$code_when_stopped
   exit "$code"
 }
 

@@ -6,11 +6,12 @@
 #   launch/pipeline.sh configs/quickstart launch/ddp.yaml --num_processes 4    more flags for accelerate launch
 #
 # A complete stage is skipped and an interrupted one goes on from its last checkpoint, so the same command again is
-# always right. Every recipe is checked before the first stage trains. PYTHON names the interpreter; the default is the
-# active environment's, or else that of .venv beside this folder.
+# always right. Every recipe is checked before the first stage trains. A stage that was asked to stop (Ctrl-C, SIGTERM,
+# `touch RUN_DIR/stop`) saves, and ends this with code 85. PYTHON names the interpreter; the default is the active
+# environment's, or else that of .venv beside this folder.
 set -euo pipefail
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 
 main() {
   [ $# -ge 1 ] || usage
@@ -24,6 +25,7 @@ main() {
     [ -f "$1" ] || { echo "pipeline: no launch file at $1; launch/ has $(cd "$root/launch" && echo *.yaml)" >&2; exit 2; }
     launch=(--launch "$1")
     run=("$python" -m accelerate.commands.launch --config_file "$@" -m rlhf)
+    export RLHF_EXIT_STOPPED=0   # the launcher would make a traceback of any other; the file below tells
   else
     launch=()
     run=("$python" -m rlhf)
@@ -39,9 +41,17 @@ main() {
     if [ "$stage" = evaluate ]; then launch=(); fi
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check "${launch[@]}"
   done
+  if [ -z "${RLHF_STOP_FILE:-}" ]; then   # whoever has set it has asked for a stop there, perhaps between two stages
+    own=$(mktemp -d)
+    trap 'rm -rf "$own"' EXIT
+    export RLHF_STOP_FILE=$own/stop
+  fi
+  rm -f "$RLHF_STOP_FILE.done"
   for stage in "${stages[@]}"; do
+    if [ -e "$RLHF_STOP_FILE" ]; then exit 85; fi
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null   # its inputs exist by now
     "${run[@]}" "$stage" "$recipes/$stage.yaml"
+    if [ -e "$RLHF_STOP_FILE.done" ]; then exit 85; fi
   done
   "$python" -m rlhf report "$recipes"
 }

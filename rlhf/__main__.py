@@ -8,7 +8,7 @@ import sys
 
 from rlhf import __version__
 from rlhf.config import UserError
-from rlhf.stop import EXIT_STOPPED, OutOfMemory, Stopped, leave
+from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
 Align a language model with human preferences. The stages, in order, each fed by the one before:
@@ -119,10 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfMemory as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 1
-    except (
-        Stopped
-    ):  # accelerate's launcher makes a traceback of any code but 0; slurm/node.sh asks for that, and `--status`
-        return int(os.environ.get("RLHF_EXIT_STOPPED", EXIT_STOPPED))
+    except Stopped:
+        return exit_code_stopped()
     except KeyboardInterrupt:
         print("\nrlhf: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -254,6 +254,11 @@ def stage_of(path: str) -> str:
 def _check_required(recipe: Recipe) -> None:
     if not recipe.get("output_dir"):
         raise UserError(f"{recipe.path}: key 'output_dir' is missing; it says where the results go")
+    if "://" in str(recipe.get("output_dir")):  # checkpoints are renamed into place, which no object storage can do
+        raise UserError(
+            f"{recipe.where('output_dir')}: output_dir {recipe.get('output_dir')} is no folder; train into one, and copy it to "
+            "object storage (docker/README.md has the commands)"
+        )
     if recipe.stage == "evaluate":
         if not recipe.get("dataset_name"):
             raise UserError(f"{recipe.path}: key 'dataset_name' is missing; it names the held-out preference pairs")

@@ -18,7 +18,8 @@ from pathlib import Path
 EXIT_STOPPED = 85  # the run was asked to stop; the same command goes on
 SAME_INTERRUPT_S = 1.0  # a launcher hands Ctrl-C on to processes that the terminal has told already
 STOP_FILE = "stop"
-STOP_FILE_VARIABLE = "RLHF_STOP_FILE"  # names another one, for batch scripts, which don't know the run folder
+STOP_FILE_VARIABLE = "RLHF_STOP_FILE"  # names another one, for scripts, which don't know the run folder
+EXIT_VARIABLE = "RLHF_EXIT_STOPPED"  # another exit code than 85
 NOT_FINITE, SPIKE = "loss", "gradient"  # requests that are none: why a run has to end
 
 
@@ -102,6 +103,18 @@ def watch(seconds: float | None) -> None:
     faulthandler.cancel_dump_traceback_later()
     if seconds:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+
+def exit_code_stopped() -> int:
+    """The exit code of a run that was stopped: RLHF_EXIT_STOPPED, or 85.
+
+    Where there is a RLHF_STOP_FILE, a file of that name with `.done` behind it says so too, for scripts that start training
+    through accelerate's launcher: of any code but 0 that makes 1, and a traceback.
+    """
+    if os.environ.get(STOP_FILE_VARIABLE) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(OSError):
+            Path(os.environ[STOP_FILE_VARIABLE] + ".done").touch()
+    return int(os.environ.get(EXIT_VARIABLE, EXIT_STOPPED))
 
 
 def leave(code: int) -> None:

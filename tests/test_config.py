@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import enum
 import importlib.util
+import re
 import subprocess
 import sys
 import typing
@@ -405,6 +406,12 @@ def test_missing_key_of_an_evaluate_recipe(tmp_path, without, message):
     path = tmp_path / "evaluate.yaml"
     path.write_text("".join(line for line in EVALUATE.splitlines(keepends=True) if not line.startswith(without)))
     assert error(path, "evaluate") == f"{path}: {message}"
+
+
+def test_an_address_is_no_output_folder(tmp_path):
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(re.sub("output_dir: .*", "output_dir: s3://bucket/run", EVALUATE))
+    assert "output_dir s3://bucket/run is no folder; train into one, and copy it" in error(path, "evaluate")
 
 
 def test_whole_evaluate_recipe_loads(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rlhf.progress import read_metrics
+from rlhf.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
 TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "global_batch_size": 2, "save_steps": 1}  # fmt: skip
@@ -66,6 +67,23 @@ def test_all_stages_then_nothing_then_what_is_missing(recipes):
 def test_through_a_launch_file_on_two_processes(recipes):
     shown = pipeline(recipes, str(ROOT / "launch" / "ddp.yaml"), "--num_processes", "2")
     assert shown.count("(2 processes on cpu)") == 3 and "On 4 held-out pairs" in shown
+
+
+@pytest.mark.parametrize("launch", [(), (str(ROOT / "launch" / "ddp.yaml"), "--num_processes", "2")])
+def test_a_stage_that_is_stopped_ends_it(recipes, launch):
+    """With one code and no traceback, also through a launcher that knows only success and failure."""
+    run = recipes.parent / "runs" / "quickstart"
+    (run / "sft").mkdir(parents=True)
+    (run / "sft" / "stop").touch()
+    shown = pipeline(recipes, *launch, code=EXIT_STOPPED)
+    assert "Stopped after step 1 of 2" in shown and "Traceback" not in shown and "=== REWARD" not in shown
+    assert not (run / "reward").exists()
+
+
+def test_asked_to_stop_between_two_stages(recipes, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_STOP_FILE", str(tmp_path / "stop"))
+    (tmp_path / "stop").touch()
+    assert "=== SFT" not in pipeline(recipes, code=EXIT_STOPPED)
 
 
 def test_a_mistake_in_the_last_recipe_stops_before_the_first_stage_trains(recipes):

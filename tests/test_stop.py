@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -256,9 +257,9 @@ def test_two_processes_stop_at_the_same_step(to, number, recipe, tiny_llama, few
         end = time.monotonic() + 120
         while len(read_metrics(out)) < 3 and time.monotonic() < end and run.poll() is None:
             time.sleep(0.1)
-        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        workers = [child.pid for child in psutil.Process(run.pid).children()]
         assert len(workers) == 2, shown
-        os.kill(run.pid if to == "launcher" else int(workers[1]), number)
+        os.kill(run.pid if to == "launcher" else workers[1], number)
         assert run.wait(timeout=120) != 0
     finally:
         run.kill()

@@ -1,0 +1,64 @@
+"""What can be said of the container files without building anything: compose's settings, the Apptainer file's sections."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from engine import ROOT
+
+DOCKER = ROOT / "docker"
+
+
+def compose_command():
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+        return ["docker", "compose"]
+    pytest.skip("neither docker-compose nor `docker compose` is installed")
+
+
+def settings(*files, **variables):
+    """What compose makes of its files: validated against its own schema, variables filled in."""
+    words = [f"--file={DOCKER / file}" for file in files]
+    for profile in ("quickstart", "train", "tensorboard", "two-node"):
+        words.append(f"--profile={profile}")
+    done = subprocess.run(
+        [*compose_command(), *words, "config"], env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)["services"]
+
+
+def test_compose_files_are_valid():
+    services = settings("compose.yaml", RECIPES="configs/mine", LAUNCH="launch/zero3.yaml", PROCESSES="8", RLHF_UID="7")
+    assert set(services) == {"quickstart", "train", "tensorboard", "node-0", "node-1"}
+    command = services["train"]["command"]
+    words = command if isinstance(command, str) else " ".join(command)
+    assert words == "launch/pipeline.sh configs/mine launch/zero3.yaml --num_processes 8"
+    for name, service in services.items():
+        assert service["user"].startswith("7:")
+        assert service["stop_grace_period"] in (("5s",) if name == "tensorboard" else ("10m", "10m0s"))
+        assert any("cache" in json.dumps(volume) for volume in service["volumes"])
+
+
+def test_compose_gives_gpus():
+    for name, service in settings("compose.yaml", "compose.gpu.yaml").items():
+        reserved = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+        assert (name == "tensorboard") == (reserved == [])
+
+
+def test_what_the_files_call_is_there():
+    """Recipes, launch files and commands that the documentation names."""
+    for text in [(DOCKER / name).read_text() for name in ("README.md", "compose.yaml", "Dockerfile", "apptainer.def")]:
+        for path in re.findall(r"(?<![\w/-])(?:launch|configs|docker|slurm)/[\w./-]*\w", text):
+            if not path.startswith("configs/mine"):
+                assert (ROOT / path).exists(), path
+
+
+def test_nothing_but_what_is_named_goes_to_the_daemon():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith("#")][0] == "*"
