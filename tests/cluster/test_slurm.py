@@ -56,6 +56,13 @@ def steps_are_past(folder, step):
     return lambda: (found := losses(folder)) and found[-1][0] >= step
 
 
+def train_for_a_while(cluster, file, out, *options, **variables):
+    """Submit the DPO recipe; returns the job's id when it has done 12 steps."""
+    job = cluster.sbatch(*options, TRAIN, "dpo", file, QUICK, **variables)
+    cluster.until(steps_are_past(out, 12), [job], 150)
+    return job
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_llama, few_pairs, tmp_path_factory):
     """Losses and weights of the DPO recipe, by two processes that nothing happened to."""
@@ -120,8 +127,7 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     """A node that dies in the midst of a step, and a preemption with 10 s (KillWait) to end."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
-    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file, QUICK)
-    cluster.until(steps_are_past(out, 12), [job])
+    job = train_for_a_while(cluster, file, out, "--nodes=2")
     cluster.script("kill", f"{PREFIX}2")
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
     at = losses(out)[-1][0]
@@ -142,8 +148,7 @@ def test_the_first_node_is_gone_at_once(cluster, recipe, uninterrupted, tmp_path
     """The node of the batch script falls silent: Slurm misses it, and requeues the job elsewhere."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
-    job = cluster.sbatch("--nodes=2", TRAIN, "dpo", file, QUICK)
-    cluster.until(steps_are_past(out, 12), [job])
+    job = train_for_a_while(cluster, file, out, "--nodes=2")
     cluster.script("crash", f"{PREFIX}1")
     assert cluster.wait(job, seconds=200) == ("COMPLETED", 0)
     log = cluster.log(job)
@@ -155,8 +160,7 @@ def test_the_first_node_is_gone_at_once(cluster, recipe, uninterrupted, tmp_path
 def test_from_four_nodes_to_two(cluster, recipe, uninterrupted, tmp_path):
     """8 processes (two fake GPUs a node) stop; the bound of requeues is told; the same recipe goes on with 2."""
     file, out = recipe("dpo"), tmp_path / "dpo"
-    job = cluster.sbatch("--nodes=4", "--gres=gpu:2", TRAIN, "dpo", file, QUICK, RLHF_MAX_REQUEUES="0")
-    cluster.until(steps_are_past(out, 12), [job], 150)
+    job = train_for_a_while(cluster, file, out, "--nodes=4", "--gres=gpu:2", RLHF_MAX_REQUEUES="0")
     cluster.run("scancel", "--signal=USR1", job)  # to the nodes, not to the batch script
     assert cluster.wait(job) == ("FAILED", 85)
     assert "4 node(s) x 2 process(es)," in cluster.log(job)
