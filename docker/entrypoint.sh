@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the image starts first: rlhf-entrypoint COMMAND WORDS ...
+# What the image starts first: rlhf-entrypoint COMMAND WORDS ... A stage will do as command: `dpo ...` is `rlhf dpo ...`.
 #
 # `docker stop` sends SIGTERM to this process alone. A training process saves and exits with 85 when it gets one, so `rlhf`
 # takes this process's place. `accelerate launch` would end its training processes 30 s later, saved or not, and a shell
@@ -12,6 +12,9 @@ main() {
   # the health check counts from here
   touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
   for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
+  case ${1:-} in
+    sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | fetch | -*) set -- rlhf "$@" ;;
+  esac
   case "$*" in
     rlhf | rlhf\ * | python\ -m\ rlhf\ * | bash | sh) exec "$@" ;;
     *) watch_over "$@" ;;

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from engine import ROOT
 
+from rlhf.__main__ import parser
+
 DOCKER = ROOT / "docker"
 
 
@@ -62,3 +64,10 @@ def test_what_the_files_call_is_there():
 def test_nothing_but_what_is_named_goes_to_the_daemon():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")][0] == "*"
+
+
+def test_the_entrypoint_knows_every_command():
+    known = re.search(r"^    (.*) \| -\*\) set -- rlhf", (DOCKER / "entrypoint.sh").read_text(), re.MULTILINE)[1].split(
+        " | "
+    )
+    assert sorted(known) == sorted(next(a for a in parser()._actions if a.dest == "command").choices)

@@ -249,7 +249,7 @@ def test_a_folder_that_docker_made_is_told(box):
 
 
 COMMANDS = {
-    "one process": (1, ("rlhf", "dpo", "data/dpo.yaml")),
+    "one process": (1, ("dpo", "data/dpo.yaml")),
     "accelerate": (2, (*LAUNCH, "rlhf", "dpo", "data/dpo.yaml")),
     "pipeline": (1, ("launch/pipeline.sh", "data")),
     "shell": (1, ("bash", "-c", "rlhf dpo data/dpo.yaml && echo and then")),
