@@ -288,25 +288,25 @@ def test_one_machine_and_two_of_skypilot_train_the_same(project, tmp_path):
 
 
 def test_pods_of_the_training_operator(project):
-    """RANK and WORLD_SIZE are the Pod's, and must not reach the processes."""
-    folder = project("pods")
-    container = of_kind("kubernetes-pytorchjob.yaml", "PyTorchJob")["spec"]["pytorchReplicaSpecs"]["Worker"][
-        "template"
-    ]["spec"]["containers"][0]
-    nodes = Nodes(
-        folder, pod_command(container), torchjob_variables(2, 1), STAGES="sft", LAUNCH="launch/ddp.yaml", PREFLIGHT="no"
-    )
+    """Two Pods train what one process does."""
+    pods, one = project("pods"), project("one")
+    replicas = of_kind("kubernetes-pytorchjob.yaml", "PyTorchJob")["spec"]["pytorchReplicaSpecs"]
+    command = pod_command(replicas["Worker"]["template"]["spec"]["containers"][0])
+    nodes = Nodes(pods, command, torchjob_variables(2, 1), STAGES="sft", LAUNCH="launch/ddp.yaml", PREFLIGHT="no")
     assert nodes.wait() == [0, 0], nodes.shown()[-3000:] + nodes.shown(1)[-3000:]
-    assert len(losses(folder, "sft")) == 3 and "(2 processes on cpu)" in nodes.shown()
+    assert "(2 processes on cpu)" in nodes.shown()
+    nodes = Nodes(one, command, [{"PROCS_PER_NODE": 1}], STAGES="sft")
+    assert nodes.wait() == [0], nodes.shown()[-3000:]
+    assert len(losses(one, "sft")) == 3
+    assert losses(pods, "sft") == pytest.approx(losses(one, "sft"), abs=1e-4)
 
 
 @pytest.mark.slow
 def test_one_pod_of_two_is_evicted(project):
     """SIGTERM to one Pod: both save and end with 85, Kubernetes starts both anew, and the losses are as without a break."""
     folder, whole = (project(name, max_steps=200, save_steps=50) for name in ("evicted", "whole"))
-    pods = of_kind("kubernetes.yaml", "TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"][0]["template"][
-        "spec"
-    ]
+    runtime = of_kind("kubernetes.yaml", "TrainingRuntime")["spec"]["template"]["spec"]
+    pods = runtime["replicatedJobs"][0]["template"]["spec"]
     policy = pods["podFailurePolicy"]["rules"][1]["onExitCodes"]
     command = pod_command(pods["template"]["spec"]["containers"][0])
     common = dict(STAGES="sft", LAUNCH="launch/ddp.yaml", PREFLIGHT="no")
@@ -346,6 +346,18 @@ def test_mistakes(env, says, project):
         (folder / "runs" / "mine").touch()
     nodes = Nodes(folder, ["bash", "launch/cloud/node.sh"], [env])
     assert nodes.wait(60) == [2] and says in nodes.shown(), nodes.shown()
+
+
+def test_a_mistake_in_a_recipe_is_told_by_each_node(project):
+    """Also by the second Pod: without its RANK, which would keep `rlhf` silent there."""
+    folder = project("wrong")
+    with open(folder / "configs" / "tiny" / "dpo.yaml", "a") as file:
+        file.write("learing_rate: 1\n")
+    nodes = Nodes(folder, ["bash", "launch/cloud/node.sh"], torchjob_variables(2, 1))
+    assert nodes.wait(60) == [2, 2]
+    for i in (0, 1):
+        assert "unknown key 'learing_rate'; did you mean 'learning_rate'?" in nodes.shown(i)
+    assert not (folder / "runs").exists()
 
 
 def test_setup_looks_for_a_python_that_is_new_enough(tmp_path):
