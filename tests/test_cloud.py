@@ -264,6 +264,7 @@ def losses(folder, stage):
     return [row["loss"] for row in read_metrics(folder / "runs" / "tiny" / stage) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_one_machine_and_two_of_skypilot_train_the_same(project, tmp_path):
     one = project("one")
     nodes = Nodes(
