@@ -39,7 +39,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch docker/*.sh tests/cluster/*.sh .ci/run
+	$(BIN)/shellcheck -x launch/*.sh launch/cloud/*.sh slurm/*.sh slurm/*.sbatch docker/*.sh tests/cluster/*.sh .ci/run
 	$(BIN)/hadolint docker/Dockerfile
 
 bench: $(VENV)/.core
