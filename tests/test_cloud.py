@@ -101,6 +101,7 @@ def changed(document, path, key, value):
 FREE = {("envs",), ("secrets",), ("volumes",), ("file_mounts", "/bucket", "config"), ("config",)}
 
 
+@pytest.mark.slow  # the schemas' packages are half a gigabyte
 @pytest.mark.xdist_group("cloud-schemas")
 @pytest.mark.parametrize("name", [*SKY, "volume.yaml", *KUBERNETES])
 def test_schema(name, validator):
@@ -113,6 +114,7 @@ def test_schema(name, validator):
     assert [path for (_, path), error in zip(bad, found[len(good) :], strict=True) if error is None] == []
 
 
+@pytest.mark.slow  # the schemas' packages are half a gigabyte
 @pytest.mark.xdist_group("cloud-schemas")
 def test_schema_refuses_wrong_values(validator):
     sky, (_, runtime, job) = documents("spot.yaml")[0], documents("kubernetes.yaml")
@@ -291,6 +293,7 @@ def test_one_machine_and_two_of_skypilot_train_the_same(project, tmp_path):
     assert again.wait() == [0, 0] and "sft: complete" in again.shown()
 
 
+@pytest.mark.slow
 def test_pods_of_the_training_operator(project):
     """Two Pods train what one process does."""
     pods, one = project("pods"), project("one")

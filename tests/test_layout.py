@@ -223,7 +223,7 @@ def test_pipeline_without_arguments_shows_its_usage():
     assert (done.returncode, lines[0], lines[-1]) == (
         2,
         "Run the stages of a recipe folder in order: sft -> reward -> dpo -> evaluate -> report.",
-        "active environment's, or else that of .venv beside this folder.",
+        "environment's, or else that of .venv beside this folder.",
     )
 
 
