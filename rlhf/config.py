@@ -21,12 +21,10 @@ from typing import Any
 
 import yaml
 
+from rlhf.errors import UserError, quote  # noqa: F401
+
 STAGES = ("sft", "reward", "dpo", "evaluate")
 TRAINING_STAGES = ("sft", "reward", "dpo")
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave us: shown as one sentence, exit code 2, no traceback."""
 
 
 @dataclass

@@ -22,6 +22,7 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 # A file may import only from files of the lines above its own.
 LEVELS = (
     {"rlhf"},  # the version
+    {"rlhf.errors"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},

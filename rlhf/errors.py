@@ -1,0 +1,32 @@
+"""What ends a command because of what its user gave it, and how such values are quoted. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us: shown as one sentence, exit code 2, no traceback."""
+
+
+def quote(value: Any, limit: int = 80) -> str:
+    """A value as it is quoted in a message: its repr on one line, cut to `limit` characters.
+
+    Safe for values of any size: containers are not expanded beyond what is shown, so that YAML's aliases can't blow up.
+
+    Example: quote("x" * 100, 10) -> "'xxxxxxxx…".
+    """
+    import reprlib
+
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 6
+    short.maxlevel = 3
+    if isinstance(value, str):
+        text = repr(value[: limit + 1])
+    elif isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4 * limit:
+        text = f"a number of about {int(value.bit_length() * 0.30103) + 1} digits"
+    else:
+        text = short.repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
