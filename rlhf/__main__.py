@@ -7,7 +7,7 @@ import os
 import sys
 
 from rlhf import __version__
-from rlhf.config import UserError
+from rlhf.errors import RankFailed, RunFailed, UserError
 from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
@@ -116,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rlhf: {error}", file=sys.stderr)
         return 2
-    except OutOfMemory as error:
+    except RankFailed as error:
+        return error.code
+    except (OutOfMemory, RunFailed) as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 1
     except Stopped:

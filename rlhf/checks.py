@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -85,10 +84,9 @@ def check_length(context: Context) -> str | None:
     """
     from transformers import AutoConfig
 
-    name = context.model_name
-    if (Path(name) / "adapter_config.json").is_file():
-        name = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    whole = AutoConfig.from_pretrained(name, trust_remote_code=context.args.trust_remote_code)
+    from rlhf.models import base_of
+
+    whole = AutoConfig.from_pretrained(base_of(context.model_name), trust_remote_code=context.args.trust_remote_code)
     config = whole.get_text_config()
     commit = getattr(whole, "_commit_hash", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

@@ -53,9 +53,6 @@ def build(context: Context):
     from rlhf.packing import head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
-    check_reference(context)
-    if goes_on(context):
-        check_same_adapter(context)
     if args.use_cpu:
         head.install()
     args.precompute_ref_log_probs = stage_args.reference == "cached"
@@ -126,6 +123,13 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
             f"more than max_reference_bias_nats={stage_args.max_reference_bias_nats:g}: DPO would train against another "
             f"model than the one it is named after; {fix}, or raise max_reference_bias_nats. Nothing was trained"
         )
+
+
+def check(context: Context) -> None:
+    """Refuse a reference, or the shape of an adapter, that can't be: before the model loads."""
+    check_reference(context)
+    if goes_on(context):
+        check_same_adapter(context)
 
 
 def check_reference(context: Context) -> None:
@@ -286,4 +290,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["prompt_ids"] + row["chosen_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-DPO = Stage("dpo", "DPO", preference_rows, load, build, probe)
+DPO = Stage("dpo", "DPO", preference_rows, load, build, probe, check, goes_on)

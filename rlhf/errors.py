@@ -9,6 +9,22 @@ class UserError(ValueError):
     """A mistake in what the user gave us: shown as one sentence, exit code 2, no traceback."""
 
 
+class RunFailed(RuntimeError):
+    """A run can't be completed, and no change of its recipe would help: shown as one sentence, exit code 1."""
+
+
+class RankFailed(Exception):
+    """The main rank has failed and reports why: this rank ends in silence with the same exit code.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, code: int):
+        super().__init__(f"the main rank has failed (exit code {code})")
+        self.code = code
+
+
 def quote(value: Any, limit: int = 80) -> str:
     """A value as it is quoted in a message: its repr on one line, cut to `limit` characters.
 

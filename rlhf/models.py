@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from trl.data_utils import common_prefix_length
 
 from rlhf import embedded
-from rlhf.config import UserError
+from rlhf.errors import RunFailed, UserError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -29,6 +29,13 @@ PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": 
 def is_adapter(name: str) -> bool:
     """Whether a local folder holds a PEFT adapter instead of a whole model."""
     return (Path(name) / "adapter_config.json").is_file()
+
+
+def base_of(name: str) -> str:
+    """The model itself: an adapter's base, where the name is an adapter's folder."""
+    if not is_adapter(name):
+        return name
+    return json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def is_reward_model(name: str) -> bool:
@@ -403,7 +410,7 @@ def save_finished(
         "bytes_before_dequantising": int, or None where nothing was}
 
     Raises:
-        RuntimeError: the written model disagrees with the trained one.
+        RunFailed: the written model disagrees with the trained one.
     """
     expected = probe_logits(model, probe) if expected is None else expected
     device = next(model.parameters()).device
@@ -428,7 +435,7 @@ def save_finished(
     )  # TRL trains QLoRA's adapter in bf16
     tolerance = (1e-3 if exact else 5e-2) * max(largest, 1.0)
     if not difference <= tolerance:
-        raise RuntimeError(
+        raise RunFailed(
             f"the model in {partial} is not the one that was trained: its logits differ by {difference:.3g} "
             f"(allowed {tolerance:.3g}); it was left there for a look, the checkpoints are untouched"
         )

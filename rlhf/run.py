@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf import prepare
 from rlhf.checkpoint import (
     Lock,
     Run,
@@ -24,9 +26,11 @@ from rlhf.checkpoint import (
     open_run,
     read_manifest,
 )
-from rlhf.checks import bytes_needed, check_devices, check_extras, check_length, check_merge, on_cpu
-from rlhf.config import Recipe, UserError, build_configs, load_recipe
+from rlhf.checks import check_devices, check_extras, on_cpu
+from rlhf.config import Recipe, build_configs, load_recipe
+from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
+from rlhf.prepare import Prepared
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
@@ -55,17 +59,17 @@ def run_stage(
         check_layout(recipe, layout, layout.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # that imports torch
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
     data = read_data(stage, recipe)
-    if check_only and waits_for(recipe, recipe.get("model_name_or_path")):
-        say(f"{recipe.path}: ok ({len(data.train)} training rows; its model will come from: {made_by})")
-        return
-    inputs = data.digests | {"model_name_or_path": model_digest(recipe.get("model_name_or_path"))}
+    inputs = dict(data.digests)
+    if not (check_only and waits_for(recipe, recipe.get("model_name_or_path"))):
+        inputs["model_name_or_path"] = model_digest(recipe.get("model_name_or_path"))
     run = open_run(recipe, inputs)
     if run.complete:
         say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
         return
     check_extras(recipe)
     if check_only:
-        say(f"{recipe.path}: ok ({len(data.train)} training rows)")
+        unknown = prepare.check_only(stage, recipe, data)
+        say(f"{recipe.path}: ok ({len(data.train)} training rows)" + (f"; {unknown}" if unknown else ""))
         return
     with Stopper(run.folder) as stopper:
         try:
@@ -82,50 +86,30 @@ def _train(
     quiet_libraries(len(data.train))
     import torch
 
-    from rlhf.models import is_adapter, locate, save_finished
+    from rlhf.models import locate
     from rlhf.portable import PortableState
     from rlhf.saving import Safety, end_if_stopped
 
-    args, model_args, stage_args = build_configs(recipe)
+    configs = args, model_args, stage_args = build_configs(recipe)
     check_devices(args, recipe)
     check_layout(recipe, layout_of_environment(), args.use_cpu)
     prepare_processes(args)
-    model_name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
-    context = Context(recipe, args, model_args, stage_args, data, model_name, stopper)
-    model_commit = check_length(context)
-    merge = check_merge(context)
-    portable = model_args.use_peft if stage_args.portable_checkpoints is None else stage_args.portable_checkpoints
+    name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
+    prepared = prepare.prepare(stage, recipe, data, configs, name, stopper)
+    context = prepared.context
     layout = layout_of_environment().record(args.world_size)
-    run.resume_from, in_one_piece = take_over(run, recipe.where("output_dir"), layout)
-    needed = bytes_needed(model_name, model_args.use_peft, merge, run.resume_from)
-    check_disk(
-        run.folder, needed, "what is still to be written (a checkpoint beside the last one, and the finished model)"
-    )
-    try:
-        trainer = stage.build(context)
-    except ValueError as error:
-        if type(error).__name__ != "NoMatchingPeftModuleError":
-            raise
-        raise UserError(
-            f"{recipe.where('lora_target_modules')}: {' '.join(str(error).split())[:300]} `all-linear` is right for any model"
-        ) from None
-    if len(trainer.train_dataset) == 0:
-        raise UserError(
-            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
-        )
-    if is_main():
-        begin_run(
-            run,
-            recipe,
-            inputs,
-            args.to_dict() | {"model": vars(model_args), "stage": vars(stage_args), "model_commit": model_commit},
-        )
+    run.resume_from, unsharded = take_over(run, recipe.where("output_dir"), layout)
+    what = "what is still to be written (a checkpoint beside the last one, and the finished model)"
+    check_disk(run.folder, prepared.bytes_needed(run.resume_from), what)
+    trainer = _build(stage, context)
+    configured = {"model": vars(model_args), "stage": vars(stage_args), "model_commit": prepared.model_commit}
+    on_main(lambda: begin_run(run, recipe, inputs, args.to_dict() | configured))
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
     safety = Safety(
-        run.folder, stopper, layout, watchdog_s, max_spike, portable=portable,
-        restore=PortableState(Path(run.resume_from)) if in_one_piece else None,
+        run.folder, stopper, layout, watchdog_s, max_spike, portable=prepared.portable,
+        restore=PortableState(Path(run.resume_from)) if unsharded else None,
     )  # fmt: skip
     trainer.make_safe(safety)
     started = time.time()
@@ -135,33 +119,77 @@ def _train(
         raise out_of_memory(error, args.process_index, stage_args.max_tokens_per_device) from None
     watch(None)
     end_if_stopped(trainer)
-    seconds = time.time() - started
+    _finish(stage, prepared, trainer, run, time.time() - started)
+
+
+def _build(stage: Stage, context: Context):
+    """The stage's trainer, with at least one example to train on."""
+    trainer = stage.build(context)
+    if len(trainer.train_dataset) == 0:
+        raise UserError(
+            f"{context.recipe.where('max_length')}: max_length={context.args.max_length} leaves no training example; raise it"
+        )
+    return trainer
+
+
+def _finish(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float) -> None:
+    """Write the model on the main rank, load it again, compare; an error there ends all ranks."""
     probe = stage.probe(trainer.train_dataset)
-    model, expected = finished_model(stage, context, trainer, probe)
-    if is_main():
-        say("Writing the model, loading it again and comparing ...")
-        saved = save_finished(
-            model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=merge,
-            probe=probe, expected=expected, exact=expected is None or not (args.bf16 or args.fp16),
-        )  # fmt: skip
-        history = [h for h in trainer.state.log_history if "loss" in h]
-        summary = {
-            "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
-            "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
-            "last_loss": history[-1]["loss"] if history else None,
-            "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
-        }  # fmt: skip
-        finish_run(run, summary)
-        say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
-        say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
-        if saved["bytes_before_dequantising"]:
-            whole = sum(size for name, size in saved["files"].items() if name.endswith(".safetensors"))
-            say(
-                f"  merged into the dequantised base: {whole / 1e6:.0f} MB instead of "
-                f"{saved['bytes_before_dequantising'] / 1e6:.0f} MB; `merge_adapter: false` keeps the adapter on 4 bits"
-            )
-    trainer.accelerator.wait_for_everyone()
+    model, expected = finished_model(stage, prepared.context, trainer, probe)
+    on_main(lambda: _write_model(stage, prepared, trainer, run, seconds, model, expected, probe))
     trainer.accelerator.end_training()
+
+
+def _write_model(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float, model, expected, probe) -> None:
+    from rlhf.models import is_adapter, save_finished
+
+    args = prepared.context.args
+    say("Writing the model, loading it again and comparing ...")
+    saved = save_finished(
+        model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=prepared.merge,
+        probe=probe, expected=expected, exact=expected is None or not (args.bf16 or args.fp16),
+    )  # fmt: skip
+    history = [h for h in trainer.state.log_history if "loss" in h]
+    summary = {
+        "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
+        "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
+        "last_loss": history[-1]["loss"] if history else None,
+        "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
+    }  # fmt: skip
+    finish_run(run, summary)
+    say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
+    say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
+    if saved["bytes_before_dequantising"]:
+        merged = sum(size for name, size in saved["files"].items() if name.endswith(".safetensors"))
+        say(
+            f"  merged into the dequantised base: {merged / 1e6:.0f} MB instead of "
+            f"{saved['bytes_before_dequantising'] / 1e6:.0f} MB; `merge_adapter: false` keeps the adapter on 4 bits"
+        )
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Do `work` on the main rank while the others wait for its outcome: if it fails there, all ranks end at once.
+
+    Raises:
+        RankFailed: on the other ranks, with the exit code of the main rank's error, which that rank reports.
+        Exception: on the main rank, what `work` raised.
+    """
+    import torch
+
+    error: BaseException | None = None
+    if is_main():
+        try:
+            work()
+        except Exception as failure:  # of any kind: it is raised again below, once the other ranks know
+            error = failure
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        code = broadcast_object_list([0 if error is None else 2 if isinstance(error, UserError) else 1])[0]
+        if code and error is None:
+            raise RankFailed(code)
+    if error is not None:
+        raise error
 
 
 def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemory:

@@ -13,10 +13,16 @@ def load(context: Context):
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
-    goes_on = stage_args.continue_adapter and model_args.use_peft
     return load_policy(
-        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on
+        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on(context)
     ), tokenizer
+
+
+def goes_on(context: Context) -> bool:
+    """Whether the policy is an adapter that is trained further."""
+    from rlhf.models import is_adapter
+
+    return is_adapter(context.model_name) and context.stage_args.continue_adapter and context.model_args.use_peft
 
 
 def build(context: Context):
@@ -49,4 +55,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["input_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-SFT = Stage("sft", "SFT", sft_rows, load, build, probe)
+SFT = Stage("sft", "SFT", sft_rows, load, build, probe, goes_on=goes_on)

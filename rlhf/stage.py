@@ -35,6 +35,8 @@ class Stage:
         load: (context) to the model to train (a PeftModel where an adapter goes on) and its tokenizer.
         build: (context) to TRL's trainer.
         probe: the trainer's tokenised training set to a few rows of token ids.
+        check: (context) refuses what the stage can't do, before the model loads.
+        goes_on: (context) whether the input model is an adapter that is trained further.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Stage:
     load: Callable[[Any], tuple[Any, Any]]
     build: Callable[[Any], Any]
     probe: Callable[[Any], list[list[int]]]
+    check: Callable[[Any], None] = lambda context: None
+    goes_on: Callable[[Any], bool] = lambda context: False
 
 
 @dataclass

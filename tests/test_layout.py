@@ -48,6 +48,7 @@ LEVELS = (
     {"rlhf.trainer"},
     {"rlhf.stage"},
     {"rlhf.checks"},
+    {"rlhf.prepare"},
     {"rlhf.run"},
     {"rlhf.preflight.ranks"},
     {"rlhf.preflight.bandwidth"},

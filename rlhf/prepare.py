@@ -1,0 +1,231 @@
+"""Everything of a start but the weights: configs, tokenizer and template, lengths, module names, scheduler, reporters, disk.
+
+`prepare` is what a run does before its model loads, and all that `--check` does, so that both say the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.checks import bytes_needed, check_length, check_merge
+from rlhf.config import Recipe, build_configs, load_recipe
+from rlhf.embedded import is_fetched
+from rlhf.errors import UserError, quote
+from rlhf.progress import quiet_libraries, say
+from rlhf.stage import Context, Stage, StageData, maker_of, waits_for
+from rlhf.stop import Stopper
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is decided before the weights load.
+
+    Attributes:
+        context: the configs, the rows and the located model.
+        model_commit: the commit of a model from the hub.
+        merge: whether the finished model is written merged.
+        portable: whether checkpoints hold their state unsharded, so that any launch file can resume them.
+    """
+
+    context: Context
+    model_commit: str | None
+    merge: bool
+    portable: bool
+
+    def bytes_needed(self, resume_from: str | None) -> int:
+        return bytes_needed(self.context.model_name, self.context.model_args.use_peft, self.merge, resume_from)
+
+
+def prepare(
+    stage: Stage, recipe: Recipe, data: StageData, configs: tuple, model_name: str, stopper: Stopper | None = None
+) -> Prepared:
+    """Check all that can be known without weights, cheap things first.
+
+    Args:
+        configs: of `build_configs`.
+        model_name: the model to start from, as `locate` returned it.
+
+    Raises:
+        UserError: with the place and the fix.
+    """
+    context = Context(recipe, *configs, data, model_name, stopper)
+    check_scheduler(context)
+    check_optimizer(context)
+    check_reporters(context)
+    check_hub_login(context)
+    commit = check_length(context)
+    merge = check_merge(context)
+    stage.check(context)
+    tokenizer = load_stage_tokenizer(stage, context)
+    check_modules(stage, context, tokenizer)
+    check_examples(stage, context, tokenizer)
+    portable = context.stage_args.portable_checkpoints
+    return Prepared(context, commit, merge, context.model_args.use_peft if portable is None else portable)
+
+
+def check_only(stage: Stage, recipe: Recipe, data: StageData) -> str:
+    """What `--check` does beyond recipe and data; returns what could not be known yet, or ''."""
+    name, waits = starting_model(recipe)
+    if name.startswith("embedded:") and not is_fetched():
+        return f"not checked yet: tokenizer, lengths and module names, since {name} is fetched when a run starts"
+    say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
+    quiet_libraries(len(data.train))
+    from rlhf.models import locate
+
+    configs = build_configs(recipe)
+    prepare(stage, recipe, data, configs, locate(name, recipe.where("model_name_or_path"), "", say))
+    return f"checked with {name}; the stage's own model is not there yet" if waits else ""
+
+
+def starting_model(recipe: Recipe) -> tuple[str, bool]:
+    """The model that a recipe starts from; where a sibling recipe has yet to make it, the one that this starts from.
+
+    Returns:
+        (name, whether the recipe's own model is yet to be made)
+    """
+    name, waits = recipe.values["model_name_or_path"], False
+    seen = set()
+    while waits_for(recipe, name) and name not in seen:
+        seen.add(name)
+        _, stage, file = maker_of(recipe, name).split(" ", 2)
+        recipe, waits = load_recipe(file, stage), True
+        name = recipe.values["model_name_or_path"]
+    return name, waits
+
+
+def check_scheduler(context: Context) -> None:
+    """Make the learning rate's scheduler over a dummy parameter: it refuses arguments that it lacks or doesn't know."""
+    import torch
+    from transformers import get_scheduler
+
+    args, recipe = context.args, context.recipe
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs or {}
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        key = "lr_scheduler_kwargs" if recipe.get("lr_scheduler_kwargs") else "lr_scheduler_type"
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise UserError(
+            f"{recipe.where(key)}: the scheduler {name} can't be made with lr_scheduler_kwargs="
+            f"{quote(args.lr_scheduler_kwargs)}: {_sentence(error)}"
+        ) from None
+
+
+def check_optimizer(context: Context) -> None:
+    """An optimizer from another package must be there, with the keys that it asks for."""
+    from transformers import Trainer
+
+    args, recipe = context.args, context.recipe
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError, AssertionError, TypeError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        if "model" in str(error).lower() and not isinstance(error, ImportError):
+            return  # LOMO asks for the model itself
+        raise UserError(f"{recipe.where('optim')}: optim {name} can't be used: {_sentence(error)}") from None
+
+
+def check_reporters(context: Context) -> None:
+    """Each reporter must exist, with its package installed; their callbacks say so when they are made."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    recipe = context.recipe
+    try:
+        for callback in get_reporting_integration_callbacks(context.args.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{recipe.where('report_to')}: report_to {quote(recipe.get('report_to'))} can't be used: {_sentence(error)}"
+        ) from None
+
+
+def check_hub_login(context: Context) -> None:
+    """`push_to_hub` needs a login and the network: to be known before training, not after it."""
+    if not context.args.push_to_hub:
+        return
+    import httpx
+    from huggingface_hub import whoami
+
+    try:
+        whoami()
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise UserError(
+            f"{context.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {_sentence(error)} "
+            "Log in with `hf auth login` (or set HF_TOKEN), or remove push_to_hub and upload the finished folder later"
+        ) from None
+
+
+def load_stage_tokenizer(stage: Stage, context: Context):
+    """The tokenizer with its chat template, as the stage loads it."""
+    from rlhf.models import load_tokenizer
+
+    args, recipe = context.args, context.recipe
+    template = context.stage_args.chat_template
+    try:
+        return load_tokenizer(context.model_name, template, args.trust_remote_code, encoder=stage.name == "reward")
+    except UserError as error:
+        where = recipe.where("chat_template" if template is not None else "model_name_or_path")
+        raise UserError(f"{where}: {error}") from None
+    except (OSError, ValueError, KeyError, ImportError) as error:  # no or damaged tokenizer files, a package missing
+        raise UserError(
+            f"{recipe.where('model_name_or_path')}: the tokenizer of {context.model_name} can't be loaded: {_sentence(error)}"
+        ) from None
+
+
+def check_modules(stage: Stage, context: Context, tokenizer) -> None:
+    """Build the architecture on the meta device (no memory), and put LoRA on it: names of modules, attention, sizes.
+
+    Raises:
+        UserError: LoRA's target modules aren't in the model, or it can't be built with this attention.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from trl import get_peft_config
+
+    from rlhf.models import base_of, unsplit
+
+    recipe, args, model_args = context.recipe, context.args, context.model_args
+    options = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(base_of(context.model_name), **options)
+    auto = AutoModelForCausalLM
+    if stage.name == "reward":
+        auto, config.num_labels = AutoModelForSequenceClassification, 1
+    if attention := packed_attention(model_args.attn_implementation):
+        options["attn_implementation"] = attention
+    try:
+        with unsplit(), torch.device("meta"):
+            model = auto.from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
+        raise UserError(f"{recipe.where(key)}: {context.model_name} can't be built: {_sentence(error)}") from None
+    if not model_args.use_peft or stage.goes_on(context):
+        return
+    adapter = get_peft_config(model_args)
+    adapter.task_type = "SEQ_CLS" if stage.name == "reward" else adapter.task_type
+    try:
+        with torch.device("meta"):
+            get_peft_model(model, adapter)
+    except ValueError as error:  # PEFT's NoMatchingPeftModuleError is one
+        key = "lora_target_modules" if recipe.get("lora_target_modules") else "use_peft"
+        raise UserError(
+            f"{recipe.where(key)}: {_sentence(error)} `lora_target_modules: all-linear` is right for any model"
+        ) from None
+
+
+def packed_attention(name: str | None) -> str | None:
+    """The attention that the model itself is built with: flash attention names packing's own kernels, not the model's."""
+    return None if name is None or "flash" in name or "/" in name else name
+
+
+def check_examples(stage: Stage, context: Context, tokenizer) -> None:
+    """Hooked up below: lengths against max_length and max_tokens_per_device."""
+
+
+def _sentence(error: BaseException) -> str:
+    """A library's error on one line, at most 300 characters, ending with a full stop."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
