@@ -146,12 +146,11 @@ def check_hub_login(context: Context) -> None:
     """`push_to_hub` needs a login and the network: to be known before training, not after it."""
     if not context.args.push_to_hub:
         return
-    import httpx
     from huggingface_hub import whoami
 
     try:
         whoami()
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except Exception as error:  # as in models.locate: the hub's client raises a dozen kinds, of two HTTP libraries
         raise UserError(
             f"{context.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {_sentence(error)} "
             "Log in with `hf auth login` (or set HF_TOKEN), or remove push_to_hub and upload the finished folder later"
@@ -204,16 +203,32 @@ def check_modules(stage: Stage, context: Context, tokenizer) -> None:
         raise UserError(f"{recipe.where(key)}: {context.model_name} can't be built: {_sentence(error)}") from None
     if not model_args.use_peft or stage.goes_on(context):
         return
+    named, linear = model_args.lora_target_modules, _linear_layers(model)
+    missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
+    reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
     adapter = get_peft_config(model_args)
     adapter.task_type = "SEQ_CLS" if stage.name == "reward" else adapter.task_type
     try:
         with torch.device("meta"):
             get_peft_model(model, adapter)
     except ValueError as error:  # PEFT's NoMatchingPeftModuleError is one
+        reason = reason or _sentence(error)
+    if reason:
         key = "lora_target_modules" if recipe.get("lora_target_modules") else "use_peft"
         raise UserError(
-            f"{recipe.where(key)}: {_sentence(error)} `lora_target_modules: all-linear` is right for any model"
-        ) from None
+            f"{recipe.where(key)}: {reason.removesuffix('.')}; its linear layers are {', '.join(linear)}. "
+            "`lora_target_modules: all-linear` is right for any model"
+        )
+
+
+def _matches(model, name: str) -> bool:
+    """As PEFT matches the names of a list: a module's whole name or its end."""
+    return any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules())
+
+
+def _linear_layers(model) -> list[str]:
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})
 
 
 def packed_attention(name: str | None) -> str | None:

@@ -1,0 +1,104 @@
+"""`--check` says what the start will say: everything but the weights is built, by the same code, and refused with the place."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.__main__ import main
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """The start must refuse before weights are read: loading them is a failure of the test."""
+    import transformers
+
+    def loads(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", loads)
+
+
+CASES = {
+    "module names": ("sft", LORA | {"lora_target_modules": ["q_proj", "nope"]}, "lora_target_modules", "no module 'nope'; its linear layers are down_proj, "),
+    "module names of a reward model": ("reward", LORA | {"lora_target_modules": ["nope"]}, "lora_target_modules", "nope"),
+    "positions": ("dpo", {"max_length": 5000}, "max_length", "more than the 1024 positions"),
+    "template": ("sft", {"chat_template": "nope"}, "chat_template", "no template 'nope'"),
+    "scheduler's arguments": ("sft", {"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs", "unexpected keyword"),
+    "scheduler without arguments": ("sft", {"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type", "decay"),
+    "optimizer's package": ("sft", {"optim": "adamw_torch_8bit"}, "optim", "torchao"),
+    "push without login": ("sft", {"push_to_hub": True}, "push_to_hub", "hf auth login"),
+    "moving reference": ("dpo", LORA | {"sync_ref_model": True}, "sync_ref_model", "remove `use_peft`"),
+    "reference model": ("dpo", {"reference_model": "x"}, "reference_model", "goes with `reference: nf4`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "start"])
+@pytest.mark.parametrize("case", CASES)
+def test_refused_alike_before_weights(case, check, recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):
+    stage, values, key, words = CASES[case]
+    more = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")} | values
+    file = recipe(stage, **more)
+    assert main([stage, file, *check]) == 2
+    error = capsys.readouterr().err
+    line = 1 + next(i for i, x in enumerate(Path(file).read_text().splitlines()) if x.startswith(f"{key}:"))
+    assert error.startswith(f"rlhf: {file}:{line}: ") and words in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "start"])
+def test_a_model_that_is_not_there(check, recipe, few_pairs, tmp_path, capsys, no_weights):
+    file = recipe("sft", model_name_or_path="nosuch/model", dataset_name=few_pairs, output_dir=str(tmp_path / "out"))
+    assert main(["sft", file, *check]) == 2
+    error = capsys.readouterr().err
+    assert "'nosuch/model' is no local folder, and could not be loaded from the hub" in error, error
+
+
+def test_a_model_without_tokenizer(recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((Path(tiny_llama) / "config.json").read_bytes())
+    file = recipe("sft", model_name_or_path=str(model), dataset_name=few_pairs, output_dir=str(tmp_path / "out"))
+    assert main(["sft", file, "--check"]) == 2
+    assert f"the tokenizer of {model} can't be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_a_right_recipe_is_ok_and_writes_nothing(stage, recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):
+    values = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")}
+    assert main([stage, recipe(stage, **values, **LORA), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert f"checking it with {tiny_llama}" in shown and ": ok (12 training rows)" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_yet_to_be_made_is_checked_by_its_start(
+    recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights
+):
+    """The DPO recipe's model comes from the SFT recipe beside it: its names and positions are those of where that starts."""
+    values = {"dataset_name": few_pairs} | LORA
+    recipe("sft", model_name_or_path=tiny_llama, output_dir=str(tmp_path / "sft"), **values)
+    file = recipe("dpo", model_name_or_path=str(tmp_path / "sft"), output_dir=str(tmp_path / "dpo"), **values)
+    assert main(["dpo", file, "--check"]) == 0
+    assert f"checked with {tiny_llama}; the stage's own model is not there yet" in capsys.readouterr().out
+    assert main(["dpo", file, "--check", "--max_length", "5000"]) == 2
+    assert "more than the 1024 positions" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_fetched_is_named(recipe, few_pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    name = "embedded:smollm2-135m-instruct"
+    file = recipe("sft", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(tmp_path / "out"))
+    assert main(["sft", file, "--check"]) == 0
+    assert f"not checked yet: tokenizer, lengths and module names, since {name}" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+
+
+def test_attention_that_does_not_exist(recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):
+    values = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")}
+    file = recipe("sft", **values, attn_implementation="foo")
+    assert main(["sft", file, "--check"]) == 2
+    assert json.dumps("foo").strip('"') in capsys.readouterr().err
