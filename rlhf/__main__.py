@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_disk_trouble(error):
             raise
         print(
-            f"rlhf: the disk is in trouble: {' '.join(str(error).split())}; the same command goes on when that is mended",
+            f"rlhf: disk error: {' '.join(str(error).split())}; fix it and run the same command to resume",
             file=sys.stderr,
         )
         return 1

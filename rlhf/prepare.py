@@ -207,7 +207,13 @@ def check_modules(stage: Stage, context: Context, tokenizer) -> None:
     missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
     reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
     adapter = get_peft_config(model_args)
-    adapter.task_type = "SEQ_CLS" if stage.name == "reward" else adapter.task_type
+    if stage.name == "reward":  # as reward.load sets it: the new head is trained and saved, not adapted
+        heads = [
+            n
+            for n, m in model.named_children()
+            if n != model.base_model_prefix and next(m.parameters(), None) is not None
+        ]
+        adapter.task_type, adapter.modules_to_save = "SEQ_CLS", [*(adapter.modules_to_save or []), *heads]
     try:
         with torch.device("meta"):
             get_peft_model(model, adapter)
@@ -217,7 +223,7 @@ def check_modules(stage: Stage, context: Context, tokenizer) -> None:
         key = "lora_target_modules" if recipe.get("lora_target_modules") else "use_peft"
         raise UserError(
             f"{recipe.where(key)}: {reason.removesuffix('.')}; its linear layers are {', '.join(linear)}. "
-            "`lora_target_modules: all-linear` is right for any model"
+            "With lora_target_modules `all-linear` is right for any model"
         )
 
 

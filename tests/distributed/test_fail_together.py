@@ -1,0 +1,71 @@
+"""An error of the main rank while it writes, compares or finishes ends all ranks at once, with one message.
+
+The ranks are started by hand, as nodes are: no launcher kills the others.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+WORKER = str(Path(__file__).parent / "failing_worker.py")
+
+
+def may_mount():
+    return shutil.which("unshare") is not None and not subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True
+    ).returncode  # fmt: skip
+
+
+def start_both(fault, recipe, before=()):
+    """[(exit code, stdout, stderr)] of ranks 0 and 1; `before` is a command that runs a shell with both inside."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out = Path(recipe).parent
+    one = f"RANK=$r LOCAL_RANK=$r {sys.executable} {WORKER} {fault} sft {recipe} > {out}/out$r 2> {out}/err$r; echo $? > {out}/code$r"
+    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = f"for r in 0 1; do ( {one} ) & done; wait"
+    done = subprocess.run([*before, "sh", "-c", both], cwd=ROOT, env=env, timeout=240)
+    assert done.returncode == 0
+    read = lambda name, r: (out / f"{name}{r}").read_text()  # noqa: E731
+    return [(int(read("code", r)), read("out", r), read("err", r)) for r in (0, 1)]
+
+
+def messages(text):
+    return [line for line in text.splitlines() if line.startswith("rlhf: ")]
+
+
+@pytest.fixture
+def written(recipe, tiny_llama, few_pairs, tmp_path):
+    return recipe("sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "disk/sft"), max_steps=1)  # fmt: skip
+
+
+@pytest.mark.skipif(not may_mount(), reason="may not mount (no root)")
+def test_full_disk(written, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=64m tmpfs {disk}; exec "$@"'
+    main, other = start_both("full_disk", written, ["unshare", "-m", "sh", "-c", mount, "sh"])
+    assert (main[0], other[0]) == (1, 1), main[2][-3000:]
+    assert len(messages(main[2])) == 1 and "No space left on device" in messages(main[2])[0], main[2][-3000:]
+    assert "fix it and run the same command to resume" in messages(main[2])[0]
+    assert messages(other[2]) == [] and "Traceback" not in main[2] + other[2], other[2][-3000:]
+
+
+def test_logit_mismatch(written):
+    main, other = start_both("mismatch", written)
+    assert (main[0], other[0]) == (1, 1), main[2][-3000:]
+    assert len(messages(main[2])) == 1 and "is not the one that was trained: its logits differ by" in messages(main[2])[0]
+    assert messages(other[2]) == [] and "Traceback" not in main[2] + other[2], other[2][-3000:]
+
+
+def test_first_file_of_the_run(written):
+    main, other = start_both("provenance", written)
+    assert (main[0], other[0]) == (1, 1), main[2][-3000:]
+    assert "No space left on device" in messages(main[2])[0] and messages(other[2]) == []
