@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf.checkpoint import Run, check_disk
 from rlhf.checks import bytes_needed, check_length, check_merge
 from rlhf.config import Recipe, build_configs, load_recipe
 from rlhf.embedded import is_fetched
@@ -14,6 +15,8 @@ from rlhf.errors import UserError, quote
 from rlhf.progress import quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, waits_for
 from rlhf.stop import Stopper
+
+STILL_TO_WRITE = "what is still to be written (a checkpoint beside the last one, and the finished model)"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def prepare(
     return Prepared(context, commit, merge, context.model_args.use_peft if portable is None else portable)
 
 
-def check_only(stage: Stage, recipe: Recipe, data: StageData) -> str:
+def check_only(stage: Stage, recipe: Recipe, data: StageData, run: Run) -> str:
     """What `--check` does beyond recipe and data; returns what could not be known yet, or ''."""
     name, waits = starting_model(recipe)
     if name.startswith("embedded:") and not is_fetched():
@@ -73,7 +76,8 @@ def check_only(stage: Stage, recipe: Recipe, data: StageData) -> str:
     from rlhf.models import locate
 
     configs = build_configs(recipe)
-    prepare(stage, recipe, data, configs, locate(name, recipe.where("model_name_or_path"), "", say))
+    prepared = prepare(stage, recipe, data, configs, locate(name, recipe.where("model_name_or_path"), "", say))
+    check_disk(run.folder, prepared.bytes_needed(run.resume_from), STILL_TO_WRITE)
     return f"checked with {name}; the stage's own model is not there yet" if waits else ""
 
 
@@ -91,6 +95,33 @@ def starting_model(recipe: Recipe) -> tuple[str, bool]:
         recipe, waits = load_recipe(file, stage), True
         name = recipe.values["model_name_or_path"]
     return name, waits
+
+
+def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[str, str]) -> None:
+    """Models that an evaluation measures: there, of the right kind, with a tokenizer; no weights.
+
+    Args:
+        names: `base_model`, `sft_model`, `dpo_model`, `reward_model` to a name.
+        waiting: of the same keys, the command that has yet to make the model, or ''.
+    """
+    from transformers import AutoTokenizer
+
+    from rlhf.models import is_reward_model, locate
+
+    for key, name in names.items():
+        if waiting.get(key) or (name.startswith("embedded:") and not is_fetched()):
+            continue
+        located = locate(name, recipe.where(key), maker_of(recipe, name), say)
+        if Path(located).is_dir() and is_reward_model(located) != (key == "reward_model"):
+            kinds = ("a policy", "a reward model")
+            found, expected = kinds if key == "reward_model" else kinds[::-1]
+            raise UserError(f"{recipe.where(key)}: {name} holds {found}; '{key}' names {expected}")
+        try:
+            AutoTokenizer.from_pretrained(located)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(
+                f"{recipe.where(key)}: the tokenizer of {name} can't be loaded: {_sentence(error)}"
+            ) from None
 
 
 def check_scheduler(context: Context) -> None:

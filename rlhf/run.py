@@ -68,7 +68,7 @@ def run_stage(
         return
     check_extras(recipe)
     if check_only:
-        unknown = prepare.check_only(stage, recipe, data)
+        unknown = prepare.check_only(stage, recipe, data, run)
         say(f"{recipe.path}: ok ({len(data.train)} training rows)" + (f"; {unknown}" if unknown else ""))
         return
     with Stopper(run.folder) as stopper:
@@ -99,8 +99,7 @@ def _train(
     context = prepared.context
     layout = layout_of_environment().record(args.world_size)
     run.resume_from, unsharded = take_over(run, recipe.where("output_dir"), layout)
-    what = "what is still to be written (a checkpoint beside the last one, and the finished model)"
-    check_disk(run.folder, prepared.bytes_needed(run.resume_from), what)
+    check_disk(run.folder, prepared.bytes_needed(run.resume_from), prepare.STILL_TO_WRITE)
     trainer = _build(stage, context)
     configured = {"model": vars(model_args), "stage": vars(stage_args), "model_commit": prepared.model_commit}
     on_main(lambda: begin_run(run, recipe, inputs, args.to_dict() | configured))
