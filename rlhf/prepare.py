@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf.checkpoint import Run, check_disk
 from rlhf.checks import bytes_needed, check_length, check_merge
@@ -78,7 +79,8 @@ def check_only(stage: Stage, recipe: Recipe, data: StageData, run: Run) -> str:
     configs = build_configs(recipe)
     prepared = prepare(stage, recipe, data, configs, locate(name, recipe.where("model_name_or_path"), "", say))
     check_disk(run.folder, prepared.bytes_needed(run.resume_from), STILL_TO_WRITE)
-    return f"checked with {name}; the stage's own model is not there yet" if waits else ""
+    maker = maker_of(recipe, recipe.values["model_name_or_path"])
+    return f"its model will come from: {maker}; until then it is checked with {name}" if waits else ""
 
 
 def starting_model(recipe: Recipe) -> tuple[str, bool]:

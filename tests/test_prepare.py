@@ -83,7 +83,10 @@ def test_a_model_that_is_yet_to_be_made_is_checked_by_its_start(
     recipe("sft", model_name_or_path=tiny_llama, output_dir=str(tmp_path / "sft"), **values)
     file = recipe("dpo", model_name_or_path=str(tmp_path / "sft"), output_dir=str(tmp_path / "dpo"), **values)
     assert main(["dpo", file, "--check"]) == 0
-    assert f"checked with {tiny_llama}; the stage's own model is not there yet" in capsys.readouterr().out
+    assert (
+        f"will come from: rlhf sft {tmp_path}/sft.yaml; until then it is checked with {tiny_llama}"
+        in capsys.readouterr().out
+    )
     assert main(["dpo", file, "--check", "--max_length", "5000"]) == 2
     assert "more than the 1024 positions" in capsys.readouterr().err
 
