@@ -23,6 +23,8 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 LEVELS = (
     {"rlhf"},  # the version
     {"rlhf.errors"},
+    {"rlhf.yaml_reader", "rlhf.keys", "rlhf.keys_foreign", "rlhf.key_effects"},
+    {"rlhf.key_ranges", "rlhf.recipe_checks"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},
