@@ -191,7 +191,7 @@ def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Re
         if key in REFUSED:
             raise UserError(f"{recipe.where(key)}: key '{key}' can't be set here: {REFUSED[key]}")
         if key not in keys:
-            raise UserError(f"{recipe.where(key)}: unknown key {quote(key)}{_hint(key, stage, keys)}")
+            raise UserError(f"{recipe.where(key)}: unknown key {quote(key)}{hint(key, stage, keys)}")
         values[key] = check_value(recipe.where(key), keys[key], values[key])
     expand_paths(values, recipe.where)
     _check_required(recipe)
@@ -277,7 +277,8 @@ def _read_word(word: str | None, name: str, key: Key | None) -> Any:
     return read_word(word, f"--{name}") if key is not None else word
 
 
-def _hint(key: str, stage: str, keys: dict[str, Key]) -> str:
+def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
+    """What to write in the place of a key that a stage doesn't have, as the end of a sentence."""
     if known := answer(key):
         return f"; {known}"
     for other in STAGES:

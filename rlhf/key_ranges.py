@@ -41,11 +41,13 @@ class Range:
         return low and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"from {_number(self.low)}"
-        high = f"below {_number(self.high)}" if self.below else f"{'and at most' if self.above else 'to'} {_number(self.high)}"  # fmt: skip
-        joint = " and " if self.below else " "
+        if self.above or self.below:
+            low = f"{'above' if self.above else 'at least'} {_number(self.low)}"
+            high = f" and {'below' if self.below else 'at most'} {_number(self.high)}"
+        else:
+            low, high = f"from {_number(self.low)}", f" to {_number(self.high)}"
         also = f", or {self.also:g}" if self.also is not None else ""
-        return f"{low}{joint}{high}{also}{f' ({self.note})' if self.note else ''}"
+        return f"{low}{high}{also}{f' ({self.note})' if self.note else ''}"
 
 
 def _number(value: float) -> str:

@@ -152,7 +152,7 @@ def _default_and_help(node: ast.AnnAssign) -> tuple[str, str]:
         words = ast.literal_eval(text) if text is not None else ""
     except ValueError:  # put together by code
         words = ""
-    return default, " ".join(str(words).split())
+    return default, " ".join(str(words).replace("%%", "%").split())
 
 
 def _enum_choices(annotation: str) -> tuple[str, ...] | None:

@@ -25,7 +25,7 @@ from rlhf.checkpoint import (
     read_manifest,
 )
 from rlhf.checks import bytes_needed, check_devices, check_extras, check_length, check_merge, on_cpu
-from rlhf.config import Recipe, UserError, build_configs, load_recipe
+from rlhf.config import Recipe, UserError, build_configs, is_flash, load_recipe
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
@@ -283,16 +283,22 @@ def pack(trainer, context: Context, mode: str) -> bool:
     """
     if not context.stage_args.packing:
         return False
-    from rlhf.packing import pack_backbone, why_not
+    from rlhf.packing import kernel_name, pack_backbone, why_not
 
+    asked = context.recipe.get("attn_implementation")
     models = [trainer.model]
     if getattr(trainer, "ref_model", None) is not None:
         models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
     for reason in filter(None, map(why_not, models)):
         say(f"note: batches are padded, not packed: {reason}")
+        if is_flash(asked):
+            say(f"note: attention is sdpa, as {asked} is only computed on packed rows here; or set `packing: false`")
         return False
     for model in models:
         pack_backbone(model, mode)
+    if is_flash(asked):
+        device = trainer.args.device
+        say(f"note: {asked} means packed attention here; on {device.type} it is computed by {kernel_name(device)}")
     return True
 
 
