@@ -156,7 +156,7 @@ ONLY_WITH = {
     # NEFTune scales its noise by the length of the row, which packing makes longer
     "neftune_noise_alpha": Needs(
         ("packing",), lambda values: values.get("packing") is False,
-        "as NEFTune defines it while batches are packed (its noise depends on the row's length); add `packing: false`",
+        "of a known size without `packing: false`: its noise depends on the length of the row",
     ),
     # optimizer
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _ADAM),

@@ -170,7 +170,7 @@ def check_value(where: str, key: Key, value: Any) -> Any:
     if checked is _WRONG:
         expected = " or ".join(dict.fromkeys(_TYPE_NAMES.get(m.split("[")[0], m) for m in members))
         raise UserError(f"{where}: '{key.name}' is {quote(value)}; expected {expected}")
-    _check_finite(where, key.name, checked, value)
+    _check_parts(where, key.name, checked, value)
     items = checked if isinstance(checked, list) else [checked]
     for item in items:
         if key.choices and item is not None and item not in key.choices and not isinstance(item, bool):
@@ -214,13 +214,15 @@ def _check_attention(where: str, value: str) -> None:
     )
 
 
-def _check_finite(where: str, name: str, value: Any, given: Any) -> None:
-    """NaN and infinity are refused wherever they stand, also inside of lists and mappings."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _check_parts(where: str, name: str, value: Any, given: Any) -> None:
+    """NaN, infinity and half characters are refused wherever they stand, also inside of lists and mappings."""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in parts:
-        _check_finite(where, name, part, given)
+        _check_parts(where, name, part, given)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: '{name}' is {quote(given)}; expected a finite number")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+        raise UserError(f"{where}: '{name}' is {quote(given)}, which holds NUL or half a character; write it in UTF-8")
 
 
 def _coerce(members: list[str], value: Any, closed: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,25 +27,20 @@ def expand_paths(values: dict[str, Any], where: Callable[[str], str]) -> None:
     """Expand `~` and refuse what can't be a path.
 
     Raises:
-        UserError: NUL, an unknown user's home, a name that is too long; and an output_dir that can't be made.
+        UserError: an unknown user's home, a name that is too long; and an output_dir that can't be made.
     """
     for key in PATHS:
         value = values.get(key)
         if not isinstance(value, str):
             continue
-        if "\0" in value:
-            raise UserError(f"{where(key)}: {key} {quote(value)} holds a NUL character; no path does")
         if value.startswith("~"):
             value = values[key] = os.path.expanduser(value)
             if value.startswith("~"):
                 raise UserError(
                     f"{where(key)}: {key} {quote(value)}: there is no such user's home; write the whole path"
                 )
-        try:
-            size = max(map(len, (part := value.encode()).split(b"/")))
-        except UnicodeEncodeError:
-            raise UserError(f"{where(key)}: {key} {quote(value)} holds half a character; write it in UTF-8") from None
-        if size > MAX_NAME or len(part) > MAX_PATH:
+        size = max(len(part) for part in value.encode().split(b"/"))
+        if size > MAX_NAME or len(value.encode()) > MAX_PATH:
             raise UserError(
                 f"{where(key)}: {key} {quote(value)} has a name of {size} bytes; a file system takes {MAX_NAME} (and paths of "
                 f"{MAX_PATH})"
@@ -137,10 +133,8 @@ def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> Non
         if key not in takes:
             known = f"takes {', '.join(takes)}" if takes else "takes none"
             raise UserError(f"{where(place)}: lr_scheduler_kwargs has {quote(key)}, and the scheduler {name} {known}")
-    for key, value in (given or {}).items():
-        numeric = not key.endswith("_type")
-        if numeric and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{where(place)}: lr_scheduler_kwargs.{key} is {quote(value)}; expected a number")
+    if given:
+        values[place] = given = {key: _scheduler_value(where(place), key, value) for key, value in given.items()}
     missing = [key for key, needed in takes.items() if needed and key not in (given or {})]
     if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not {"min_lr", "min_lr_rate"} & set(given or {}):
         missing = ["min_lr"]
@@ -149,6 +143,21 @@ def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> Non
             f"{where('lr_scheduler_type')}: the scheduler {name} needs {', '.join(missing)}; add "
             f"`lr_scheduler_kwargs: {{{missing[0]}: …}}`"
         )
+
+
+def _scheduler_value(where: str, key: str, value: Any) -> Any:
+    """A number, also where YAML 1.1 takes it for a text (1e-6); `*_type` is a text."""
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    if key.endswith("_type") and isinstance(value, str):
+        return value
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: lr_scheduler_kwargs.{key} is {quote(value)}; expected a number")
+    return number
 
 
 def _check_optim_args(values: dict[str, Any], where: Callable[[str], str]) -> None:

@@ -44,9 +44,8 @@ class Loader(yaml.SafeLoader):
             name = quote(sign + event.anchor, 40)
             raise _Refused(event.start_mark, f"aliases ({name}) have no place here; write the value out, or in quotes")
         if event.tag is not None:
-            raise _Refused(
-                event.start_mark, f"tags ({quote(event.tag, 40)}) have no place here; write the value without"
-            )
+            name = quote(event.tag.replace("tag:yaml.org,2002:", "!!"), 40)
+            raise _Refused(event.start_mark, f"tags ({name}) have no place here; write the value without")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _Refused(event.start_mark, f"nested more than {MAX_DEPTH} levels deep; a value is flat")
@@ -57,6 +56,8 @@ class Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node):
         if _OTHER_BASE.fullmatch(node.value):
             raise ValueError("YAML reads it as a number to the base 8 or 60; write it in decimal")
+        if len(node.value) > 4000:
+            raise ValueError(f"it is a number of {len(node.value)} digits")
         return super().construct_yaml_int(node)
 
 
@@ -175,24 +176,26 @@ def _root(loader: Loader, place: str, compose, with_line: bool = True):
 
 def _construct(loader: Loader, node, place: str, key: str) -> Any:
     try:
-        _refuse_repeated(node)
+        _refuse_repeated(node, place, key)
         return loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error.problem)}") from None
+        raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error.problem)}; put a text in quotes") from None
+    except UserError:
+        raise
     except UNREADABLE as error:
         raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error)}; put a text in quotes") from None
 
 
-def _refuse_repeated(node) -> None:
+def _refuse_repeated(node, place: str, outer: str) -> None:
     """YAML takes the last of two equal keys without a word."""
     if isinstance(node, yaml.CollectionNode):
         pairs = isinstance(node, yaml.MappingNode)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if pairs else []
         if len(set(keys)) < len(keys):
             repeated = next(key for number, key in enumerate(keys) if key in keys[:number])
-            raise ValueError(f"it sets {quote(repeated)} twice")
+            raise UserError(f"{place}: {quote(outer)} sets {quote(repeated)} twice; keep one")
         for part in node.value:
-            _refuse_repeated(part[1] if pairs else part)
+            _refuse_repeated(part[1] if pairs else part, place, outer)
 
 
 def _cut(error: Any) -> str:
