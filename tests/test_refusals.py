@@ -29,8 +29,9 @@ LONGEST = 900
 def refusal(tmp_path, text, stage="dpo", words=()):
     """The sentence that a recipe, whose fifth line is the first of `text`, is refused with."""
     path = tmp_path / "r.yaml"
+    base = BASE if stage != "evaluate" else "sft_model: m\noutput_dir: o\ndataset_name: d\n"
     path.write_bytes(
-        text if isinstance(text, bytes) else f"stage: {stage}\n{BASE}{text}\n".encode("utf-8", "surrogatepass")
+        text if isinstance(text, bytes) else f"stage: {stage}\n{base}{text}\n".encode("utf-8", "surrogatepass")
     )
     started = time.perf_counter()
     with pytest.raises(UserError) as caught:
@@ -74,7 +75,7 @@ YAML = {
     "long text": (f"loss_type: {'x' * 100_000}", "#:5: 'loss_type' is 'xxxxxxxx"),
     "long list": (f"run_name: [{'x, ' * 20_000}]", "#:5: 'run_name' is ['x', 'x', 'x', 'x', 'x', 'x', ...]; expected a text or null"),
     "UTF-16": ("stage: dpo".encode("utf-16"), "#: UTF-16, not UTF-8 text; save the recipe as UTF-8"),
-    "binary": (bytes(range(256)), "#:1: not valid YAML: character #x0000 can't stand in it"[:0] + "#: not UTF-8 text (byte 128)"),
+    "binary": (bytes(range(256)), "#: not UTF-8 text (byte 128)"),
     "zeros": (bytes(100), "#:1: not valid YAML: character #x0000 can't stand in it"),
     "2 MB": (b"stage: dpo\nx: " + b"x" * 2_000_000, "# has 2,000,014 bytes, too many for a recipe (at most 1,000,000)"),
 }  # fmt: skip
@@ -235,8 +236,7 @@ LOADS = (
 @pytest.mark.parametrize("text", VALUES)
 def test_values(tmp_path, text):
     found = refusal(tmp_path, text)
-    expected = VALUES[text]
-    assert expected.replace("{", "{") in found and re.match("#:[56]: ", found)
+    assert VALUES[text] in found and re.match("#:[56]: ", found)
 
 
 @pytest.mark.parametrize("text", LOADS)
@@ -458,7 +458,10 @@ def test_what_a_launch_file_may_not_ask_for(tmp_path, monkeypatch, text, keys, e
     with pytest.raises(UserError) as caught:
         check_layout(loaded, layout_of_file(str(launch)), False)
     assert expected in str(caught.value) and str(launch) in str(caught.value)
-    for name, value in environment_of(str(launch)).items():
+    made = (
+        {"ACCELERATE_MIXED_PRECISION": "fp8"} if "fp8" in text else environment_of(str(launch))
+    )  # it asks for a package
+    for name, value in made.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
         check_layout(loaded, layout_of_environment(), False)
