@@ -296,7 +296,7 @@ def pack(trainer, context: Context, mode: str) -> bool:
         return False
     for model in models:
         pack_backbone(model, mode)
-    if is_flash(asked):
+    if asked not in (None, "sdpa"):  # flash attention, eager
         device = trainer.args.device
         say(f"note: {asked} means packed attention here; on {device.type} it is computed by {kernel_name(device)}")
     return True
