@@ -285,7 +285,7 @@ def pack(trainer, context: Context, mode: str) -> bool:
         return False
     from rlhf.packing import kernel_name, pack_backbone, why_not
 
-    asked = context.recipe.get("attn_implementation")
+    asked = context.recipe.get("attn_implementation") if context.recipe else None
     models = [trainer.model]
     if getattr(trainer, "ref_model", None) is not None:
         models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
