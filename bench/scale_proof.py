@@ -113,7 +113,7 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
         recipe |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
     if stage == "dpo-qlora":
         recipe |= {"load_in_4bit": True}
-    if stage.startswith("dpo"):
+    if stage.startswith("dpo") and stage != "dpo-nf4":
         recipe["reference_cache"] = str(folder / f"reference-{launch}-{processes}")
     file = folder / f"{out.name}.yaml"
     file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items()))

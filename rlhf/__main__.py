@@ -7,7 +7,7 @@ import os
 import sys
 
 from rlhf import __version__
-from rlhf.errors import RankFailed, RunFailed, UserError
+from rlhf.errors import RankFailed, RunFailed, UserError, quote
 from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
         if name != "evaluate":
             stage.add_argument("--fresh", action="store_true", help="begin anew in a new folder; delete nothing")
             stage.add_argument("--launch", metavar="FILE", help="with --check: check it under this launch file too")
-        stage.add_argument("--keys", action="store_true", help="list all keys with their types and choices")
+        stage.add_argument(
+            "--keys",
+            action="store_true",
+            help="list all keys with types, choices, defaults and help; with a name, only keys like it",
+        )
     preflight = commands.add_parser(
         "preflight",
         description="Look for what breaks long runs on clusters: hosts and versions that differ, all-reduce, shared disks, "
@@ -192,7 +196,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
 def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
     if options.keys:
-        print_keys(options.command)
+        print_keys(
+            options.command, [word for word in (options.recipe, *rest) if word and not word.endswith((".yaml", ".yml"))]
+        )
         return None
     if not options.recipe:
         raise UserError(f"which recipe? For example: rlhf {options.command} configs/quickstart/{options.command}.yaml")
@@ -226,13 +232,38 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
     return None
 
 
-def print_keys(stage: str) -> None:
-    from rlhf.config import REFUSED, allowed_keys
+def print_keys(stage: str, wanted: list[str]) -> None:
+    """List the keys of a stage with type, default, choices, range and help.
 
-    for key in sorted(allowed_keys(stage).values(), key=lambda k: (k.owner, k.name)):
-        if key.name not in REFUSED:
-            choices = f"  one of: {', '.join(map(str, key.choices))}" if key.choices else ""
-            print(f"{key.owner:<16} {key.name:<38} {key.annotation}{choices}")
+    Args:
+        wanted: only keys whose name holds one of these.
+
+    Raises:
+        UserError: no key does.
+    """
+    import textwrap
+
+    from rlhf.config import REFUSED, allowed_keys, hint
+    from rlhf.key_effects import STAGES_OF
+    from rlhf.key_ranges import RANGES
+
+    keys = allowed_keys(stage)
+    here = [key for name, key in keys.items() if name not in REFUSED and stage in STAGES_OF.get(name, (stage,))]
+    if wanted:
+        words = [word.removeprefix("--").replace("-", "_").lower() for word in wanted]
+        here = [key for key in here if any(word in key.name for word in words)]
+        if not here:
+            word = words[0]
+            raise UserError(
+                f"no key {quote(word)} in {stage}: {REFUSED.get(word) or hint(word, stage, keys).lstrip('; ')}"
+            )
+    for key in sorted(here, key=lambda k: (k.owner, k.name)):
+        choices = f"  one of: {', '.join(map(str, filter(None, key.choices)))}" if key.choices else ""
+        bounds = f"  {RANGES[key.name]}" if key.name in RANGES else ""
+        default = f"  default: {key.default}" if key.default else ""
+        print(f"{key.owner:<16} {key.name:<38} {key.annotation}{choices}{bounds}{default}")
+        if key.help:
+            print(textwrap.fill(key.help, 116, initial_indent=" " * 17, subsequent_indent=" " * 17))
 
 
 def command() -> None:

@@ -6,12 +6,17 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
+from rlhf.config import Recipe, UserError, check_precision
+from rlhf.errors import quote
+from rlhf.yaml_reader import quote_path, read_flat
 
-from rlhf.config import Recipe, UserError
+KINDS = frozenset(
+    "NO False DEEPSPEED FSDP MULTI_GPU MULTI_CPU MULTI_XPU MULTI_NPU MULTI_MLU MULTI_SDAA MULTI_MUSA MULTI_HPU MULTI_NEURON".split()
+)
+# Where accelerate shards single layers or sequences over processes; packing and TRL's losses know nothing of it.
+NOT_SUPPORTED = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Layout:
         offload: whether DeepSpeed or FSDP keeps weights or optimizer in the machine's memory.
         fsdp_version: 1 or 2; 0 without FSDP.
         name: the launch file, or what is known of it.
+        mixed_precision: what it asks for; `no` where it leaves that to the recipe.
+        parallel: kinds of parallelism that it asks for and that are not supported here.
     """
 
     engine: str
@@ -31,6 +38,8 @@ class Layout:
     offload: bool = False
     fsdp_version: int = 0
     name: str = "the launch file"
+    mixed_precision: str = "no"
+    parallel: tuple[str, ...] = ()
 
     def record(self, processes: int) -> dict[str, Any]:
         """For a checkpoint's manifest: the engine, whether and how it splits what it saves, and over how many processes."""
@@ -40,38 +49,113 @@ class Layout:
 
 
 def layout_of_environment() -> Layout:
-    """What `accelerate launch` has told this process."""
+    """What `accelerate launch` has told this process.
+
+    Raises:
+        UserError: a variable holds what accelerate never writes there.
+    """
     env = os.environ
+    more: dict[str, Any] = {"mixed_precision": env.get("ACCELERATE_MIXED_PRECISION", "no").lower()}
+    if env.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        more["parallel"] = tuple(
+            kind
+            for size, kind in NOT_SUPPORTED.items()
+            if _from_environment(f"PARALLELISM_CONFIG_{size.upper()}", 1) > 1
+        )
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
         devices = {env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")}
-        return Layout("DeepSpeed", int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)), bool(devices - {"none"}))
+        stage = _from_environment("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)
+        return Layout("DeepSpeed", stage, bool(devices - {"none"}), **more)
     if env.get("ACCELERATE_USE_FSDP") == "true":
-        return Layout("FSDP", 0, env.get("FSDP_OFFLOAD_PARAMS") == "true", int(env.get("FSDP_VERSION", 1)))
-    return Layout("DDP" if int(env.get("WORLD_SIZE", 1)) > 1 else "one process")
+        version = _from_environment("FSDP_VERSION", 1)
+        return Layout("FSDP", 0, env.get("FSDP_OFFLOAD_PARAMS") == "true", version, **more)
+    return Layout("DDP" if _from_environment("WORLD_SIZE", 1) > 1 else "one process", **more)
+
+
+def _from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.strip().isdecimal():
+        raise UserError(
+            f"the environment's {name} is {quote(value)}; expected a whole number, as accelerate launch sets it"
+        )
+    return int(value)
 
 
 def layout_of_file(path: str) -> Layout:
     """What a launch file will set up.
 
     Raises:
-        UserError: no such file, or none that accelerate reads.
+        UserError: no such file, none that accelerate reads, or one of its values is none; with file and line.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no launch file at {path}; the project's own are in launch/")
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-        kind = found["distributed_type"]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
-        raise UserError(f"{path}: no launch file of accelerate's (a `distributed_type:` is missing)") from None
+    found, lines = read_flat(path, "launch file")
+    name = quote_path(path)
+    kind = found.get("distributed_type")
+    if not isinstance(kind, (str, bool)):
+        raise UserError(f"{name}: no launch file of accelerate's (a `distributed_type:` is missing)")
+    if str(kind) not in KINDS:
+        raise UserError(
+            f"{name}:{lines['distributed_type']}: 'distributed_type' is {quote(kind)}; expected NO, MULTI_GPU, MULTI_CPU, "
+            "DEEPSPEED or FSDP"
+        )
+    file = _File(name, found, lines)
+    parallel = file.section("parallelism_config")
+    sizes = {kind: file.number("parallelism_config", parallel, f"parallelism_config_{size}", 1, 1, 2**20)
+             for size, kind in NOT_SUPPORTED.items()}  # fmt: skip
+    more = {
+        "name": path, "mixed_precision": file.precision(),
+        "parallel": tuple(kind for kind, size in sizes.items() if size > 1),
+    }  # fmt: skip
     if kind == "DEEPSPEED":
-        config = found.get("deepspeed_config") or {}
-        devices = {config.get(f"offload_{what}_device", "none") for what in ("optimizer", "param")}
-        return Layout("DeepSpeed", int(config.get("zero_stage", 0)), bool(devices - {"none"}), name=path)
+        config = file.section("deepspeed_config")
+        devices = {config.get(f"offload_{what}_device") or "none" for what in ("optimizer", "param")}
+        stage = file.number("deepspeed_config", config, "zero_stage", 0, 0, 3)
+        return Layout("DeepSpeed", stage, bool(devices - {"none"}), **more)
     if kind == "FSDP":
-        config = found.get("fsdp_config") or {}
-        return Layout("FSDP", 0, bool(config.get("fsdp_offload_params")), int(config.get("fsdp_version", 1)), path)
-    return Layout("one process" if str(kind) in ("NO", "False") else "DDP", name=path)
+        config = file.section("fsdp_config")
+        version = file.number("fsdp_config", config, "fsdp_version", 1, 1, 2)
+        return Layout("FSDP", 0, bool(config.get("fsdp_offload_params")), version, **more)
+    return Layout("one process" if str(kind) in ("NO", "False") else "DDP", **more)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A launch file's values, asked for with what they should be."""
+
+    name: str
+    values: dict[str, Any]
+    lines: dict[str, int | None]
+
+    def section(self, key: str) -> dict[str, Any]:
+        value = self.values.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{self.name}:{self.lines[key]}: '{key}' is {quote(value)}; expected `key: value` lines below it"
+            )
+        for inner, part in value.items():
+            if not isinstance(part, (str, int, float, bool, type(None))):
+                raise UserError(f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(part)}; expected one value")
+        return value
+
+    def number(self, key: str, section: dict[str, Any], inner: str, default: int, low: int, high: int) -> int:
+        value = section.get(inner, default)
+        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10:
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise UserError(
+                f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(value)}; expected a whole number from {low} to {high}"
+            )
+        return value
+
+    def precision(self) -> str:
+        value = self.values.get("mixed_precision")
+        value = "no" if value is None or value is False else value  # YAML reads a bare no as false
+        if value not in ("no", "bf16", "fp16", "fp8"):
+            raise UserError(
+                f"{self.name}:{self.lines['mixed_precision']}: 'mixed_precision' is {quote(value)}; expected no, bf16 or fp16"
+            )
+        return value
 
 
 def check_layout(recipe: Recipe, layout: Layout, on_cpu: bool) -> None:
@@ -80,6 +164,17 @@ def check_layout(recipe: Recipe, layout: Layout, on_cpu: bool) -> None:
     Raises:
         UserError: with the reason and the fix; nothing has been loaded by then.
     """
+    if layout.mixed_precision == "fp8":
+        raise UserError(
+            f"{layout.name} asks for `mixed_precision: fp8`, which packed batches and this project's losses have not been "
+            "verified with; use bf16"
+        )
+    if layout.parallel:
+        raise UserError(
+            f"{layout.name} asks for {' and '.join(layout.parallel)} parallelism, which is not supported: a model is sharded by "
+            "launch/fsdp2.yaml or launch/zero3.yaml, and long rows fit with `gradient_checkpointing: true`"
+        )
+    check_precision(recipe, layout.mixed_precision, layout.name)
     if layout.engine == "DeepSpeed":
         _check_deepspeed(layout, on_cpu)
     if layout.engine == "FSDP" and layout.fsdp_version != 2:

@@ -27,7 +27,7 @@ from rlhf.checkpoint import (
     read_manifest,
 )
 from rlhf.checks import check_devices, check_extras, on_cpu
-from rlhf.config import Recipe, build_configs, load_recipe
+from rlhf.config import Recipe, build_configs, is_flash, load_recipe
 from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.prepare import Prepared
@@ -310,16 +310,22 @@ def pack(trainer, context: Context, mode: str) -> bool:
     """
     if not context.stage_args.packing:
         return False
-    from rlhf.packing import pack_backbone, why_not
+    from rlhf.packing import kernel_name, pack_backbone, why_not
 
+    asked = context.recipe.get("attn_implementation") if context.recipe else None
     models = [trainer.model]
     if getattr(trainer, "ref_model", None) is not None:
         models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
     for reason in filter(None, map(why_not, models)):
         say(f"note: batches are padded, not packed: {reason}")
+        if is_flash(asked):
+            say(f"note: attention is sdpa, as {asked} is only computed on packed rows here; or set `packing: false`")
         return False
     for model in models:
         pack_backbone(model, mode)
+    if asked not in (None, "sdpa"):  # flash attention, eager
+        device = trainer.args.device
+        say(f"note: {asked} means packed attention here; on {device.type} it is computed by {kernel_name(device)}")
     return True
 
 

@@ -13,6 +13,7 @@ from rlhf.data.formats import join_chosen_rejected, prompt_key
 from rlhf.data.sources import Source, load_source
 from rlhf.progress import say
 from rlhf.stop import Stopper
+from rlhf.yaml_reader import read_flat
 
 
 @dataclass
@@ -66,17 +67,15 @@ def maker_of(recipe: Recipe, name: str | None) -> str:
     """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
     if not name:
         return ""
-    import yaml
-
     for stage in TRAINING_STAGES:
         sibling = Path(recipe.path).parent / f"{stage}.yaml"
         if stage == recipe.stage or not sibling.is_file():
             continue
         try:
-            output = (yaml.safe_load(sibling.read_text(encoding="utf-8")) or {}).get("output_dir")
-        except (yaml.YAMLError, AttributeError):
+            output = read_flat(str(sibling))[0].get("output_dir")
+        except UserError:  # its own command says what is wrong with it
             continue
-        if output and os.path.normpath(output) == os.path.normpath(name):
+        if isinstance(output, str) and os.path.normpath(os.path.expanduser(output)) == os.path.normpath(name):
             return f"rlhf {stage} {sibling}"
     return ""
 

@@ -156,9 +156,11 @@ def recipe(tmp_path):
     def write(stage, name=None, **values):
         training = {
             "max_length": 256, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3,
-            "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "lora_dropout": 0.0, "seed": 1,
+            "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "seed": 1,
         }  # fmt: skip
-        if stage == "dpo":
+        if values.get("use_peft"):
+            training["lora_dropout"] = 0.0
+        if stage == "dpo" and values.get("reference", "cached") == "cached":
             training["reference_cache"] = str(tmp_path / "reference")
         lines = {"stage": stage, **({} if stage == "evaluate" else training), **values}
         file = tmp_path / f"{name or stage}.yaml"

@@ -45,8 +45,8 @@ def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zer
     ("text", "sentence"),
     [
         (None, "no launch file at "),
-        ("{", "no launch file of accelerate's"),
-        ("- a", "no launch file of accelerate's"),
+        ("{", r"x.yaml:1:2: not valid YAML"),
+        ("- a", "x.yaml:1: a launch file is a list of `key: value` lines"),
         ("num_processes: 2", "no launch file of accelerate's"),
     ],
 )

@@ -23,6 +23,8 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 LEVELS = (
     {"rlhf"},  # the version
     {"rlhf.errors"},
+    {"rlhf.yaml_reader", "rlhf.keys", "rlhf.keys_foreign", "rlhf.key_effects"},
+    {"rlhf.key_ranges", "rlhf.recipe_checks"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},
@@ -178,10 +180,22 @@ def test_other_commands_take_no_recipe_keys(capsys):
 
 def test_keys_lists_types_and_choices_and_no_refused_key(capsys):
     assert main(["dpo", "--keys"]) == 0
-    lines = {line.split()[1]: line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()}
-    assert lines["beta"] == ["DPOConfig", "beta", "float"]
-    assert lines["bnb_4bit_quant_type"] == ["ModelConfig", "bnb_4bit_quant_type", "str  one of: fp4, nf4"]
-    assert "deepspeed" not in lines
+    shown = capsys.readouterr().out
+    lines = {line.split()[1]: line.split(maxsplit=2) for line in shown.splitlines() if not line.startswith(" ")}
+    bounds = "above 0 and at most 1000 (0.01 to 1 is usual)"
+    assert lines["beta"] == ["DPOConfig", "beta", f"float  {bounds}  default: 0.1"]
+    assert lines["bnb_4bit_quant_type"][2] == "str  one of: fp4, nf4  default: 'nf4'"
+    assert lines["global_batch_size"][2].endswith("default: None")
+    assert "deepspeed" not in lines and "label_smoothing_factor" not in lines
+    assert "Parameter controlling the deviation from the reference model." in shown
+
+
+def test_keys_takes_a_name(capsys):
+    assert main(["dpo", "--keys", "beta"]) == 0
+    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert lines == ["adam_beta1", "adam_beta2", "beta"]
+    assert main(["dpo", "--keys", "lora_rank"]) == 2
+    assert capsys.readouterr().err == "rlhf: no key 'lora_rank' in dpo: use lora_r\n"
 
 
 # --- launch files ----------------------------------------------------------------------------------------------------

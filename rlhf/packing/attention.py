@@ -299,6 +299,19 @@ def varlen_kernel(device: torch.device) -> Callable | None:
     return lambda *args: _flash_attn_varlen(flash_attn_varlen_func, *args)
 
 
+def kernel_name(device: torch.device) -> str:
+    """What packed attention in half precision is computed by on a device, in words."""
+    if varlen_kernel(device) is None:
+        return "PyTorch's scaled_dot_product_attention, a segment at a time"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return "flash_attn's varlen kernel"
+    return (
+        f"{'PyTorch' if 'window_size' in inspect.signature(varlen_attn).parameters else 'flash_attn'}'s varlen kernel"
+    )
+
+
 def _torch_varlen(varlen_attn, query, key, value, plan: VarlenPlan, scaling: float | None) -> torch.Tensor:
     options = {"window_size": (-1, 0), "scale": scaling}  # (-1, 0): causal
     groups = query.shape[1] // key.shape[1]

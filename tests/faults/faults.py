@@ -148,7 +148,7 @@ def environment_of(launch_file: Path) -> dict[str, str]:
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ""  # the launcher sets it on the way
         return {k: v for k, v in prepare_deepspeed_cmd_env(args)[1].items() if k.startswith("ACCELERATE")}
-    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("ACCELERATE", "FSDP"))}
+    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(("ACCELERATE", "FSDP", "PARALLELISM"))}
 
 
 def _kill(pid: int, number: int) -> None:

@@ -1,0 +1,167 @@
+"""What must hold between the keys of a recipe, and what a path in it may be. No torch, no data: quick."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError, quote
+from rlhf.key_effects import without_effect
+from rlhf.keys import scheduler_arguments
+
+# Keys that may name a file or a folder. Where a shell has not expanded `~`, it is the user's home here too.
+PATHS = (
+    "output_dir", "dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name",
+    "model_name_or_path", "reference_model", "reference_cache", "chat_template", "base_model", "sft_model", "reward_model",
+    "dpo_model",
+)  # fmt: skip
+MAX_NAME = 255  # bytes of one name in a path, on every file system in use
+MAX_PATH = 4096
+
+
+def expand_paths(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    """Expand `~` and refuse what can't be a path.
+
+    Raises:
+        UserError: an unknown user's home, a name that is too long; and an output_dir that can't be made.
+    """
+    for key in PATHS:
+        value = values.get(key)
+        if not isinstance(value, str):
+            continue
+        if value.startswith("~"):
+            value = values[key] = os.path.expanduser(value)
+            if value.startswith("~"):
+                raise UserError(
+                    f"{where(key)}: {key} {quote(value)}: there is no such user's home; write the whole path"
+                )
+        size = max(len(part) for part in value.encode().split(b"/"))
+        if size > MAX_NAME or len(value.encode()) > MAX_PATH:
+            raise UserError(
+                f"{where(key)}: {key} {quote(value)} has a name of {size} bytes; a file system takes {MAX_NAME} (and paths of "
+                f"{MAX_PATH})"
+            )
+    _check_output_dir(values.get("output_dir"), lambda: where("output_dir"))
+
+
+def _check_output_dir(value: str | None, where: Callable[[], str]) -> None:
+    if value is None or value == "" or "://" in value:  # asked for elsewhere
+        return
+    if not value.strip():
+        raise UserError(f"{where()}: output_dir {quote(value)} is blank; name the folder where the results go")
+    path = Path(value)
+    for part in (path, *path.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            raise UserError(
+                f"{where()}: output_dir {quote(value)} leads through the link {quote(str(part))} to "
+                f"{quote(os.readlink(part))}, which isn't there; remove the link, or name another folder"
+            )
+
+
+def check_effects(stage: str, values: dict[str, Any], where: Callable[[str], str], decided: set[str]) -> None:
+    """Refuse keys that would change nothing.
+
+    Args:
+        decided: keys that were set on the command line.
+
+    Raises:
+        UserError: the first such key, with what would give it an effect.
+    """
+    for key in values:
+        if reason := without_effect(key, stage, values, decided):
+            raise UserError(f"{where(key)}: '{key}' has no effect {reason}")
+
+
+def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    """Refuse values that don't fit each other, before TRL would after seconds of imports."""
+    get = values.get
+    if get("bf16") and get("fp16"):
+        raise UserError(f"{where('fp16')}: bf16 and fp16 are both true; keep one (bf16 where the GPU has it)")
+    if get("load_in_4bit") and get("load_in_8bit"):
+        raise UserError(f"{where('load_in_8bit')}: load_in_4bit and load_in_8bit are both true; keep one")
+    losses, weights = get("loss_type") or ["sigmoid"], get("loss_weights")
+    if weights is not None and isinstance(losses, list) and len(weights) != len(losses):
+        raise UserError(
+            f"{where('loss_weights')}: loss_weights has {len(weights)} numbers and loss_type {len(losses)}; give one each"
+        )
+    if isinstance(losses, list) and len(set(losses)) < len(losses):
+        raise UserError(
+            f"{where('loss_type')}: loss_type {quote(losses)} names a loss twice; give it a larger loss_weights"
+        )
+    for old, new in (("gradient_checkpointing", "activation_checkpointing"),
+                     ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")):  # fmt: skip
+        if get(old) is not None and get(new) is not None:
+            raise UserError(f"{where(new)}: {old} and {new} are two names of one thing; remove {new}")
+    _check_scheduler(values, where)
+    _check_optim_args(values, where)
+    evaluates, saves = get("eval_strategy", "no"), get("save_strategy", "steps")
+    if get("load_best_model_at_end") and saves != "best" and evaluates != saves:
+        raise UserError(
+            f"{where('load_best_model_at_end')}: load_best_model_at_end needs equal strategies, and eval_strategy is "
+            f"{evaluates} and save_strategy {saves}; set both to steps, or to epoch"
+        )
+    if get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and evaluates == "no":
+        raise UserError(
+            f"{where('lr_scheduler_type')}: {get('lr_scheduler_type')} follows the held-out loss; set eval_strategy"
+        )
+
+
+def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    """transformers gives `lr_scheduler_kwargs` to a function, which raises TypeError when the model has long loaded."""
+    name, given, place = (
+        values.get("lr_scheduler_type", "linear"),
+        values.get("lr_scheduler_kwargs"),
+        "lr_scheduler_kwargs",
+    )
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise UserError(
+                f"{where(place)}: lr_scheduler_kwargs is {quote(values[place])}; expected a mapping such as {{num_cycles: 0.5}}"
+            )
+    takes = scheduler_arguments(name)
+    if takes is None:
+        return
+    for key in given or {}:
+        if key not in takes:
+            known = f"takes {', '.join(takes)}" if takes else "takes none"
+            raise UserError(f"{where(place)}: lr_scheduler_kwargs has {quote(key)}, and the scheduler {name} {known}")
+    if given:
+        values[place] = given = {key: _scheduler_value(where(place), key, value) for key, value in given.items()}
+    missing = [key for key, needed in takes.items() if needed and key not in (given or {})]
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not {"min_lr", "min_lr_rate"} & set(given or {}):
+        missing = ["min_lr"]
+    if missing:
+        raise UserError(
+            f"{where('lr_scheduler_type')}: the scheduler {name} needs {', '.join(missing)}; add "
+            f"`lr_scheduler_kwargs: {{{missing[0]}: …}}`"
+        )
+
+
+def _scheduler_value(where: str, key: str, value: Any) -> Any:
+    """A number, also where YAML 1.1 takes it for a text (1e-6); `*_type` is a text."""
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    if key.endswith("_type") and isinstance(value, str):
+        return value
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: lr_scheduler_kwargs.{key} is {quote(value)}; expected a number")
+    return number
+
+
+def _check_optim_args(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    """transformers splits `a=1,b=2`, and raises on anything else."""
+    given = values.get("optim_args")
+    if given and not all(len(part.split("=")) == 2 and all(part.split("=")) for part in given.split(",")):
+        raise UserError(f"{where('optim_args')}: optim_args is {quote(given)}; expected name=value,name=value")
