@@ -26,6 +26,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.checks import bytes_needed, check_devices, check_extras, check_length, check_merge, on_cpu
 from rlhf.config import Recipe, UserError, build_configs, load_recipe
+from rlhf.data.reading import write_skipped
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
@@ -56,6 +57,7 @@ def run_stage(
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
     data = read_data(stage, recipe)
     if check_only and waits_for(recipe, recipe.get("model_name_or_path")):
+        describe_data(recipe, data)
         say(f"{recipe.path}: ok ({len(data.train)} training rows; its model will come from: {made_by})")
         return
     inputs = data.digests | {"model_name_or_path": model_digest(recipe.get("model_name_or_path"))}
@@ -65,6 +67,7 @@ def run_stage(
         return
     check_extras(recipe)
     if check_only:
+        describe_data(recipe, data)
         say(f"{recipe.path}: ok ({len(data.train)} training rows)")
         return
     with Stopper(run.folder) as stopper:
@@ -79,6 +82,7 @@ def _train(
     stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str, stopper: Stopper
 ) -> None:
     say(f"\n=== {stage.title}: {recipe.path}")
+    describe_data(recipe, data)
     quiet_libraries(len(data.train))
     import torch
 
@@ -118,8 +122,10 @@ def _train(
             run,
             recipe,
             inputs,
-            args.to_dict() | {"model": vars(model_args), "stage": vars(stage_args), "model_commit": model_commit},
-        )
+            args.to_dict() | {"model": vars(model_args), "stage": vars(stage_args), "model_commit": model_commit}
+            | {"data": data.summary and data.summary.record()},
+        )  # fmt: skip
+        write_skipped(run.folder, data.skipped)
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
@@ -335,6 +341,13 @@ def train_or_restore(trainer, run: Run) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=run.resume_from)
+
+
+def describe_data(recipe: Recipe, data: StageData) -> None:
+    """Report what the training rows are like: duplicates, contradictions, columns that are not used, rows left out."""
+    name = recipe.get("dataset_name") or recipe.get("chosen_dataset_name")
+    for text in data.describe():
+        say(f"{name}: {text}")
 
 
 def describe_complete(summary: dict[str, Any]) -> str:

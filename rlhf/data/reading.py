@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlhf.data import columns
@@ -91,3 +93,10 @@ def _repeats(row: dict, sides: tuple[str, ...]) -> int:
         return 0
     asked = row["prompt"][-1]["content"]
     return sum(row[s][0]["content"].startswith(asked) and len(row[s][0]["content"]) > len(asked) for s in sides)
+
+
+def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:
+    """Write skipped_rows.jsonl: place and reason of each row that was left out; nothing where there is none."""
+    if skipped:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+        (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
