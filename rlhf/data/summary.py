@@ -19,6 +19,10 @@ MARKERS = re.compile(
     r"^### (?:Instruction|Response):",
     re.MULTILINE,
 )
+# U+FFFD, and UTF-8 that was read as Latin-1 ("Ã©", "â€™").
+GARBLED = re.compile(
+    "\ufffd|[\u00c3\u00c2][\u0080-\u00bf]|\u00e2[\u0080\u20ac][\u0080-\u00bf\u2018-\u201d\u0153\u02dc\u2122]"
+)
 NO_ANSWER = {"nan", "none", "null", "n/a"}  # what tables write for a field that holds nothing
 
 
@@ -47,6 +51,7 @@ class DataSummary:
         repeats: rows whose answer begins with the prompt, which stays in it.
         repeats_removed: all answers began with the prompt, which was cut off.
         turn_order: rows with two turns of one role in a row, an assistant's first turn, or a system message later on.
+        garbled: rows with characters that were lost or read in the wrong encoding.
         no_answer: answers that are "nan", "None" or the like.
         blanks_only: pairs whose answers differ in white space only.
         low_scores, equal_scores: pairs whose own scores say that chosen is worse, or as good.
@@ -65,6 +70,7 @@ class DataSummary:
     repeats: Count = Count()
     repeats_removed: bool = False
     turn_order: Count = Count()
+    garbled: Count = Count()
     no_answer: Count = Count()
     blanks_only: Count = Count()
     low_scores: Count = Count()
@@ -145,6 +151,7 @@ def _looks(row: dict[str, Any]) -> Iterable[tuple[str, bool]]:
     turns = asked(row) if "messages" not in row else row["messages"]
     texts = answers + [m["content"] for m in turns]
     yield "markers", any(MARKERS.search(text) for text in texts)
+    yield "garbled", any(not text.isascii() and GARBLED.search(text) for text in texts)
     yield "turn_order", "text" not in row and _is_odd([m["role"] for m in turns])
     yield "no_answer", any(answer.lower() in NO_ANSWER for answer in answers)
     yield "negative_margins", row.get("margin", 0) < 0
@@ -162,6 +169,7 @@ def _is_odd(roles: list[str]) -> bool:
 
 _RARE = {
     "turn_order": "turns in an odd order (two of one role in a row, the assistant first, a late system message) in",
+    "garbled": "garbled characters in",
     "no_answer": "'nan' or 'None' as an answer in",
     "blanks_only": "answers that differ in white space only in",
     "low_scores": "scored lower than rejected in",
