@@ -47,6 +47,13 @@ class StageConfig:
         default=None, metadata={"help": "Accepted answers (prompt, response), joined by prompt with the rejected ones."}
     )
     rejected_dataset_name: str | None = field(default=None, metadata={"help": "Rejected answers (prompt, response)."})
+    bad_rows: str = field(
+        default="error",
+        metadata={
+            "choices": ["error", "skip"],
+            "help": "A row that can't be used ends the run (error), or is left out, counted and named (skip).",
+        },
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
     chat_template: str | None = field(
@@ -128,6 +135,7 @@ class EvaluateConfig:
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_test_split: str = "test"
+    bad_rows: str = field(default="error", metadata={"choices": ["error", "skip"]})
     max_eval_examples: int | None = None
     output_dir: str | None = None
     max_new_tokens: int = 96

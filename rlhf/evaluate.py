@@ -15,7 +15,10 @@ from typing import Any
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
+from rlhf.data.reading import Reading, write_skipped
 from rlhf.data.sources import load_source
+from rlhf.data.summary import line, skipped_line
+from rlhf.data.summary import summarise as summarise_data
 from rlhf.progress import is_main, quiet_libraries, say
 from rlhf.stage import maker_of, waits_for
 
@@ -34,7 +37,12 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     source = load_source(
         config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name")
     )
-    rows = preference_rows(source.head(config.max_eval_examples))
+    reading = Reading(config.bad_rows)
+    rows = preference_rows(source.head(config.max_eval_examples), reading)
+    summary = summarise_data(rows, reading)
+    about = [line(summary)]
+    if reading.skipped:
+        about.append(skipped_line(reading.skipped, len(rows) + len(reading.skipped)))
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     waiting = {key: waits_for(recipe, name) for key, name in names.items()}
     if check_only and any(waiting.values()):
@@ -47,10 +55,13 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
         show(results, read_answers(run.folder))
         return results
+    if not check_only:
+        say(f"\n=== Evaluation: {recipe.path}")
+    for text in about:
+        say(f"{config.dataset_name}: {text}")
     if check_only:
         say(f"{recipe.path}: ok ({len(rows)} held-out pairs)")
         return None
-    say(f"\n=== Evaluation: {recipe.path}")
     quiet_libraries(len(rows))
     from rlhf.models import locate
 
@@ -59,7 +70,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     if not is_main():
         return None
     results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
-    begin_run(run, recipe, inputs, vars(config))
+    begin_run(run, recipe, inputs, vars(config) | {"data": summary.record()})
+    write_skipped(run.folder, reading.skipped)
     for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (run.folder / name).write_text(text, encoding="utf-8")

@@ -21,6 +21,7 @@ import yaml
 
 from rlhf.config import STAGES, UserError
 from rlhf.data.formats import preference_rows
+from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
 from rlhf.evaluate import read_answers, shown_answers, table_rows
 from rlhf.progress import read_metrics, say
@@ -186,7 +187,7 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
             continue
         try:
             source = load_source(recipe["dataset_name"], split, recipe.get("dataset_config"))
-            rows = preference_rows(source)
+            rows = preference_rows(source, Reading(recipe.get("bad_rows", "error")))
         except UserError:
             continue
         words = {

@@ -29,6 +29,7 @@ from rlhf.checkpoint import (
 from rlhf.checks import check_devices, check_extras, on_cpu
 from rlhf.config import Recipe, build_configs, is_flash, load_recipe
 from rlhf.errors import RankFailed, UserError
+from rlhf.data.reading import write_skipped
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.prepare import Prepared
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
@@ -68,6 +69,7 @@ def run_stage(
         return
     check_extras(recipe)
     if check_only:
+        describe_data(recipe, data)
         unknown = prepare.check_only(stage, recipe, data, run)
         say(f"{recipe.path}: ok ({len(data.train)} training rows)" + (f"; {unknown}" if unknown else ""))
         return
@@ -83,6 +85,7 @@ def _train(
     stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str, stopper: Stopper
 ) -> None:
     say(f"\n=== {stage.title}: {recipe.path}")
+    describe_data(recipe, data)
     quiet_libraries(len(data.train))
     import torch
 
@@ -102,7 +105,8 @@ def _train(
     check_disk(run.folder, prepared.bytes_needed(run.resume_from), prepare.STILL_TO_WRITE)
     trainer = _build(stage, context)
     configured = {"model": vars(model_args), "stage": vars(stage_args), "model_commit": prepared.model_commit}
-    on_main(lambda: begin_run(run, recipe, inputs, args.to_dict() | configured))
+    configured["data"] = data.summary and data.summary.record()
+    on_main(lambda: _begin(run, recipe, inputs, args.to_dict() | configured, data))
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
@@ -119,6 +123,11 @@ def _train(
     watch(None)
     end_if_stopped(trainer)
     _finish(stage, prepared, trainer, run, time.time() - started)
+
+
+def _begin(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
+    begin_run(run, recipe, inputs, arguments)
+    write_skipped(run.folder, data.skipped)
 
 
 def _build(stage: Stage, context: Context):
@@ -368,6 +377,13 @@ def train_or_restore(trainer, run: Run) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=run.resume_from)
+
+
+def describe_data(recipe: Recipe, data: StageData) -> None:
+    """Report what the training rows are like: duplicates, contradictions, columns that are not used, rows left out."""
+    name = recipe.get("dataset_name") or recipe.get("chosen_dataset_name")
+    for text in data.describe():
+        say(f"{name}: {text}")
 
 
 def describe_complete(summary: dict[str, Any]) -> str:

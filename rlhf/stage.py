@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import TRAINING_STAGES, Recipe, UserError
-from rlhf.data.formats import join_chosen_rejected, prompt_key
+from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
+from rlhf.data.reading import Reading
 from rlhf.data.sources import Source, load_source
+from rlhf.data.summary import DataSummary, line, skipped_line, summarise
 from rlhf.progress import say
 from rlhf.stop import Stopper
 from rlhf.yaml_reader import read_flat
@@ -18,11 +20,25 @@ from rlhf.yaml_reader import read_flat
 
 @dataclass
 class StageData:
-    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from."""
+    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from.
+
+    Attributes:
+        summary: what was found in the training rows.
+        skipped: place and reason of each row, also held-out, that could not be used (`bad_rows: skip`).
+    """
 
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]] | None
     digests: dict[str, str]
+    summary: DataSummary | None = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """What the rows are like, as lines for the screen."""
+        if self.summary is None:
+            return []
+        total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
+        return [line(self.summary), *([skipped_line(self.skipped, total)] if self.skipped else [])]
 
 
 @dataclass
@@ -32,7 +48,7 @@ class Stage:
     Attributes:
         name: `sft`, `reward` or `dpo`.
         title: what it is called on the screen.
-        to_rows: a Source to canonical rows.
+        to_rows: a Source to canonical rows; fills the Reading.
         load: (context) to the model to train (a PeftModel where an adapter goes on) and its tokenizer.
         build: (context) to TRL's trainer.
         probe: the trainer's tokenised training set to a few rows of token ids.
@@ -42,7 +58,7 @@ class Stage:
 
     name: str
     title: str
-    to_rows: Callable[[Source], list[dict[str, Any]]]
+    to_rows: Callable[[Source, Reading], list[dict[str, Any]]]
     load: Callable[[Any], tuple[Any, Any]]
     build: Callable[[Any], Any]
     probe: Callable[[Any], list[list[int]]]
@@ -90,10 +106,11 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
     where = recipe.where
     train_split, test_split = recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")
     digests = {}
+    reading, heldout_reading = (Reading(recipe.get("bad_rows", "error")) for _ in range(2))
     if recipe.get("chosen_dataset_name"):
         sides = [load_source(recipe.get(k), train_split, None, where(k)) for k in _SIDES]
         digests |= {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
-        source = join_chosen_rejected(*sides)
+        source = join_chosen_rejected(*sides, reading)
     else:
         name, config = recipe.get("dataset_name"), recipe.get("dataset_config")
         source = load_source(name, train_split, config, where("dataset_name"))
@@ -111,17 +128,22 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
         )
     if heldout:
         digests["heldout"] = heldout.digest
-    source = source.head(recipe.get("max_train_examples"))
-    train = [{**row, "place": source.where(index)} for index, row in enumerate(stage.to_rows(source))]
-    heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples"))) if heldout else None
-    if heldout_rows:
-        seen = {prompt_key(row) for row in train}
-        leaks = sum(prompt_key(row) in seen for row in heldout_rows)
-        if leaks:
-            say(
-                f"note: {leaks} of {len(heldout_rows)} held-out prompts are in the training data too; scores on them mean little"
-            )
-    return StageData(train, heldout_rows, digests)
+    rows = stage.to_rows(source.head(recipe.get("max_train_examples")), reading)
+    if stage.name == "reward":
+        refuse_margins_in_some_rows(rows, reading.places)
+    elif any("margin" in row for row in rows):
+        reading.num_unused["margin"] = sum("margin" in row for row in rows)
+    heldout_rows = None
+    if heldout:
+        heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples")), heldout_reading)
+    summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
+    train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
+    if summary.leaks.rows:
+        say(
+            f"note: {summary.leaks.rows} of {len(heldout_rows)} held-out prompts are in the training data too (the first: "
+            f"{summary.leaks.first}); scores on them mean little"
+        )
+    return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
 
 
 _SIDES = ("chosen_dataset_name", "rejected_dataset_name")

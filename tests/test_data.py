@@ -16,6 +16,7 @@ from rlhf.data.formats import (
     prompt_key,
     sft_rows,
 )
+from rlhf.data.messages import INVISIBLE
 from rlhf.data.pairs import FILES, write_pair_files
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, Source, load_source
 
@@ -290,7 +291,8 @@ SFT_CASES = {
     "instruction + output": {"instruction": "Q", "output": "A"},
     "instruction + empty input + output": {"instruction": "Q", "input": "", "output": "A"},
     "question + answer": {"question": "Q", "answer": "A"},
-    "spaces around": {"prompt": " Q\n", "completion": "\tA "},
+    "spaces around": {"prompt": " Q\n", "completion": "\n \n A \n"},
+    "one message as answer": {"prompt": "Q", "completion": {"role": "assistant", "content": "A"}},
     "whole dialogues": {"chosen": [*Q, *A], "rejected": [*Q, assistant("B")]},
     "other columns and nulls": {"id": 3, "messages": None, "prompt": "Q", "completion": "A"},
 }
@@ -620,7 +622,7 @@ SEPARATORS = st.text(alphabet='ab\u2028\u2029\x85\x0b\x0c\x1c\x00\r\n\t \ufeff"\
 TEXTS = (
     (st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) | SEPARATORS)
     .map(str.strip)
-    .filter(bool)
+    .filter(lambda text: text.strip(INVISIBLE))
 )
 
 

@@ -13,7 +13,7 @@ from rlhf.evaluate import pair_logps, score
 from rlhf.models import is_reward_model, load_finished, load_tokenizer, read_template, tokenize_pair
 
 CHAT = [
-    {"role": "user", "content": " Hi "},
+    {"role": "user", "content": "Hi "},
     {"role": "assistant", "content": "Hello."},
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "See you."},
@@ -43,6 +43,18 @@ def test_a_system_message_takes_the_place_of_alpacas_preamble(tiny_gpt2):
     tokenizer = load_tokenizer(tiny_gpt2)
     text = tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}, *CHAT[:2]], tokenize=False)
     assert text == "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello.<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_llama"], ids=["alpaca", "chatml"])
+def test_indentation_of_an_answer_survives_template_and_tokens(name, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(name))
+    row = {"prompt": CHAT[:1], "chosen": [{"role": "assistant", "content": "    return x"}],
+           "rejected": [{"role": "assistant", "content": "return x"}]}  # fmt: skip
+    assert "\n    return x" in tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
+    pair = tokenize_pair(tokenizer, row)
+    for side in ("chosen", "rejected"):  # where the blanks join the prompt's last token, both answers start before it
+        assert pair["prompt_ids"] + pair[f"{side}_ids"] == ids_of(tokenizer, row["prompt"] + row[side])
+    assert pair["chosen_ids"] != pair["rejected_ids"]
 
 
 def test_bert_writes_cls_and_sep_once_each_answer(tiny_distilbert):

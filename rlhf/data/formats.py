@@ -6,49 +6,59 @@ reward modelling, DPO, evaluation and chat.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.data import columns
+from rlhf.data.messages import (
+    Messages,
+    RowError,
+    has,
+    is_dialogue,
+    is_empty,
+    left_out,
+    messages,
+    text,
+    turns,
+)
+from rlhf.data.reading import Reading, each, without_repeated_prompts
 from rlhf.data.sources import Source
-
-Messages = list[dict[str, str]]
-ROLES = ("system", "user", "assistant")
+from rlhf.errors import UserError
 
 SFT_SHAPES = "prompt + completion; prompt + chosen; messages; instruction (+ input) + output; question + answer; text"
 PREFERENCE_SHAPES = "prompt + chosen + rejected; chosen + rejected (whole dialogues); instruction + chosen + rejected"
 
 
-class RowError(ValueError):
-    """What is wrong with one row; the caller adds the place."""
-
-
-def sft_rows(source: Source) -> list[dict[str, Any]]:
+def sft_rows(source: Source, reading: Reading | None = None) -> list[dict[str, Any]]:
     """Canonical SFT rows: `{"prompt": messages, "completion": [assistant message]}`, `{"messages": …}` or `{"text": …}`.
 
     Raises:
         UserError: file and line of the first row that has no known shape, an empty text or wrong roles.
     """
-    rows = _each(source, _sft_row)
-    first = set(rows[0])
-    for index, row in enumerate(rows):
-        if set(row) != first:
-            raise UserError(
-                f"{source.where(index)}: this row becomes {sorted(row)}, the first row {sorted(first)}; use one shape"
-            )
-    return rows
+    reading = reading or Reading()
+    first: dict[str, set[str]] = {}
+
+    def convert(row: dict, used: set[str]) -> dict[str, Any]:
+        new = _sft_row(row, used)
+        shape = first.setdefault("shape", set(new))
+        if set(new) != shape:
+            raise RowError(f"this row becomes {sorted(new)}, the first row {sorted(shape)}; use one shape")
+        return new
+
+    rows = each(source, convert, reading)
+    return without_repeated_prompts(rows, ("completion",), reading)
 
 
-def preference_rows(source: Source) -> list[dict[str, Any]]:
+def preference_rows(source: Source, reading: Reading | None = None) -> list[dict[str, Any]]:
     """Canonical pairs: `{"prompt": messages, "chosen": [assistant message], "rejected": [assistant message]}`, `margin` kept.
 
     Raises:
         UserError: file and line of the first row that has no known shape, an empty text, wrong roles, or two equal answers.
     """
-    return _each(source, _preference_row)
+    reading = reading or Reading()
+    return without_repeated_prompts(each(source, _preference_row, reading), ("chosen", "rejected"), reading)
 
 
-def join_chosen_rejected(chosen: Source, rejected: Source) -> Source:
+def join_chosen_rejected(chosen: Source, rejected: Source, reading: Reading | None = None) -> Source:
     """Join accepted and rejected answers by prompt, in the order of the accepted ones.
 
     Rows are prompt (or instruction + input) and response (or output, completion, answer). Several answers to one
@@ -58,11 +68,12 @@ def join_chosen_rejected(chosen: Source, rejected: Source) -> Source:
         UserError: an accepted answer without a rejected one for the same prompt, or the other way round.
     """
     waiting: dict[str, list[int]] = {}
-    rejected_rows = _each(rejected, _sft_row)
+    sides = [Reading(), Reading()]
+    rejected_rows = each(rejected, _sft_row, sides[1])
     for index, row in enumerate(rejected_rows):
         waiting.setdefault(repr(row.get("prompt")), []).append(index)
     pairs = []
-    for index, row in enumerate(_each(chosen, _sft_row)):
+    for index, row in enumerate(each(chosen, _sft_row, sides[0])):
         if "prompt" not in row:
             raise UserError(
                 f"{chosen.where(index)}: expected prompt + response, to be joined with the rejected answers"
@@ -79,6 +90,8 @@ def join_chosen_rejected(chosen: Source, rejected: Source) -> Source:
         raise UserError(
             f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each needs one of both"
         )
+    for side in sides if reading else ():
+        reading.num_unused.update(side.num_unused)
     digest = chosen.digest[:32] + rejected.digest[:32]
     return Source(chosen.name, pairs, chosen.lines, digest)
 
@@ -89,142 +102,159 @@ def prompt_key(row: dict[str, Any]) -> str:
     return repr(messages)
 
 
-def _each(source: Source, convert) -> list[dict[str, Any]]:
-    rows = []
-    for index, row in enumerate(source.rows):
-        try:
-            rows.append(convert(row))
-        except RowError as error:
-            raise UserError(f"{source.where(index)}: {error}") from None
-    return rows
+def refuse_margins_in_some_rows(rows: list[dict[str, Any]], places: list[str]) -> None:
+    """Raise UserError where some rows have a margin and others don't: the reward model's loss needs all or none."""
+    have = [place for row, place in zip(rows, places, strict=True) if "margin" in row]
+    if have and len(have) < len(rows):
+        without = next(place for row, place in zip(rows, places, strict=True) if "margin" not in row)
+        raise UserError(
+            f"{without}: no 'margin', which {len(have):,} of {len(rows):,} rows have (the first: {have[0]}); give it in all rows "
+            "or in none"
+        )
 
 
-def _sft_row(row: dict) -> dict[str, Any]:
-    if _has(row, "messages"):
-        messages = _messages(row["messages"], "messages")
-        if messages[-1]["role"] != "assistant":
-            raise RowError(
-                f"'messages' ends with a {messages[-1]['role']} message; the last one must be the assistant's"
-            )
-        if sum(m["role"] == "assistant" for m in messages) > 1:
-            return {"messages": messages}
-        if len(messages) == 1:
-            raise RowError("the prompt is empty")
-        return {"prompt": messages[:-1], "completion": messages[-1:]}
-    prompt = _prompt(row)
-    answer_key = next((k for k in ("completion", "chosen", "response", "output", "answer") if _has(row, k)), None)
-    if prompt is None and answer_key == "chosen" and _has(row, "rejected"):
-        pair = _preference_row(row)
+def _sft_row(row: dict, used: set[str]) -> dict[str, Any]:
+    if has(row, "messages"):
+        return _sft_messages(row, used)
+    prompt = _prompt(row, used)
+    answer_key = next((k for k in ("completion", "chosen", "response", "output", "answer") if has(row, k)), None)
+    if prompt is None and answer_key == "chosen" and has(row, "rejected"):
+        pair = _preference_row(row, used)
+        used.discard("rejected")
         return {"prompt": pair["prompt"], "completion": pair["chosen"]}
     if prompt is not None and answer_key:
-        return {"prompt": prompt, "completion": _answer(row[answer_key], answer_key)}
-    if _has(row, "text"):
-        return {"text": _text(row["text"], "text")}
-    raise RowError(f"found columns {_columns(row)}; expected one of: {SFT_SHAPES}")
+        if columns.is_false(row.get("label")):
+            raise RowError("'label' is false: a bad answer, which SFT would imitate; remove the row")
+        used |= {answer_key, "label"}
+        prompt, answer = _answer(row[answer_key], answer_key, prompt)
+        return {"prompt": prompt, "completion": answer}
+    if has(row, "text"):
+        used.add("text")
+        for key in (*columns.SYSTEM, "history"):
+            if not is_empty(row.get(key)):
+                raise RowError(f"'{key}' can't be used with 'text'; write it into the text, or use prompt + completion")
+        return {"text": text(row["text"], "text")}
+    raise RowError(f"found columns {_columns(row)}; expected one of: {SFT_SHAPES}{columns.format_hint(row)}")
 
 
-def _preference_row(row: dict) -> dict[str, Any]:
-    if not _has(row, "chosen") or not _has(row, "rejected"):
-        raise RowError(f"found columns {_columns(row)}; expected one of: {PREFERENCE_SHAPES}")
-    prompt = _prompt(row)
+def _sft_messages(row: dict, used: set[str]) -> dict[str, Any]:
+    used.add("messages")
+    found = messages(row["messages"], "messages")
+    if found[-1]["role"] != "assistant":
+        raise RowError(f"'messages' ends with a {found[-1]['role']} message; the last one must be the assistant's")
+    columns.history(row, used, None)
+    unlearnt = left_out(row["messages"], "messages")
+    answers = [number for number, m in enumerate(found) if m["role"] == "assistant"]
+    if len(found) - 1 in unlearnt:
+        raise RowError("the last answer is not to be learnt (weight: 0 or train: false); end the dialogue before it")
+    if unlearnt and len(unlearnt) < len(answers) - 1:
+        raise RowError(
+            "some of the earlier answers are not to be learnt (weight: 0 or train: false) and others are; make a row of each "
+            "answer to learn, or mark all but the last"
+        )
+    found = columns.add_system(row, used, found)
+    if len(answers) > 1 and not unlearnt:
+        return {"messages": found}
+    if len(found) == 1:
+        raise RowError("the prompt is empty")
+    return {"prompt": found[:-1], "completion": found[-1:]}
+
+
+def _preference_row(row: dict, used: set[str]) -> dict[str, Any]:
+    if not has(row, "chosen") or not has(row, "rejected"):
+        raise RowError(f"found columns {_columns(row)}; expected one of: {PREFERENCE_SHAPES}{columns.format_hint(row)}")
+    used |= {"chosen", "rejected"}
+    prompt = _prompt(row, used)
     if prompt is None:
         chosen, rejected = _dialogue(row["chosen"], "chosen"), _dialogue(row["rejected"], "rejected")
-        if chosen[:-1] != rejected[:-1]:
-            raise RowError(
-                "'chosen' and 'rejected' differ before the last answer; expected the same dialogue up to there"
-            )
-        prompt, answers = chosen[:-1], (chosen[-1:], rejected[-1:])
+        if chosen[:-1] and chosen[:-1] == rejected[:-1]:
+            columns.history(row, used, None)
+            chosen, rejected = columns.add_system(row, used, chosen), columns.add_system(row, used, rejected)
+        prompts, answers = [chosen[:-1], rejected[:-1]], [chosen[-1:], rejected[-1:]]
     else:
-        answers = tuple(_answer(row[side], side, prompt) for side in ("chosen", "rejected"))
+        prompts, answers = zip(*(_answer(row[side], side, prompt) for side in ("chosen", "rejected")), strict=True)
+    if prompts[0] != prompts[1]:
+        raise RowError(f"'chosen' and 'rejected' differ before the last answer{_difference(*prompts)}")
+    prompt = prompts[0]
     if not prompt:
         raise RowError("the prompt is empty")
     if not any(m["role"] == "user" for m in prompt):
         raise RowError("the prompt has no message of the user")
-    if answers[0] == answers[1]:
+    if answers[0][0]["content"].strip() == answers[1][0]["content"].strip():
         raise RowError("'chosen' and 'rejected' are the same; a pair without a difference teaches nothing: remove it")
     pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
-    if isinstance(row.get("margin"), (int, float)):
-        pair["margin"] = float(row["margin"])
-    return pair
+    margin = columns.margin(row, used)
+    return pair if margin is None else {**pair, "margin": margin}
 
 
-def _prompt(row: dict) -> Messages | None:
-    for key in ("prompt", "question"):
-        if _has(row, key):
-            value = row[key]
-            messages = (
-                [{"role": "user", "content": _text(value, key)}] if isinstance(value, str) else _messages(value, key)
-            )
-            if messages[-1]["role"] != "user":
-                article = "an" if messages[-1]["role"] == "assistant" else "a"
-                raise RowError(
-                    f"'{key}' ends with {article} {messages[-1]['role']} message; it must end with the user's"
-                )
-            return messages
-    if _has(row, "instruction"):
-        text = _text(row["instruction"], "instruction")
-        extra = str(row.get("input") or "").strip()
-        return [{"role": "user", "content": f"{text}\n\n{extra}" if extra else text}]
-    return None
+def _difference(chosen: Messages, rejected: Messages) -> str:
+    """Where two prompts part, for a message."""
+    for number, (a, b) in enumerate(zip(chosen, rejected, strict=False), 1):
+        if a != b:
+            return f", in message {number} ({a['role']}); expected the same dialogue up to there"
+    return f" ({len(chosen)} and {len(rejected)} messages); expected the same dialogue up to there"
 
 
-def _answer(value: Any, key: str, prompt: Messages | None = None) -> Messages:
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": _text(value, key)}]
-    messages = _messages(value, key)
-    if prompt and messages[: len(prompt)] == prompt:  # the whole dialogue again, as in UltraFeedback
-        messages = messages[len(prompt) :]
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowError(f"'{key}' has roles {[m['role'] for m in messages]}; expected one assistant message")
-    return messages
+def _prompt(row: dict, used: set[str]) -> Messages | None:
+    key = next((k for k in ("prompt", "question", "instruction") if has(row, k)), None)
+    if key is None:
+        return None
+    used.add(key)
+    value = row[key]
+    if key == "instruction":
+        content = text(value, key)
+        if not is_empty(row.get("input")):
+            content += f"\n\n{text(row['input'], 'input')}"
+        used.add("input")
+        found = [{"role": "user", "content": content}]
+    elif is_dialogue(value) and value.rstrip().endswith("\n\nAssistant:"):  # HH-RLHF, cut before the answer
+        found = turns(value.rstrip().removesuffix("\n\nAssistant:") + "\n\nAssistant: …", key)[:-1]
+    else:
+        found = [{"role": "user", "content": text(value, key)}] if isinstance(value, str) else messages(value, key)
+    if found[-1]["role"] != "user":
+        article = "an" if found[-1]["role"] == "assistant" else "a"
+        raise RowError(f"'{key}' ends with {article} {found[-1]['role']} message; it must end with the user's")
+    return columns.add_context(row, used, found)
+
+
+def _answer(value: Any, key: str, prompt: Messages) -> tuple[Messages, Messages]:
+    """(the prompt, the answer as one assistant message); the answer may be the whole dialogue again, as in UltraFeedback.
+
+    A system message that stands in the whole dialogue alone becomes the prompt's.
+    """
+    if isinstance(value, str) and not is_dialogue(value):
+        return prompt, [{"role": "assistant", "content": text(value, key)}]
+    found = turns(value, key) if isinstance(value, str) else messages(value, key)
+    if len(found) - 1 in left_out(value, key):
+        raise RowError(f"'{key}' is an answer that is not to be learnt (weight: 0 or train: false); remove the row")
+    before, last = found[:-1], found[-1:]
+    if last[0]["role"] != "assistant" or (before and not _same_turns(before, prompt)):
+        raise RowError(
+            f"'{key}' has roles {[m['role'] for m in found]}; expected one assistant message, or before it the very messages "
+            "of the prompt"
+        )
+    if before and before[0]["role"] == "system":
+        if prompt[0]["role"] == "system" and prompt[0] != before[0]:
+            raise RowError(f"'{key}' begins with another system message than the prompt's; keep one")
+        prompt = [before[0], *(m for m in prompt if m["role"] != "system")]
+    return prompt, last
+
+
+def _same_turns(before: Messages, prompt: Messages) -> bool:
+    """Whether these are the prompt's messages, or its last ones where `history` stands before them, but for the system's."""
+    spoken, wanted = ([m for m in part if m["role"] != "system"] for part in (before, prompt))
+    return bool(spoken) and spoken == wanted[-len(spoken) :] and len(spoken) in (1, len(wanted))
 
 
 def _dialogue(value: Any, key: str) -> Messages:
     """A whole dialogue: messages, or a text with `Human:` and `Assistant:` turns (Anthropic's HH-RLHF)."""
-    if not isinstance(value, str):
-        messages = _messages(value, key)
-    else:
-        parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value)
-        if len(parts) < 5 or parts[0].strip():
-            raise RowError(f"there is no 'prompt', and '{key}' is not a dialogue of Human: and Assistant: turns")
-        roles = {"Human": "user", "Assistant": "assistant"}
-        turns = [{"role": roles[r], "content": t.strip()} for r, t in zip(parts[1::2], parts[2::2], strict=True)]
-        messages = _messages(turns, key)
-    if messages[-1]["role"] != "assistant":
-        raise RowError(f"'{key}' must end with the assistant's answer, found {messages[-1]['role']}")
-    return messages
-
-
-def _messages(value: Any, key: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"'{key}' is {_describe(value)}; expected a text or a list of messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise RowError(
-                f"'{key}', message {number}: expected {{'role': …, 'content': …}}, found {_describe(message)}"
-            )
-        if message["role"] not in ROLES:
-            raise RowError(f"'{key}', message {number}: role {message['role']!r}; expected one of {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": _text(message["content"], f"{key}, message {number}")})
-    return messages
-
-
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"'{key}' is {_describe(value)}; expected a text")
-    if not value.strip():
-        raise RowError(f"'{key}' is empty")
-    return value.strip()
-
-
-def _has(row: dict, key: str) -> bool:
-    return key in row and row[key] is not None
+    found = turns(value, key) if isinstance(value, str) else messages(value, key)
+    if found[-1]["role"] != "assistant":
+        raise RowError(f"'{key}' must end with the assistant's answer, found {found[-1]['role']}")
+    if len(found) - 1 in left_out(value, key):
+        raise RowError(f"'{key}' is an answer that is not to be learnt (weight: 0 or train: false); remove the row")
+    return found
 
 
 def _columns(row: dict) -> str:
     return ", ".join(map(str, row)) or "none"
-
-
-def _describe(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"

@@ -1,0 +1,23 @@
+"""When two prompts are the same: what differs only in case, width of characters or white space is one prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+
+
+def normalise_prompt(messages: list[dict[str, str]]) -> str:
+    """Roles and contents joined by \\x1f, after NFKC and casefold, with each run of white space as one space.
+
+    Example: [{"role": "user", "content": " What\\n IS it? "}] -> "user\\x1fwhat is it?".
+    """
+    parts = []
+    for message in messages:
+        content = unicodedata.normalize("NFKC", message["content"]).casefold()
+        parts += [message["role"], " ".join(content.split())]
+    return "\x1f".join(parts)
+
+
+def prompt_hash(messages: list[dict[str, str]]) -> bytes:
+    """The first 16 bytes of the sha256 of the normalised prompt."""
+    return hashlib.sha256(normalise_prompt(messages).encode("utf-8")).digest()[:16]

@@ -1,0 +1,110 @@
+"""What max_length does to the answers: how many are cut, become the same tokens, or are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.summary import Count
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """What TRL 1.16 will do to these rows at this max_length.
+
+    Attributes:
+        rows: how many rows were looked at.
+        cut: rows with an answer that loses tokens (a reward model's rows are never cut).
+        answers: how many answers lose tokens: up to two a pair.
+        same: pairs whose answers become the same tokens, so that they teach nothing: cut, or equal in the template's eyes.
+        left_out: rows that TRL drops: the prompt alone fills max_length (SFT, DPO), or one side is longer (reward).
+    """
+
+    stage: str
+    max_length: int | None
+    rows: int
+    cut: Count
+    answers: int
+    same: Count
+    left_out: Count
+
+
+def answers_cut(
+    rows: list[dict[str, Any]], tokenizer, max_length: int | None, stage: str, truncation_mode: str = "keep_start",
+    at_most: int | None = None,
+) -> CutReport:  # fmt: skip
+    """Tokenise canonical rows as TRL does and count what max_length costs.
+
+    Args:
+        rows: canonical rows of `sft`, `reward` or `dpo`; a row's `place` names it.
+        max_length: in tokens, of prompt and answer together; None: no limit.
+        truncation_mode: TRL's; `keep_end` cuts the front of the prompt first and drops nothing.
+        at_most: look at so many rows only, evenly spread (about 800 rows a second on one core).
+    """
+    step = max(1, -(-len(rows) // at_most)) if at_most else 1
+    found: dict[str, list[str]] = {"cut": [], "same": [], "left_out": []}
+    looked_at = answers = 0
+    for index in range(0, len(rows), step):
+        row = rows[index]
+        kind, lost = _effect(tokenizer, row, max_length, stage, truncation_mode)
+        looked_at += 1
+        answers += lost
+        for name in kind:
+            found[name].append(row.get("place", f"row {index + 1}"))
+    counts = {name: Count(len(places), places[0] if places else None) for name, places in found.items()}
+    return CutReport(stage, max_length, looked_at, answers=answers, **counts)
+
+
+def _effect(tokenizer, row: dict, max_length: int | None, stage: str, mode: str) -> tuple[list[str], int]:
+    """(which of cut, same and left_out hold for a row, how many of its answers lose tokens)."""
+    prompt, answers = _tokens(tokenizer, row)
+    longest = prompt + max(map(len, answers))
+    limit = max_length or longest
+    if longest > limit if stage == "reward" else mode == "keep_start" and prompt >= limit:
+        return ["left_out"], 0
+    kept = [answer[: limit - prompt] if mode == "keep_start" else answer[-limit:] for answer in answers]
+    lost = sum(len(short) < len(answer) for short, answer in zip(kept, answers, strict=True))
+    return ["cut"] * (lost > 0) + ["same"] * (len(kept) == 2 and kept[0] == kept[1]), lost
+
+
+def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
+    """(number of the prompt's tokens, token ids of each answer); a dialogue or a text is an answer without a prompt."""
+    from trl.data_utils import common_prefix_length
+
+    from rlhf.models import tokenize_pair
+
+    if "chosen" in row:
+        ids = tokenize_pair(tokenizer, row)
+        return len(ids["prompt_ids"]), [ids["chosen_ids"], ids["rejected_ids"]]
+    render = lambda messages, **kw: tokenizer.apply_chat_template(messages, return_dict=True, **kw)["input_ids"]  # noqa: E731
+    if "prompt" in row:
+        whole = render(row["prompt"] + row["completion"])
+        cut = common_prefix_length(render(row["prompt"], add_generation_prompt=True), whole)
+        return cut, [whole[cut:]]
+    if "messages" in row:
+        return 0, [render(row["messages"])]
+    text = row["text"]
+    return 0, [tokenizer(text=text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token)["input_ids"]]
+
+
+def line(report: CutReport) -> str:
+    """The report for the screen; '' where max_length takes nothing away.
+
+    Example: "max_length=512: cuts 40 answers in 31 of 1,000 pairs (first: a.jsonl:7); 7 pairs have the same tokens for
+    chosen and rejected (first: a.jsonl:9); 2 of 1,000 pairs are left out, since the prompt alone fills it (first: a.jsonl:4)".
+    """
+    kind = "rows" if report.stage == "sft" else "pairs"
+    first = lambda count: f" (first: {count.first})"  # noqa: E731
+    parts = []
+    if report.cut.rows:
+        parts.append(
+            f"cuts {report.answers:,} answers in {report.cut.rows:,} of {report.rows:,} {kind}{first(report.cut)}"
+        )
+    if report.same.rows:
+        parts.append(f"{report.same.rows:,} pairs have the same tokens for chosen and rejected{first(report.same)}")
+    if report.left_out.rows:
+        why = "one side is longer" if report.stage == "reward" else "the prompt alone fills it"
+        parts.append(
+            f"{report.left_out.rows:,} of {report.rows:,} {kind} are left out, since {why}{first(report.left_out)}"
+        )
+    return f"max_length={report.max_length}: {'; '.join(parts)}" if parts else ""

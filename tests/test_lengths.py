@@ -1,0 +1,109 @@
+"""What max_length costs is what TRL's own preparation of the rows does."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf.data.summary import Count
+from rlhf.lengths import CutReport, answers_cut, line
+from rlhf.models import load_tokenizer, tokenize_pair
+
+
+def pair(prompt, chosen, rejected, place):
+    said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    return {"prompt": said("user", prompt), "chosen": said("assistant", chosen), "rejected": said("assistant", rejected),
+            "place": place}  # fmt: skip
+
+
+ROWS = [
+    pair("Why?", "Because of this.", "No idea.", "f:1"),
+    pair("Why?", "Since " * 60 + "yes", "Since " * 60 + "no", "f:2"),  # differ only where both are cut
+    pair("Why?", "Short.", "Long " * 60, "f:3"),
+    pair("Why " * 90, "Because.", "No.", "f:4"),  # the prompt fills max_length
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    return load_tokenizer(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def limit(tokenizer):
+    """Room for the first row, for half of the second's and third's long answers, not for the fourth's prompt."""
+    long = tokenize_pair(tokenizer, ROWS[1])
+    length = len(long["prompt_ids"]) + len(long["chosen_ids"]) // 2
+    assert sum(map(len, list(tokenize_pair(tokenizer, ROWS[0]).values())[:2])) < length
+    assert len(tokenize_pair(tokenizer, ROWS[3])["prompt_ids"]) > length
+    return length
+
+
+def test_dpo(tokenizer, limit):
+    report = answers_cut(ROWS, tokenizer, limit, "dpo")
+    assert report == CutReport("dpo", limit, 4, Count(2, "f:2"), 3, Count(1, "f:2"), Count(1, "f:4"))
+    assert line(report) == (
+        f"max_length={limit}: cuts 3 answers in 2 of 4 pairs (first: f:2); 1 pairs have the same tokens for chosen and "
+        "rejected (first: f:2); 1 of 4 pairs are left out, since the prompt alone fills it (first: f:4)"
+    )
+
+
+def test_reward_leaves_out_what_is_longer(tokenizer, limit):
+    report = answers_cut(ROWS, tokenizer, limit, "reward")
+    assert (report.cut, report.same, report.left_out) == (Count(), Count(), Count(3, "f:2"))
+    assert line(report) == f"max_length={limit}: 3 of 4 pairs are left out, since one side is longer (first: f:2)"
+
+
+def test_sft(tokenizer, limit):
+    rows = [{"prompt": r["prompt"], "completion": r["rejected"], "place": r["place"]} for r in ROWS]
+    report = answers_cut(rows, tokenizer, limit, "sft")
+    assert (report.cut, report.answers, report.left_out) == (Count(2, "f:2"), 2, Count(1, "f:4"))
+
+
+def test_dialogues_and_texts_are_cut_and_never_left_out(tokenizer):
+    dialogue = {"messages": [*ROWS[3]["prompt"], *ROWS[3]["chosen"]], "place": "f:1"}
+    for row in (dialogue, {"text": "word " * 50, "place": "f:1"}):
+        report = answers_cut([row], tokenizer, 20, "sft")
+        assert (report.cut, report.left_out) == (Count(1, "f:1"), Count())
+
+
+def test_keep_end_cuts_the_prompt_first(tokenizer, limit):
+    report = answers_cut(ROWS[3:], tokenizer, limit, "dpo", "keep_end")
+    assert (report.cut, report.left_out) == (Count(), Count())
+
+
+@pytest.mark.parametrize("max_length", [None, 1000])
+def test_nothing_to_report(tokenizer, max_length):
+    assert line(answers_cut(ROWS, tokenizer, max_length, "dpo")) == ""
+
+
+def test_a_sample_is_spread_over_all_rows(tokenizer, limit):
+    report = answers_cut(ROWS, tokenizer, limit, "dpo", at_most=2)  # rows 1 and 3
+    assert (report.rows, report.cut) == (2, Count(1, "f:3"))
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_dpo_is_as_trl_cuts(tokenizer, limit, mode):
+    from datasets import Dataset
+    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    args = SimpleNamespace(dataset_num_proc=None, max_length=limit, truncation_mode=mode)
+    prepared = DPOTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(ROWS), tokenizer, args, "train")
+    batch = DataCollatorForPreference(0, max_length=limit, truncation_mode=mode)(list(prepared))
+    kept = batch["completion_mask"].sum(-1).tolist()
+    full = [len(row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in prepared]
+    report = answers_cut(ROWS, tokenizer, limit, "dpo", mode)
+    assert report.answers == sum(k < f for k, f in zip(kept, full, strict=True))
+    assert report.left_out.rows == len(ROWS) - len(prepared)
+    half = len(prepared)
+    same = [i for i in range(half) if batch["input_ids"][i].equal(batch["input_ids"][half + i])]
+    assert report.same == (Count(len(same), prepared[same[0]]["place"]) if same else Count())
+
+
+def test_reward_is_as_trl_filters(tokenizer, limit):
+    from datasets import Dataset
+    from trl import RewardTrainer
+
+    args = SimpleNamespace(dataset_num_proc=None, max_length=limit)
+    prepared = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(ROWS), tokenizer, args, "train")
+    assert len(ROWS) - len(prepared) == answers_cut(ROWS, tokenizer, limit, "reward").left_out.rows
