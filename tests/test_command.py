@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,7 +84,9 @@ def test_a_real_parent_is_read(tmp_path):
     child = "from rlhf.command import launcher_of; print(launcher_of())"
     (tmp_path / "accelerate").write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])\n")
     command = [sys.executable, str(tmp_path / "accelerate"), *ACCELERATE[1:], *STARTED]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    )
     if not os.path.isdir("/proc/self"):
         pytest.skip("no /proc here")
     assert str(ACCELERATE) in done.stdout, done.stderr
