@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlhf.card import refresh_cards
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
@@ -70,6 +71,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         (run.folder / name).write_text(text, encoding="utf-8")
     (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     finish_run(run, {"stage": "evaluate", "pairs": len(pairs)})
+    for reason in refresh_cards({key: getattr(config, key) for key in names}, inputs, results, run.folder):
+        say(f"note: the results were not added to {reason}")
     show(results, answers)
     return results
 

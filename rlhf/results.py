@@ -144,7 +144,9 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
     labels, policies = labels_of(results), results["policies"]
     rows = []
     if "base" in policies and "sft" in policies:
-        rows += _policy_rows(results, "base", "sft")[:1]
+        note = f"nats per token; {labels['base']} → {labels['sft']}"
+        losses = [policies[policy]["chosen_loss"] for policy in ("base", "sft")]
+        rows.append(_number(f"{labels['sft']} loss on chosen answers", *losses, note))
     if "reward" in results:
         reward = results["reward"]
         rows.append(_number("Reward model loss", math.log(2), reward["loss_after"], "nats per pair; ln 2 is guessing"))
@@ -154,18 +156,26 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
         beta = f"nats per pair; beta {results['beta']:g}{'' if _beta_is_known(results) else ' (assumed)'}"
         rows.append(_number(f"{name} loss", dpo["loss_before"], dpo["loss_after"], f"{beta}; before: ln 2"))
         rows.append(_share(f"{name} implicit-reward accuracy", 0.5, dpo["accuracy"], "before: guessing"))
-        rows += _policy_rows(results, "sft", "dpo")
+        rows += _policy_rows(results)
     if "win_rate" in results:
         measure = f"{labels['dpo']} answer beats {labels['sft']} answer"
         rows.append(_share(measure, 0.5, results["win_rate"], "before: equal; judged by the reward model"))
     return rows
 
 
-def _policy_rows(results: dict[str, Any], before: str, after: str) -> list[Row]:
-    """What became of the chosen and the rejected answers themselves, from one policy to the next."""
+def part_about(results: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The results without what is not about the model of this stage."""
+    kept = {"sft": ("base", "sft"), "reward": (), "dpo": ("sft", "dpo")}[stage]
+    others = {"sft": ("reward", "dpo", "win_rate"), "reward": ("dpo", "win_rate"), "dpo": ("reward",)}[stage]
+    policies = {policy: found for policy, found in results["policies"].items() if policy in kept}
+    return {key: value for key, value in results.items() if key not in others} | {"policies": policies}
+
+
+def _policy_rows(results: dict[str, Any]) -> list[Row]:
+    """What DPO made of the chosen and the rejected answers themselves."""
     labels, policies = labels_of(results), results["policies"]
-    name, a, b = labels[after], policies[before], policies[after]
-    who = f"{labels[before]} → {name}"
+    name, a, b = labels["dpo"], policies["sft"], policies["dpo"]
+    who = f"{labels['sft']} → {name}"
     rows = [
         _number(f"{name} loss on chosen answers", a["chosen_loss"], b["chosen_loss"], f"nats per token; {who}"),
     ]

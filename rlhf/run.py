@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlhf.card import write_card
 from rlhf.checkpoint import (
     Lock,
     Run,
@@ -26,6 +27,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.checks import bytes_needed, check_devices, check_extras, check_length, check_merge, on_cpu
 from rlhf.config import Recipe, UserError, build_configs, load_recipe
+from rlhf.counts import count_parameters
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
@@ -151,6 +153,7 @@ def _train(
             "last_loss": history[-1]["loss"] if history else None,
             "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
         }  # fmt: skip
+        write_card(run.folder, summary)
         finish_run(run, summary)
         say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
         say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
@@ -346,9 +349,7 @@ def describe_complete(summary: dict[str, Any]) -> str:
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     args, data = trainer.args, context.data
     model = trainer.model
-    size = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731  ZeRO-3 keeps the whole size there
-    total = sum(map(size, model.parameters()))
-    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
+    total, trained = count_parameters(model)
     kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
     world = trainer.accelerator.num_processes
     batch = context.stage_args.global_batch_size or (
