@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 
 from rlhf import __version__, embedded
+from rlhf.command import command_of, launcher_of, shell_line
 from rlhf.config import HARMLESS, Recipe, UserError
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
@@ -135,12 +136,13 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
 def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any]) -> None:
     """Write recipe.yaml and provenance.json (main process only)."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = f"# {recipe.path}, as it was run by `{' '.join(' '.join(sys.argv).split())}`\n"
+    started = {"command": command_of(recipe), "launcher": launcher_of()}
+    text = f"# {recipe.path}, as it was run by `{' '.join(shell_line(started).split())}`\n"
     write_file(run.folder / "recipe.yaml", text + yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     provenance = {
         "stage": recipe.stage,
         "recipe": recipe.path,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **started,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
         **environment(),

@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlhf.card import refresh_cards
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config import EvaluateConfig, UserError, load_recipe
 from rlhf.data.formats import preference_rows
@@ -20,6 +21,7 @@ from rlhf.data.sources import load_source
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.progress import is_main, quiet_libraries, say
+from rlhf.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
 from rlhf.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
@@ -53,6 +55,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     if run.complete:
         say(f"{'Evaluation':<12} complete: {run.folder}")
         results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+        results.setdefault("models", describe_models(names, inputs))  # an older version did not record them
         show(results, read_answers(run.folder))
         return results
     if not check_only:
@@ -65,11 +68,14 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     quiet_libraries(len(rows))
     from rlhf.models import locate
 
+    models = describe_models(names, inputs)
     names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in names.items()}
     pairs, answers = measure(rows, names, config)
     if not is_main():
         return None
     results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
+    results |= {"models": models, "max_new_tokens": config.max_new_tokens}
+    results["changes"] = [row._asdict() for row in table_rows(results)]
     begin_run(run, recipe, inputs, vars(config) | {"data": summary.record()})
     write_skipped(run.folder, reading.skipped)
     for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
@@ -77,6 +83,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         (run.folder / name).write_text(text, encoding="utf-8")
     (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     finish_run(run, {"stage": "evaluate", "pairs": len(pairs)})
+    for reason in refresh_cards({key: getattr(config, key) for key in names}, inputs, results, run.folder):
+        say(f"note: the results were not added to {reason}")
     show(results, answers)
     return results
 
@@ -122,10 +130,9 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
             for i in _bar(mine, f"{short}: pairs"):
                 pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
             asked = [i for i in mine if short != "base" or i < config.num_shown]
-            for i, text in zip(
-                asked, generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short), strict=True
-            ):
-                answers[i][short] = text
+            given = generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short)
+            for i, (text, is_cut) in zip(asked, given, strict=True):
+                answers[i] |= {short: text, f"{short}_cut": is_cut}
             _free(model)
             del model
     if "reward_model" in names:
@@ -206,11 +213,15 @@ def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]
     return {"chosen": sums[0], "rejected": sums[1], "chosen_tokens": counts[0], "rejected_tokens": counts[1]}
 
 
-def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig, label: str = "") -> list[str]:
-    """Greedy answers to conversations, in batches of similar length, in the order of `prompts`."""
+def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig, label: str = "") -> list[tuple]:
+    """Greedy answers to conversations, in batches of similar length, in the order of `prompts`.
+
+    Returns:
+        (text, whether it was cut at max_new_tokens before the model ended it), one a prompt
+    """
     import torch
 
-    texts: dict[int, str] = {}
+    texts: dict[int, tuple[str, bool]] = {}
     tokens = [
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
     ]
@@ -226,7 +237,10 @@ def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         for i, row in zip(batch, out[:, padded["input_ids"].shape[1] :], strict=True):
-            texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            texts[i] = (
+                tokenizer.decode(row, skip_special_tokens=True).strip(),
+                tokenizer.eos_token_id not in row.tolist(),
+            )
     return [texts[i] for i in range(len(prompts))]
 
 
@@ -272,18 +286,24 @@ def compare(a: float, b: float) -> float:
     return 0.5 if a == b else float(a > b)
 
 
-def token_loss(pairs: list[dict], model: str) -> float:
-    """Mean negative log-likelihood a token (nats) of the chosen answers."""
-    return -sum(p[model]["chosen"] for p in pairs) / sum(p[model]["chosen_tokens"] for p in pairs)
+def token_loss(pairs: list[dict], model: str, side: str = "chosen") -> float:
+    """Mean negative log-likelihood per token (nats) of the chosen, or the rejected, answers."""
+    return -sum(p[model][side] for p in pairs) / sum(p[model][f"{side}_tokens"] for p in pairs)
 
 
 def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, Any]:
     """All numbers of the table from the measured pairs and answers."""
     results: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "policies": {}}
-    for model in ("base", "sft", "dpo"):
+    for model in POLICIES:
         if model in pairs[0]:
+            given = [a for a in answers if f"{model}_cut" in a]
             results["policies"][model] = {
                 "chosen_loss": token_loss(pairs, model),
+                "rejected_loss": token_loss(pairs, model, "rejected"),
+                "chosen_logp": _mean([p[model]["chosen"] for p in pairs]),
+                "rejected_logp": _mean([p[model]["rejected"] for p in pairs]),
+                "answers": len(given),
+                "answers_cut": sum(a[f"{model}_cut"] for a in given),
                 "prefers_chosen": share([compare(p[model]["chosen"], p[model]["rejected"]) for p in pairs]),
                 "prefers_chosen_per_token": share([compare(*_per_token(p[model])) for p in pairs]),
             }
@@ -326,35 +346,6 @@ def _mean(values: list[float]) -> float:
 # --- the screen ------------------------------------------------------------------------------------------------------
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(measure, before, after, remark) for the screen and the report."""
-    rows = []
-    policies = results["policies"]
-    if "base" in policies and "sft" in policies:
-        before, after = policies["base"]["chosen_loss"], policies["sft"]["chosen_loss"]
-        rows.append(("SFT loss on chosen answers", f"{before:.3f}", f"{after:.3f}", "nats a token; base, SFT"))
-    if "reward" in results:
-        rows.append(("Reward model loss", "0.693", f"{results['reward']['loss_after']:.3f}", "ln 2 is guessing"))
-        rows.append(("Reward model accuracy", "guess 50%", *_share_text(results["reward"]["accuracy"])))
-    if "dpo" in results:
-        dpo = results["dpo"]
-        rows.append(("DPO loss", f"{dpo['loss_before']:.3f}", f"{dpo['loss_after']:.3f}", f"beta {results['beta']:g}"))
-        rows.append(("DPO implicit-reward accuracy", "guess 50%", *_share_text(dpo["accuracy"])))
-        for key, label in (
-            ("prefers_chosen", "Chosen is likelier"),
-            ("prefers_chosen_per_token", "Chosen is likelier per token"),
-        ):
-            after, interval = _share_text(policies["dpo"][key])
-            rows.append((label, f"{policies['sft'][key]['share']:.0%}", after, f"{interval}; SFT, DPO"))
-    if "win_rate" in results:
-        rows.append(("DPO answer beats SFT answer", "equal 50%", *_share_text(results["win_rate"])))
-    return rows
-
-
-def _share_text(found: dict[str, Any]) -> tuple[str, str]:
-    return f"{found['share']:.0%}", f"{found['low']:.0%} to {found['high']:.0%} (95%)"
-
-
 def shown_answers(answers: list[dict]) -> list[dict]:
     """The answers that every policy gave (base answers only the first few prompts)."""
     return [a for a in answers if "base" in a] or answers[:3]
@@ -371,20 +362,22 @@ def show(results: dict[str, Any], answers: list[dict]) -> None:
         return
     console = Console()
     table = Table(title=f"On {results['pairs']} held-out pairs", box=box.SIMPLE_HEAD, title_justify="left")
-    for column, justify in (("measure", "left"), ("before", "right"), ("after", "right"), ("", "left")):
+    for column, justify in zip(COLUMNS, ("left", "right", "right", "left", "left"), strict=True):
         table.add_column(column, justify=justify)
     for row in table_rows(results):
-        table.add_row(*row)
+        table.add_row(*map(Text, row), style="bold" if row.change == "worse" else None)
     console.print(table)
-    if "win_rate" in results:
-        console.print("  The judge of the last line is this run's own reward model.\n", style="dim")
+    for sentence in sentences(results):
+        console.print(Text(f"  {sentence}"), style="dim")
+    console.print()
+    labels = labels_of(results)
     for answer in shown_answers(answers):
-        policies = [p for p in ("base", "sft", "dpo") if p in answer]
+        policies = [p for p in POLICIES if p in answer]
         side = Table(
             box=box.SIMPLE_HEAD, title=Text(f"> {answer['prompt'][-1]['content']}"), title_justify="left", expand=True
         )
         for policy in policies:
             reward = f" (reward {answer[f'{policy}_reward']:+.2f})" if f"{policy}_reward" in answer else ""
-            side.add_column(Text(f"{policy.upper() if policy != 'base' else 'base'}{reward}"), ratio=1)
-        side.add_row(*(Text(answer[p] or "(nothing)") for p in policies))
+            side.add_column(Text(f"{labels[policy]}{reward}"), ratio=1)
+        side.add_row(*(Text(shown_text(answer, p)) for p in policies))
         console.print(side)

@@ -424,6 +424,9 @@ def save_finished(
     shutil.rmtree(partial, ignore_errors=True)
     options = {"selected_adapters": ["default"]} if is_peft and not merge else {}
     model.save_pretrained(partial, **options)
+    (partial / "README.md").unlink(
+        missing_ok=True
+    )  # PEFT's, full of [More Information Needed]; rlhf/card.py writes one
     tokenizer.save_pretrained(partial)
     model.cpu()
     quantised = None if merge else getattr(model.config, "quantization_config", None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import prepare
+from rlhf.card import write_card
 from rlhf.checkpoint import (
     Lock,
     Run,
@@ -28,8 +29,9 @@ from rlhf.checkpoint import (
 )
 from rlhf.checks import check_devices, check_extras, on_cpu
 from rlhf.config import Recipe, build_configs, is_flash, load_recipe
-from rlhf.errors import RankFailed, UserError
+from rlhf.counts import count_parameters
 from rlhf.data.reading import write_skipped
+from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.prepare import Prepared
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
@@ -164,6 +166,7 @@ def _write_model(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: f
         "last_loss": history[-1]["loss"] if history else None,
         "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
     }  # fmt: skip
+    write_card(run.folder, summary)
     finish_run(run, summary)
     say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
     say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
@@ -395,9 +398,7 @@ def describe_complete(summary: dict[str, Any]) -> str:
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     args, data = trainer.args, context.data
     model = trainer.model
-    size = lambda p: getattr(p, "ds_numel", p.numel())  # noqa: E731  ZeRO-3 keeps the whole size there
-    total = sum(map(size, model.parameters()))
-    trained = sum(size(p) for p in model.parameters() if p.requires_grad)
+    total, trained = count_parameters(model)
     kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
     world = trainer.accelerator.num_processes
     batch = context.stage_args.global_batch_size or (

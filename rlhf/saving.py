@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
+from rlhf.card import write_card
 from rlhf.checkpoint import (
     digest_files,
     is_disk_trouble,
@@ -167,12 +168,16 @@ class SafeRuns:
             self.safety.disk_trouble = self.safety.disk_trouble or " ".join(str(error).split())
 
     def create_model_card(self, *args, **kwargs) -> None:
-        with self._disk_trouble_noted():
-            super().create_model_card(*args, **kwargs)
+        """TRL calls it with each checkpoint, and before it pushes; its own card says `None` where ours has facts."""
+        if self.safety is not None and is_main():
+            with self._disk_trouble_noted():
+                write_card(self.safety.folder)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         with self._disk_trouble_noted():
             super()._save(output_dir, state_dict)
+            if output_dir is not None:  # PEFT's, full of [More Information Needed]
+                (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def _place(self, partial: Path, folder: Path) -> str:
         reason, files = "", {}

@@ -444,7 +444,7 @@ def test_recipe_tells_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/rlhf", "sft", "configs/x/sft.yaml"])
     begin(tmp_path)
     first = (tmp_path / "recipe.yaml").read_text().splitlines()[0]
-    assert first == "# configs/x/sft.yaml, as it was run by `/somewhere/rlhf sft configs/x/sft.yaml`"
+    assert first == "# configs/x/sft.yaml, as it was run by `rlhf sft configs/x/sft.yaml`"
 
 
 def test_command_with_a_line_break_does_not_spoil_the_recipe(tmp_path, monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf.evaluate import compare, share, summarise, table_rows, token_loss, wilson_interval
+from rlhf.evaluate import compare, share, summarise, token_loss, wilson_interval
+from rlhf.results import cut_sentence, judge_sentence, labels_of, reference_note, table_rows, what_got_worse
 
 LN2 = 0.693147
 
@@ -109,6 +110,19 @@ PAIRS = [
         "reward": {"chosen": 0.5, "rejected": 0.5},
     },
 ]
+MODELS = {
+    "base_model": {"name": "embedded:x", "digest": "b", "stage": None, "data": [], "starts_from": None, "beta": None},
+    "sft_model": {"name": "runs/sft", "digest": "s", "stage": "sft", "data": ["d"], "starts_from": "b", "beta": None},
+    "reward_model": {
+        "name": "runs/rm",
+        "digest": "r",
+        "stage": "reward",
+        "data": ["d"],
+        "starts_from": "s",
+        "beta": None,
+    },
+    "dpo_model": {"name": "runs/dpo", "digest": "p", "stage": "dpo", "data": ["d"], "starts_from": "s", "beta": 0.5},
+}
 ANSWERS = [
     {"base": "x", "sft": "one two", "dpo": "one two three", "base_reward": 0.0, "sft_reward": 1.0, "dpo_reward": 3.0},
     {"sft": "same", "dpo": "same", "sft_reward": 0.5, "dpo_reward": 0.5},
@@ -118,7 +132,7 @@ ANSWERS = [
 
 @pytest.fixture(scope="module")
 def results():
-    return summarise(PAIRS, ANSWERS, BETA)
+    return summarise(PAIRS, ANSWERS, BETA) | {"models": MODELS}
 
 
 @pytest.mark.parametrize(
@@ -241,8 +255,8 @@ def test_huge_margins_have_a_finite_loss():
 
 def test_policies_that_answered_nothing_have_no_win_rate():
     answers = [{"sft": "", "dpo": ""} for _ in PAIRS]
-    rows = table_rows(summarise(PAIRS, answers, BETA))
-    assert [row for row in rows if row[0] == "DPO answer beats SFT answer"] == []
+    rows = table_rows(summarise(PAIRS, answers, BETA) | {"models": MODELS})
+    assert rows and [row for row in rows if row[0] == "DPO answer beats SFT answer"] == []
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -255,24 +269,122 @@ def row_of(results, measure):
 @pytest.mark.parametrize(
     "row",
     [
-        ("SFT loss on chosen answers", "2.000", "1.500", "nats a token; base, SFT"),
-        ("Reward model loss", "0.693", "1.044", "ln 2 is guessing"),  # (0.313262 + 2.126928 + 0.693147) / 3
-        ("DPO loss", "0.693", "0.956", "beta 0.5"),  # (0.048587 + 2.126928 + 0.693147) / 3
+        ("SFT loss on chosen answers", "2.000", "1.500", "better", "nats per token; base → SFT"),
+        # (0.313262 + 2.126928 + 0.693147) / 3
+        ("Reward model loss", "0.693", "1.044", "worse", "nats per pair; ln 2 is guessing"),
+        # (0.048587 + 2.126928 + 0.693147) / 3
+        ("DPO loss", "0.693", "0.956", "worse", "nats per pair; beta 0.5; before: ln 2"),
+        ("DPO loss on chosen answers", "1.500", "1.500", "", "nats per token; SFT → DPO"),  # 60 / 40 both
+        # (15 + 36 + 12) / (5 + 12 + 12) = 63 / 29; (19 + 36 + 10) / (5 + 12 + 20) = 65 / 37
+        ("DPO loss on rejected answers", "2.172", "1.757", "worse", "nats per token; higher is the aim; SFT → DPO"),
+        ("DPO log-probability of a chosen answer", "-20.000", "-20.000", "", "nats per answer; SFT → DPO"),
+        # -63 / 3, -65 / 3
+        ("DPO log-probability of a rejected answer", "-21.000", "-21.667", "better",
+         "nats per answer; lower is the aim; SFT → DPO"),
     ],
-)
-def test_table_tells_losses_before_and_after(results, row):
+)  # fmt: skip
+def test_table_tells_numbers_before_and_after(results, row):
     assert row_of(results, row[0]) == row
 
 
 def test_table_tells_shares_with_their_interval(results):
     # 1.5 of 3: centre 0.5, half 1.96 * sqrt(0.25/3 + 3.8416/36) / (1 + 3.8416/3) = 1.96 * 0.43592 / 2.28053 = 0.37465
-    expected = ("Reward model accuracy", "guess 50%", "50%", "13% to 87% (95%)")
+    expected = ("Reward model accuracy", "50%", "50%", "unclear", "13% to 87% (95%); before: guessing")
     assert row_of(results, "Reward model accuracy") == expected
 
 
 def test_table_tells_sft_and_dpo_side_by_side(results):
-    # 2 of 3 before; 3 of 3 after: low = 3 / (3 + 3.8416) = 0.4385
-    assert row_of(results, "Chosen is likelier") == ("Chosen is likelier", "67%", "100%", "44% to 100% (95%); SFT, DPO")
+    # 2 of 3 before; 3 of 3 after: low = 3 / (3 + 3.8416) = 0.4385, and 67% lies above it
+    measure = "DPO finds chosen likelier than rejected"
+    assert row_of(results, measure) == (measure, "67%", "100%", "unclear", "44% to 100% (95%); SFT → DPO")
+
+
+def test_a_loss_on_chosen_answers_that_rose_is_named():
+    """The quickstart's 2.707 -> 2.912 stood in results.json and in no table."""
+    worse = {"sft": logps(-27.07, 10, -30.0, 10), "dpo": logps(-29.12, 10, -35.0, 10)}
+    found = summarise([worse], [{}], BETA) | {"models": MODELS}
+    assert row_of(found, "DPO loss on chosen answers")[1:4] == ("2.707", "2.912", "worse")
+    told = what_got_worse(table_rows(found))
+    assert "DPO loss on chosen answers (2.707 → 2.912)" in told
+    assert "log-probability of a chosen answer (-27.070 → -29.120)" in told and "rejected" not in told.split(";")[0]
+
+
+def test_what_got_worse_does_not_cry_wolf():
+    better = {"sft": logps(-20.0, 10, -20.0, 10), "dpo": logps(-10.0, 10, -30.0, 10)}
+    found = summarise([better] * 40, [{}], BETA) | {"models": MODELS}
+    assert what_got_worse(table_rows(found)).startswith("Nothing in this table got worse.")
+
+
+def test_a_share_that_fell_clearly_is_worse(results):
+    wrong = {"policies": {}, "reward": {"loss_after": 0.6, "accuracy": share([0.0] * 30)}}
+    assert row_of(wrong, "Reward model accuracy").change == "worse"
+
+
+def test_results_of_an_older_version_have_a_table(results):
+    for policy in results["policies"].values():
+        assert {"rejected_loss", "chosen_logp", "rejected_logp"} <= set(policy)
+    old = {"chosen_loss": 1.0, "prefers_chosen": share([1.0]), "prefers_chosen_per_token": share([1.0])}
+    rows = table_rows({"policies": {"base": old, "sft": old}})
+    assert [row.measure for row in rows] == ["sft_model loss on chosen answers"]  # whose run it is was not recorded
+
+
+# --- who was measured, and who judged --------------------------------------------------------------------------------
+
+
+def with_models(results, **changed):
+    models = {key: model | changed.get(key, {}) for key, model in MODELS.items()}
+    return results | {"models": models}
+
+
+def test_a_model_is_called_sft_only_if_it_is_a_run_of_that_stage(results):
+    assert labels_of(results) == {"base": "base", "sft": "SFT", "dpo": "DPO"}
+    other = with_models(results, sft_model={"name": "embedded:x", "stage": None}, dpo_model={"stage": "sft"})
+    assert labels_of(other) == {"base": "base", "sft": "embedded:x", "dpo": "runs/dpo"}
+    assert row_of(other, "runs/dpo answer beats embedded:x answer")
+
+
+def test_base_is_only_what_sft_started_from(results):
+    assert labels_of(with_models(results, base_model={"digest": "another"}))["base"] == "embedded:x"
+
+
+def test_two_models_of_one_name_are_told_apart(results):
+    same = with_models(results, sft_model={"name": "m", "stage": None}, dpo_model={"name": "m", "stage": None})
+    assert len(set(labels_of(same).values())) == 3
+
+
+@pytest.mark.parametrize(
+    "judge, told",
+    [
+        ({}, "is runs/rm, trained on the same data as DPO"),
+        ({"name": "else/where", "data": ["other"]}, "is else/where, trained on other data than DPO."),
+        ({"stage": None, "data": []}, "is runs/rm, which has no record of its training here"),
+        ({"data": []}, "is runs/rm; whether it was trained on the data of DPO is not recorded"),
+    ],
+)
+def test_the_judge_is_described_by_its_provenance(results, judge, told):
+    assert told in judge_sentence(with_models(results, reward_model=judge))
+
+
+def test_nobody_judged(results):
+    assert judge_sentence({key: value for key, value in results.items() if key != "win_rate"}) == ""
+
+
+def test_a_dpo_model_of_another_reference_is_told(results):
+    assert reference_note(results) == ""
+    other = with_models(results, dpo_model={"starts_from": "another"})
+    assert reference_note(other).startswith("DPO was not trained from runs/sft")
+
+
+def test_a_beta_that_is_not_known_is_called_assumed(results):
+    other = with_models(results, dpo_model={"beta": None, "stage": None, "name": "m"})
+    assert "(assumed)" in row_of(other, "m loss").note
+
+
+def test_cut_answers_are_counted():
+    answers = [{"sft": "a", "sft_cut": True}, {"sft": "b", "sft_cut": False}, {}]
+    pairs = [{"sft": pair["sft"]} for pair in PAIRS]
+    found = summarise(pairs, answers, BETA) | {"models": MODELS, "max_new_tokens": 8}
+    assert cut_sentence(found) == "Answers cut at max_new_tokens=8 and marked with …: 1 of 2 of SFT."
 
 
 def test_table_has_no_row_for_what_was_not_measured():
@@ -286,7 +398,7 @@ def test_table_knows_no_minus_zero_per_cent():
     wrong = {
         n: table_rows({**NOTHING_RIGHT, "reward": {"loss_after": 1.0, "accuracy": share([0.0] * n)}}) for n in COUNTED
     }
-    assert [n for n, rows in wrong.items() if rows[1][3].startswith("-")] == []
+    assert [n for n, rows in wrong.items() if rows[1].note.startswith("-")] == []
 
 
 NOTHING_RIGHT = {"policies": {}}
