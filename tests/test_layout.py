@@ -57,6 +57,7 @@ LEVELS = (
     {"rlhf.preflight"},
     {"rlhf.sft", "rlhf.reward", "rlhf.dpo"},
     {"rlhf.evaluate"},
+    {"rlhf.terminal"},
     {"rlhf.chat", "rlhf.report"},
     {"rlhf.__main__"},
 )
