@@ -63,9 +63,9 @@ def log_line(title: str, step: int, total: int, logs: dict[str, Any], seconds_le
 def bar_line(width: int, title: str, step: int, total: int, left: str, parts: list[tuple[str, str]]) -> str:
     """A bar and what is known, in `width` columns: names become short first, then the less important metrics are left out,
     then the bar; loss, accuracy, tokens/s and the time stay as long as there is room for them."""
-    share = min(step / max(total, 1), 1.0)
-    layouts = [(kept, short, least) for kept in range(len(parts), NEEDED - 1, -1) for short, least in ((0, 8), (1, 4))]
-    layouts += [(kept, 1, 0) for kept in range(min(len(parts), NEEDED), -1, -1)]
+    share, needed = min(step / max(total, 1), 1.0), min(len(parts), NEEDED)
+    layouts = [(kept, short, least) for kept in range(len(parts), needed - 1, -1) for short, least in ((0, 8), (1, 4))]
+    layouts += [(kept, 1, 0) for kept in range(needed, -1, -1)]
     for kept, short, least in layouts:
         head = f"{title} {share:4.0%} |" if least else ""
         tail = ", ".join([f"{'| ' if least else ''}{step}/{total}  {left}", *(p[short] for p in parts[:kept])])

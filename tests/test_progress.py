@@ -61,6 +61,10 @@ def test_a_bar_fits_any_width(title):
             assert all(long in line for long, _ in metrics(DPO_LOGS))
 
 
+def test_a_bar_before_the_first_log():
+    assert bar_line(79, "DPO", 0, 3, "ETA ?", []) == f"DPO   0% |{' ' * 40}| 0/3  ETA ?"
+
+
 def test_a_line_of_a_log_file():
     line = log_line("DPO", 2, 6, DPO_LOGS, 100.0)
     assert re.fullmatch(
