@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.errors import UserError, quote  # noqa: F401
+from rlhf.errors import UserError, pip_install, quote  # noqa: F401
 
 STAGES = ("sft", "reward", "dpo", "evaluate")
 TRAINING_STAGES = ("sft", "reward", "dpo")
@@ -385,7 +385,7 @@ def _own_keys(config_class: type) -> dict[str, Key]:
 def _source(package: str, file: str) -> ast.Module:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package '{package}' is not installed; run `make setup`, or `pip install rlhf-dpo`")
+        raise UserError(f"the package '{package}' is not installed; run `make setup`, or: {pip_install('rlhf-dpo')}")
     return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
 
 
