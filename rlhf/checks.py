@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from rlhf.config import Recipe, UserError
+from rlhf.errors import pip_install
 from rlhf.launch import check_quantised
 from rlhf.progress import say
 from rlhf.stage import Context
@@ -17,10 +18,10 @@ def check_extras(recipe: Recipe) -> None:
     needs = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
     for key, package in needs.items():
         if recipe.get(key) and importlib.util.find_spec(package) is None:
-            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: pip install {package}")
+            raise UserError(f"{recipe.where(key)}: {key} needs {package}; run: {pip_install(package)}")
     if recipe.get("reference") == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"{recipe.where('reference')}: reference: nf4 needs bitsandbytes; run: pip install bitsandbytes"
+            f"{recipe.where('reference')}: reference: nf4 needs bitsandbytes; run: {pip_install('bitsandbytes')}"
         )
     if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
         raise UserError(
@@ -29,7 +30,9 @@ def check_extras(recipe: Recipe) -> None:
     reporters = recipe.get("report_to") or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name in ("tensorboard", "wandb", "trackio", "mlflow", "swanlab") and importlib.util.find_spec(name) is None:
-            raise UserError(f"{recipe.where('report_to')}: report_to {name} needs the package; run: pip install {name}")
+            raise UserError(
+                f"{recipe.where('report_to')}: report_to {name} needs the package; run: {pip_install(name)}"
+            )
 
 
 def on_cpu(recipe: Recipe) -> bool:

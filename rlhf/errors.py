@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Any
 
 
@@ -46,3 +48,11 @@ def quote(value: Any, limit: int = 80) -> str:
         text = short.repr(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs packages for the Python that runs this; a bare `pip` may be another's.
+
+    Example: pip_install("rlhf-dpo[deepspeed]") -> "/env/bin/python -m pip install 'rlhf-dpo[deepspeed]'".
+    """
+    return shlex.join([sys.executable or "python", "-m", "pip", "install", *packages])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, pip_install
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def library_keys(package: str, file: str, class_name: str, owner: str) -> dict[s
 def source(package: str, file: str) -> ast.Module:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package '{package}' is not installed; run `make setup`, or `pip install rlhf-dpo`")
+        raise UserError(f"the package '{package}' is not installed; run `make setup`, or: {pip_install('rlhf-dpo')}")
     return ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
 
 

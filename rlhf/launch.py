@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import Recipe, UserError, check_precision
-from rlhf.errors import quote
+from rlhf.errors import pip_install, quote
 from rlhf.yaml_reader import quote_path, read_flat
 
 KINDS = frozenset(
@@ -203,7 +203,7 @@ def _check_deepspeed(layout: Layout, on_cpu: bool) -> None:
     instead = "launch/fsdp2.yaml" if layout.zero_stage == 3 else "launch/ddp.yaml"
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f"{layout.name} needs DeepSpeed, which is not installed; run: pip install 'rlhf-dpo[deepspeed]', or use "
+            f"{layout.name} needs DeepSpeed, which is not installed; run: {pip_install('rlhf-dpo[deepspeed]')}, or use "
             f"{instead}, which needs nothing more"
         )
     if (layout.offload or on_cpu) and shutil.which(os.environ.get("CXX", "g++")) is None:

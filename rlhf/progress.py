@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from rlhf.bars import duration, log_line, metrics, plain_bars, seconds_left, training_bar  # noqa: F401
 from rlhf.checkpoint import write_file
 
 
@@ -29,6 +31,7 @@ def quiet_libraries(num_rows: int = 0) -> None:
     import datasets
     from transformers.utils import logging
 
+    plain_bars()
     logging.disable_progress_bar()
     if num_rows < 5000:
         datasets.disable_progress_bars()
@@ -41,18 +44,45 @@ def quiet_libraries(num_rows: int = 0) -> None:
 
 
 def add_callbacks(trainer, run_folder: Path, title: str) -> None:
-    """Our progress bar in place of the trainer's printed dicts, and metrics.jsonl."""
+    """Our progress bar, or lines where there is no terminal, in place of the trainer's printed dicts; and metrics.jsonl."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Progress(ProgressCallback):
+        """The trainer's own, with our bar."""
+
         def on_train_begin(self, args, state, control, **kwargs):
-            super().on_train_begin(args, state, control, **kwargs)
-            if self.training_bar is not None:
-                self.training_bar.set_description(title)
+            self.current_step, self.logs = state.global_step, {}
+            if state.is_world_process_zero:
+                self.training_bar = training_bar(title, state.max_steps, state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if self.training_bar is not None and logs:
-                self.training_bar.set_postfix_str(shown(logs))
+                self.logs |= logs  # held-out metrics and the summary at the end come without those of training
+                self.training_bar.parts = metrics(self.logs)
+                self.training_bar.refresh()
+
+    class Lines(ProgressCallback):
+        """For log files: a line for each log, instead of a bar."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.first, self.started = state.global_step, time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            pass
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            super().on_prediction_step(args, state, control, **kwargs)
+            if self.prediction_bar is not None:
+                self.prediction_bar.desc = f"{title}, held-out batches"
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs and metrics(logs):
+                step, total = state.global_step, state.max_steps
+                left = seconds_left(step - self.first, total - step, time.monotonic() - self.started)
+                print(log_line(title, step, total, logs, left), file=sys.stderr, flush=True)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            pass
 
     class Metrics(TrainerCallback):
         path = run_folder / "metrics.jsonl"
@@ -78,7 +108,8 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    for callback in ([] if trainer.args.disable_tqdm else [Progress]) + [Metrics]:
+    shown = Progress if sys.stderr.isatty() else Lines
+    for callback in ([] if trainer.args.disable_tqdm else [shown]) + [Metrics]:
         trainer.add_callback(callback)
 
 
@@ -93,22 +124,6 @@ def append(path: Path, text: str) -> bool:
             return written == len(text.encode())
     except OSError:
         return False
-
-
-def shown(logs: dict[str, Any]) -> str:
-    """The few metrics that fit behind a progress bar."""
-    parts = [f"{label} {float(logs[key]):.3f}" for key, label in SHOWN_METRICS.items() if key in logs]
-    if "tokens_per_second" in logs:
-        parts.append(f"{float(logs['tokens_per_second']):,.0f} tokens/s")
-    if "mfu" in logs:
-        parts.append(f"MFU {float(logs['mfu']):.0%}")
-    return ", ".join(parts)
-
-
-SHOWN_METRICS = {
-    "loss": "loss", "mean_token_accuracy": "token acc", "accuracy": "pair acc", "margin": "margin",
-    "rewards/accuracies": "pair acc", "rewards/margins": "margin", "eval_loss": "held-out loss",
-}  # fmt: skip
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

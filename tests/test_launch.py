@@ -1,7 +1,9 @@
 """Launch files and the environment they make are understood; what can't work under them is refused with a way out."""
 
 import importlib.util
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,23 @@ def test_check_takes_a_launch_file(recipe, tiny_llama, few_pairs, tmp_path, caps
     assert main(["dpo", file, *words]) == 2
     assert "--launch goes with --check; to train: accelerate launch --config_file" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_what_is_missing_is_installed_for_the_python_in_use(monkeypatch):
+    from rlhf.checks import check_extras
+    from rlhf.errors import pip_install
+
+    monkeypatch.setattr(sys, "executable", "/my env/bin/python")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert pip_install("a", "b[c]") == "'/my env/bin/python' -m pip install a 'b[c]'"
+    with pytest.raises(UserError, match=r"run: '/my env/bin/python' -m pip install 'rlhf-dpo\[deepspeed\]', or use"):
+        check_layout(recipe_with(), Layout("DeepSpeed", 2), False)
+    for key, value in (("load_in_4bit", True), ("load_in_8bit", True), ("reference", "nf4"), ("report_to", ["wandb"])):
+        package = "wandb" if key == "report_to" else "bitsandbytes"
+        with pytest.raises(UserError, match=f"run: '/my env/bin/python' -m pip install {package}$"):
+            check_extras(recipe_with(**{key: value}))
+
+
+def test_no_message_tells_a_bare_pip():
+    for file in (ROOT / "rlhf").rglob("*.py"):
+        assert not re.search(r"(?<!-m )\bpip install ", file.read_text(encoding="utf-8")), file

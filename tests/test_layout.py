@@ -25,6 +25,7 @@ LEVELS = (
     {"rlhf.errors"},
     {"rlhf.yaml_reader", "rlhf.keys", "rlhf.keys_foreign", "rlhf.key_effects"},
     {"rlhf.key_ranges", "rlhf.recipe_checks"},
+    {"rlhf.bars"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},
@@ -69,6 +70,7 @@ LEVELS = (
     {"rlhf.sft", "rlhf.reward", "rlhf.dpo"},
     {"rlhf.evaluate"},
     {"rlhf.finished_runs", "rlhf.plots"},
+    {"rlhf.terminal"},
     {"rlhf.chat", "rlhf.report"},
     {"rlhf.__main__"},
 )

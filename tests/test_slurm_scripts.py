@@ -1,6 +1,7 @@
 """What the Slurm scripts refuse and print, where there is no Slurm; tests/cluster/ runs them on a real one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,13 @@ def test_mistakes_end_with_code_2_before_anything_starts(words, says, script, re
     code, shown = script("train.sbatch", *words, **INSIDE, RLHF_CONTAINER_RUNTIME="apptainer")
     assert code == 2 and says in shown, shown
     assert not any("node.sh" in call for call in script.calls()) if "no.sif" in words else True
+
+
+def test_how_a_waiting_job_is_made_smaller():
+    """`NumNodes=2` alone leaves a job of three nodes as it is (seen on Slurm 22.05; tests/cluster has the real thing)."""
+    for file in [*SLURM.iterdir(), ROOT / "README.md", *(ROOT / "rlhf").rglob("*.py")]:
+        for command in re.findall(r"scontrol update [^`\n]*NumNodes=[^`\n]*", file.read_text(encoding="utf-8")):
+            assert command == "scontrol update JobId=… NumNodes=2-2 NumTasks=2", file
 
 
 def test_outside_of_a_job(script):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -301,7 +302,10 @@ BAD_INPUT = {
     "a folder without a model": ({"model_name_or_path": "."}, "holds no finished model"),
     "too long": ({"max_length": 4096}, "max_length=4096 is more than the 1024 positions"),
     "all too long": ({"max_length": 4}, "max_length=4 leaves no training example; raise it"),
-    "missing reporter": ({"report_to": "swanlab"}, "report_to swanlab needs the package; run: pip install swanlab"),
+    "missing reporter": (
+        {"report_to": "swanlab"},
+        f"report_to swanlab needs the package; run: {sys.executable} -m pip install swanlab",
+    ),
     "4 bit without lora": ({"load_in_4bit": True, "use_peft": False}, "a quantised model is trained through LoRA"),
     "no template": ({"chat_template": "vicuna"}, "no template 'vicuna'; expected alpaca, chatml or the path"),
     "nothing to evaluate on": ({"eval_strategy": "epoch"}, "there is nothing to evaluate on"),

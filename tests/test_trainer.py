@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rlhf.__main__ import main
 from rlhf.models import load_tokenizer, tokenize_pair
-from rlhf.progress import read_metrics, shown
+from rlhf.progress import read_metrics
 from rlhf.trainer import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
@@ -84,11 +84,6 @@ def test_padding_by_hand(recipe, tiny_llama, few_pairs, tmp_path):
     kept = [n for pair in zip(lengths[::2], lengths[1::2], strict=True) if max(pair) <= 256 for n in pair]
     found = [row["padding"] for row in read_metrics(tmp_path / "all") if "padding" in row]
     assert found[0] == pytest.approx(1 - sum(kept) / (len(kept) * max(kept)))
-
-
-def test_what_the_bar_shows():
-    logs = {"loss": 0.5, "rewards/margins": 1.25, "tokens_per_second": 12345.6, "mfu": 0.414, "lr": 1}
-    assert shown(logs) == "loss 0.500, margin 1.250, 12,346 tokens/s, MFU 41%"
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,18 @@ def test_from_four_nodes_to_two(cluster, recipe, uninterrupted, tmp_path):
     assert f"resuming from {out}/checkpoint-" in cluster.log(again)
     for (step, loss), (other_step, other) in zip(losses(out), uninterrupted(file)[0], strict=True):
         assert step == other_step and loss == pytest.approx(other, abs=5e-6)
+
+
+def test_a_waiting_job_is_made_smaller(cluster, recipe):
+    """With the command that slurm/README.md gives, from three nodes to two."""
+    command = re.search(r"`(scontrol update JobId=… [^`]*)`", (ROOT / "slurm" / "README.md").read_text())[1]
+    job = cluster.sbatch("--hold", "--nodes=3", TRAIN, "sft", recipe("sft", max_steps=1), QUICK)
+    cluster.run(*command.replace("…", job).split())
+    shown = cluster.run("scontrol", "show", "job", "-o", job)
+    assert re.search(r" NumNodes=2(-2)? ", shown) and " NumTasks=2 " in shown, shown
+    cluster.run("scontrol", "release", job)
+    assert cluster.wait(job) == ("COMPLETED", 0), cluster.log(job)
+    assert "attempt 1: 2 node(s) x 1 process(es)" in cluster.log(job)
 
 
 def test_cancelled_and_stopped_by_hand_stay_away(cluster, recipe, tmp_path):

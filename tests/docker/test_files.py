@@ -71,3 +71,64 @@ def test_the_entrypoint_knows_every_command():
         " | "
     )
     assert sorted(known) == sorted(next(a for a in parser()._actions if a.dest == "command").choices)
+
+
+# --- a mirror of Debian's or Ubuntu's packages ------------------------------------------------------------------------
+
+SOURCES = {
+    "sources.list": (
+        "# see http://example/ubuntu\ndeb [arch=amd64 signed-by=/k.gpg] http://apt.corp.example:8081/proxy/ubuntu/ noble main\n"
+        "deb-src https://archive.ubuntu.com/ubuntu noble main\ndeb http://ports.ubuntu.com/ubuntu-ports noble main\n",
+        "deb [arch=amd64 signed-by=/k.gpg] {}/ubuntu/ noble main\ndeb-src {}/ubuntu noble main\n"
+        "deb {}/ubuntu-ports noble main\n",
+    ),
+    "sources.list.d/debian.sources": (
+        "Types: deb\nURIs: http://ftp.de.debian.org/debian https://security.debian.org/debian-security\n"
+        "Suites: bookworm\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n",
+        "Types: deb\nURIs: {}/debian {}/debian-security\n"
+        "Suites: bookworm\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n",
+    ),
+    "mirrors/debian.list": ("https://deb.debian.org/debian\n", "{}/debian\n"),
+    "sources.list.d/cuda.list": (
+        "deb [signed-by=/k.gpg] https://developer.example/compute/cuda/repos/ubuntu2404/x86_64/ /\n",
+        "deb [signed-by=/k.gpg] https://developer.example/compute/cuda/repos/ubuntu2404/x86_64/ /\n",
+    ),
+    "preferences": ("http://deb.debian.org/debian\n", "http://deb.debian.org/debian\n"),
+}
+
+
+def apt_mirror(*words):
+    return subprocess.run(["sh", str(DOCKER / "apt-mirror.sh"), *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("address", ["http://mirror.example", "https://a&b.example:8443/x#y\\z/"])
+def test_a_mirror_takes_the_place_of_any_host(address, tmp_path):
+    for name, (before, _) in SOURCES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(before)
+    for _ in range(2):  # twice is the same
+        done = apt_mirror(address, str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        for name, (_, after) in SOURCES.items():
+            found = "".join(line for line in (tmp_path / name).read_text().splitlines(True) if not line.startswith("#"))
+            assert found == after.replace("{}", address.rstrip("/")), name
+        left = "https://developer.example/compute/cuda/repos/ubuntu2404/x86_64/"
+        assert done.stdout == f"apt-mirror.sh: not on the mirror: {left}\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"), [("mirror.example", "expected an address"), ("http://m", "no *.list")]
+)
+def test_a_mirror_that_can_not_be_used(address, sentence, tmp_path):
+    done = apt_mirror(address, str(tmp_path))
+    assert done.returncode == 2 and sentence in done.stderr
+
+
+def test_the_build_uses_the_mirror():
+    text = (DOCKER / "Dockerfile").read_text()
+    assert (
+        'sh /run/apt-mirror.sh "$APT_MIRROR"' in text
+        and "source=docker/apt-mirror.sh,target=/run/apt-mirror.sh" in text
+    )
+    assert "deb.debian.org" not in text and "archive.ubuntu.com" not in text
+    assert "!docker/apt-mirror.sh" in (ROOT / ".dockerignore").read_text().splitlines()

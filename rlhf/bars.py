@@ -1,0 +1,163 @@
+"""How far a run is: a bar that fits the terminal, or, where there is none, plain lines for a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+TELL_EVERY_S = 20.0  # of a bar, in a log file
+NEEDED = 3  # metrics that are shown at any width of 60 columns or more: loss, accuracy, tokens/s
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `0.4 s`, `23 s`, `4.2 min`, `3 h 12 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 0.95 else f"{seconds:.1f} s"
+    if seconds < 3597:
+        return f"{seconds / 60:.1f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes} min"
+
+
+# Key in the trainer's logs: its name, and its name where there is little room. The most important come first.
+METRICS = {
+    "loss": ("loss", "loss"), "accuracy": ("pair acc", "acc"), "rewards/accuracies": ("pair acc", "acc"),
+    "tokens_per_second": ("tokens/s", "tok/s"), "margin": ("margin", "margin"), "rewards/margins": ("margin", "margin"),
+    "mean_token_accuracy": ("token acc", "tok acc"), "mfu": ("MFU", "MFU"),
+}  # fmt: skip
+
+
+def metrics(logs: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is worth showing of the trainer's logs, the most important first: (text, shorter text)."""
+    order = list(METRICS)
+    if not {"accuracy", "rewards/accuracies", "eval_accuracy", "eval_rewards/accuracies"} & set(logs):
+        order.insert(1, order.pop(order.index("mean_token_accuracy")))  # of SFT it is the accuracy
+    found = []
+    for prefix, before in (("", ""), ("eval_", "held-out ")):
+        for key in order:
+            if prefix + key not in logs:
+                continue
+            value, (name, short) = float(logs[prefix + key]), METRICS[key]
+            if key == "tokens_per_second":
+                rounded = f"{value / 1000:,.1f}k" if value >= 10_000 else f"{value:,.0f}"
+                found.append((f"{before}{value:,.0f} {name}", f"{before}{rounded} {short}"))
+            elif key == "mfu":
+                found.append((f"{name} {value:.0%}", f"{short} {value:.0%}"))
+            else:
+                found.append((f"{before}{name} {value:.3f}", f"{before}{short} {value:.3f}"))
+    return found
+
+
+def log_line(title: str, step: int, total: int, logs: dict[str, Any], seconds_left: float | None) -> str:
+    """One log of the trainer's as a line of a file: when, where, the metrics, the learning rate, the time left."""
+    parts = [long for long, _ in metrics(logs)]
+    if "learning_rate" in logs:
+        parts.append(f"lr {float(logs['learning_rate']):.2e}")
+    if seconds_left is not None:
+        parts.append(f"ETA {duration(seconds_left)}")
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title} {step}/{total}: {', '.join(parts)}"
+
+
+def bar_line(width: int, title: str, step: int, total: int, left: str, parts: list[tuple[str, str]]) -> str:
+    """A bar and what is known, in `width` columns: names become short first, then the less important metrics are left out,
+    then the bar; loss, accuracy, tokens/s and the time stay as long as there is room for them."""
+    share, needed = min(step / max(total, 1), 1.0), min(len(parts), NEEDED)
+    layouts = [(kept, short, least) for kept in range(len(parts), needed - 1, -1) for short, least in ((0, 8), (1, 4))]
+    layouts += [(kept, 1, 0) for kept in range(needed, -1, -1)]
+    for kept, short, least in layouts:
+        head = f"{title} {share:4.0%} |" if least else ""
+        tail = ", ".join([f"{'| ' if least else ''}{step}/{total}  {left}", *(p[short] for p in parts[:kept])])
+        room = min(width - len(head) - len(tail), 40)
+        if room >= least:
+            return f"{head}{_blocks(share, room) if least else ''}{tail}"
+    return tail[:width]
+
+
+def _blocks(share: float, room: int) -> str:
+    full = "█" if "utf" in (getattr(sys.stderr, "encoding", "") or "").lower() else "#"
+    return (full * round(share * room)).ljust(room)
+
+
+def training_bar(title: str, total: int, first: int):
+    """A bar for a training run of `total` steps that begins after step `first`; its `parts` are what `metrics` returns."""
+    from tqdm.auto import tqdm
+
+    class TrainingBar(tqdm):
+        parts: list[tuple[str, str]] = []
+
+        def __str__(self) -> str:
+            left = seconds_left(self.n - first, total - self.n, self.format_dict["elapsed"])
+            told = "ETA ?" if left is None else f"ETA {duration(left)}"
+            if self.n >= total:
+                told = f"in {duration(self.format_dict['elapsed'])}"
+            # one less: after the last column the cursor would be on a new line
+            return bar_line(_columns() - 1, title, self.n, total, told, self.parts)
+
+    return TrainingBar(total=total, initial=first)
+
+
+def seconds_left(done: int, to_do: int, elapsed: float) -> float | None:
+    """How long what is to do takes if it takes as long as what was done; None before anything was."""
+    return elapsed / done * to_do if done > 0 else None
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or no file at all
+        return 80
+
+
+def plain_bars() -> None:
+    """Let bars that don't go to a terminal be lines: each at its end, and every 20 s before.
+
+    The bars of transformers, datasets, TRL and the hub's client are all tqdm's, so this is done in tqdm itself: a bar of theirs
+    would write one line of thousands of carriage returns into a log file.
+    """
+    from tqdm.std import tqdm
+
+    if getattr(tqdm, "_plain_in_files", False):
+        return
+    display, close, clear, moveto = tqdm.display, tqdm.close, tqdm.clear, tqdm.moveto
+
+    def tell_now_and_then(bar, *args, **options):
+        if bar.fp.isatty():
+            return display(bar, *args, **options)
+        now = time.monotonic()
+        bar._told_at = getattr(bar, "_told_at", now)
+        if now - bar._told_at >= TELL_EVERY_S:
+            bar._told_at = now
+            _tell(bar)
+        return True
+
+    def tell_at_the_end(bar):
+        if getattr(bar, "disable", True) or bar.fp.isatty():
+            return close(bar)
+        bar.disable = True
+        bar._decr_instances(bar)
+        if bar.n:
+            _tell(bar)
+
+    def only_in_terminals(method):
+        return lambda bar, *args, **options: method(bar, *args, **options) if bar.fp.isatty() else None
+
+    tqdm.display, tqdm.close = tell_now_and_then, tell_at_the_end
+    tqdm.clear, tqdm.moveto = only_in_terminals(clear), only_in_terminals(moveto)
+    tqdm._plain_in_files = True
+
+
+def _tell(bar) -> None:
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    count = (lambda n: bar.format_sizeof(n, divisor=bar.unit_divisor)) if bar.unit_scale else (lambda n: f"{n:,}")
+    of = f" of {count(bar.total)}" if bar.total else ""
+    unit = "" if bar.unit.strip() == "it" else bar.unit.strip()
+    unit = f" {unit}" if unit in ("", "B") or unit.endswith("s") else f" {unit}s"
+    label = " ".join((bar.desc or "progress").split()).rstrip(": ")
+    print(
+        f"{label}: {count(bar.n)}{of}{unit.rstrip()}, {duration(bar.format_dict['elapsed'])}",
+        file=sys.stderr,
+        flush=True,
+    )
