@@ -26,6 +26,7 @@ LEVELS = (
     {"rlhf.yaml_reader", "rlhf.keys", "rlhf.keys_foreign", "rlhf.key_effects"},
     {"rlhf.key_ranges", "rlhf.recipe_checks"},
     {"rlhf.bars"},
+    {"rlhf.upstream"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},
