@@ -43,6 +43,13 @@ class StageConfig:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Held-out split of the same data set."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data from another place."})
+    heldout: float | None = field(
+        default=None,
+        metadata={
+            "help": "A part of the data that no stage trains on, chosen by the prompt alone: a share (0.05) or a count of prompts (200). "
+            "Every stage and evaluation of the same data that says the same holds out the same prompts."
+        },
+    )
     chosen_dataset_name: str | None = field(
         default=None, metadata={"help": "Accepted answers (prompt, response), joined by prompt with the rejected ones."}
     )
@@ -134,7 +141,19 @@ class EvaluateConfig:
     dpo_model: str | None = field(default=None, metadata={"help": "Output of the dpo stage."})
     dataset_name: str | None = None
     dataset_config: str | None = None
-    dataset_test_split: str = "test"
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "Split that `heldout` is taken from; default: train, or all of a file."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; default: test, or all of a file."}
+    )
+    heldout: float | None = field(
+        default=None,
+        metadata={
+            "help": "A part of the data that no stage trains on, chosen by the prompt alone: a share (0.05) or a count of prompts (200). "
+            "Every stage and evaluation of the same data that says the same holds out the same prompts."
+        },
+    )
     bad_rows: str = field(default="error", metadata={"choices": ["error", "skip"]})
     max_eval_examples: int | None = None
     output_dir: str | None = None

@@ -14,12 +14,16 @@ from typing import Any
 
 from rlhf.card import refresh_cards
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
-from rlhf.config import EvaluateConfig, UserError, load_recipe
+from rlhf.config import EvaluateConfig, Recipe, UserError, load_recipe
 from rlhf.data.formats import preference_rows
+from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading, write_skipped
-from rlhf.data.sources import load_source
+from rlhf.data.sources import Source, load_source
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
+from rlhf.overlap import describe as describe_overlap
+from rlhf.overlap import find_overlap, heading
+from rlhf.prepare import check_finished_models
 from rlhf.progress import is_main, quiet_libraries, say
 from rlhf.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
 from rlhf.stage import maker_of, waits_for
@@ -36,16 +40,19 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     """
     recipe = load_recipe(recipe_path, "evaluate", overrides)
     config = EvaluateConfig(**recipe.values)
-    source = load_source(
-        config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name")
-    )
-    reading = Reading(config.bad_rows)
-    rows = preference_rows(source.head(config.max_eval_examples), reading)
+    source, rows, reading = read_rows(recipe, config)
+    names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
+    overlap, seen = find_overlap(rows, names)
+    if overlap.left_out:
+        rows, reading.places = (
+            [item for item, was_seen in zip(items, seen, strict=True) if not was_seen]
+            for items in (rows, reading.places)
+        )
     summary = summarise_data(rows, reading)
     about = [line(summary)]
     if reading.skipped:
         about.append(skipped_line(reading.skipped, len(rows) + len(reading.skipped)))
-    names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
+    about += describe_overlap(overlap)
     waiting = {key: waits_for(recipe, name) for key, name in names.items()}
     if check_only and any(waiting.values()):
         say(f"{recipe.path}: ok (waits for: {', '.join(w for w in waiting.values() if w)})")
@@ -63,7 +70,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     for text in about:
         say(f"{config.dataset_name}: {text}")
     if check_only:
-        say(f"{recipe.path}: ok ({len(rows)} held-out pairs)")
+        check_finished_models(recipe, names, waiting)
+        say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
         return None
     quiet_libraries(len(rows))
     from rlhf.models import locate
@@ -75,6 +83,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         return None
     results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
     results |= {"models": models, "max_new_tokens": config.max_new_tokens}
+    results["overlap"] = overlap.record()
     results["changes"] = [row._asdict() for row in table_rows(results)]
     begin_run(run, recipe, inputs, vars(config) | {"data": summary.record()})
     write_skipped(run.folder, reading.skipped)
@@ -87,6 +96,24 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         say(f"note: the results were not added to {reason}")
     show(results, answers)
     return results
+
+
+def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict], Reading]:
+    """(source, the canonical pairs to evaluate on, how they were read)"""
+    reading = Reading(config.bad_rows)
+    split = config.dataset_train_split if config.heldout else config.dataset_test_split
+    where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
+    default = "train" if config.heldout else "test"
+    source = load_source(config.dataset_name, split, config.dataset_config, where, default)
+    if not config.heldout:
+        return source, preference_rows(source.head(config.max_eval_examples), reading), reading
+    rows = preference_rows(source, reading)
+    sides = check_heldout(config.heldout, rows, recipe.where("heldout"), source.name)
+    rows, reading.places = (
+        [item for item, side in zip(items, sides, strict=True) if side][: config.max_eval_examples]
+        for items in (rows, reading.places)
+    )
+    return source, rows, reading
 
 
 def read_beta(dpo_model: str | None) -> float:
@@ -361,7 +388,7 @@ def show(results: dict[str, Any], answers: list[dict]) -> None:
     if not is_main():
         return
     console = Console()
-    table = Table(title=f"On {results['pairs']} held-out pairs", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=f"On {heading(results)}", box=box.SIMPLE_HEAD, title_justify="left")
     for column, justify in zip(COLUMNS, ("left", "right", "right", "left", "left"), strict=True):
         table.add_column(column, justify=justify)
     for row in table_rows(results):

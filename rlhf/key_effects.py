@@ -128,7 +128,7 @@ ONLY_WITH = {
     "max_tokens_per_device": _given("global_batch_size"),
     "dataset_config": _given("dataset_name"),
     "max_eval_examples": Needs(
-        _HELD_OUT, lambda values: any(values.get(key) for key in _HELD_OUT), "without dataset_test_split or eval_dataset_name"
+        _HELD_OUT, lambda values: any(values.get(key) for key in _HELD_OUT), "without heldout, dataset_test_split or eval_dataset_name"
     ),
     "reference_model": _among("reference", "cached", ("nf4",), "without `reference: nf4`"),
     "max_reference_bias_nats": _among("reference", "cached", ("nf4",), "without `reference: nf4`"),

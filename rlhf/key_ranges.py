@@ -122,6 +122,7 @@ RANGES = {
     # evaluate
     "max_new_tokens": Range(1, 1_000_000),
     "num_shown": Range(1, 1000),
+    "heldout": Range(0, 10**9, above=True),
     "batch_size": Range(1, 65536),
 }
 

@@ -76,8 +76,25 @@ def check_effects(stage: str, values: dict[str, Any], where: Callable[[str], str
             raise UserError(f"{where(key)}: '{key}' has no effect {reason}")
 
 
+def _check_heldout(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    heldout = values.get("heldout")
+    if heldout is None:
+        return
+    if heldout > 1 and heldout != int(heldout):
+        raise UserError(
+            f"{where('heldout')}: heldout {heldout:g} is neither a share below 1 nor a whole number of prompts"
+        )
+    for key in ("dataset_test_split", "eval_dataset_name"):
+        if values.get(key):
+            raise UserError(
+                f"{where('heldout')}: heldout and {key} both say what is held out; remove one (heldout takes a part of the "
+                "training data, which no other key changes)"
+            )
+
+
 def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> None:
     """Refuse values that don't fit each other, before TRL would after seconds of imports."""
+    _check_heldout(values, where)
     get = values.get
     if get("bf16") and get("fp16"):
         raise UserError(f"{where('fp16')}: bf16 and fp16 are both true; keep one (bf16 where the GPU has it)")

@@ -30,6 +30,7 @@ from rlhf.checkpoint import (
 from rlhf.checks import check_devices, check_extras, on_cpu
 from rlhf.config import Recipe, build_configs, is_flash, load_recipe
 from rlhf.counts import count_parameters
+from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
 from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
@@ -130,6 +131,7 @@ def _train(
 def _begin(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
     begin_run(run, recipe, inputs, arguments)
     write_skipped(run.folder, data.skipped)
+    write_train_prompts(run.folder, data.train)
 
 
 def _build(stage: Stage, context: Context):

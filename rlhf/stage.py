@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config import TRAINING_STAGES, Recipe, UserError
 from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
+from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
 from rlhf.data.sources import Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
@@ -103,39 +104,27 @@ def waits_for(recipe: Recipe, name: str) -> str:
 
 def read_data(stage: Stage, recipe: Recipe) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe."""
-    where = recipe.where
-    train_split, test_split = recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")
-    digests = {}
     reading, heldout_reading = (Reading(recipe.get("bad_rows", "error")) for _ in range(2))
-    if recipe.get("chosen_dataset_name"):
-        sides = [load_source(recipe.get(k), train_split, None, where(k)) for k in _SIDES]
-        digests |= {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
-        source = join_chosen_rejected(*sides, reading)
+    source, digests = _training_source(recipe, reading)
+    heldout = _heldout_source(recipe)
+    limit, heldout_limit = recipe.get("max_train_examples"), recipe.get("max_eval_examples")
+    heldout_rows = None
+    if share := recipe.get("heldout"):
+        rows = stage.to_rows(source, reading)
+        heldout_rows, heldout_reading.places = _split_off(rows, reading, share, recipe, source.name)
+        heldout_rows = heldout_rows[:heldout_limit]
+        heldout_reading.places = heldout_reading.places[:heldout_limit]
+        digests["heldout"] = f"{share:g} of {source.digest}"
+        rows, reading.places = rows[:limit], reading.places[:limit]
     else:
-        name, config = recipe.get("dataset_name"), recipe.get("dataset_config")
-        source = load_source(name, train_split, config, where("dataset_name"))
-        digests["dataset_name"] = source.digest
-    heldout = None
-    if recipe.get("eval_dataset_name"):
-        heldout = load_source(recipe.get("eval_dataset_name"), test_split or "train", None, where("eval_dataset_name"))
-    elif test_split:
-        heldout = load_source(
-            recipe.get("dataset_name"), test_split, recipe.get("dataset_config"), where("dataset_test_split")
-        )
-    elif recipe.get("eval_strategy", "no") != "no":
-        raise UserError(
-            f"{where('eval_strategy')}: there is nothing to evaluate on; set dataset_test_split or eval_dataset_name"
-        )
-    if heldout:
-        digests["heldout"] = heldout.digest
-    rows = stage.to_rows(source.head(recipe.get("max_train_examples")), reading)
+        rows = stage.to_rows(source.head(limit), reading)
+        if heldout:
+            digests["heldout"] = heldout.digest
+            heldout_rows = stage.to_rows(heldout.head(heldout_limit), heldout_reading)
     if stage.name == "reward":
         refuse_margins_in_some_rows(rows, reading.places)
     elif any("margin" in row for row in rows):
         reading.num_unused["margin"] = sum("margin" in row for row in rows)
-    heldout_rows = None
-    if heldout:
-        heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples")), heldout_reading)
     summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
     train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
     if summary.leaks.rows:
@@ -144,6 +133,47 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
             f"{summary.leaks.first}); scores on them mean little"
         )
     return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
+
+
+def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
+    """(the source of the training rows, the digests of its files by key)"""
+    split = recipe.get("dataset_train_split", None if recipe.get("heldout") else "train")
+    if recipe.get("chosen_dataset_name"):
+        sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
+        return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
+    name, config = recipe.get("dataset_name"), recipe.get("dataset_config")
+    source = load_source(name, split, config, recipe.where("dataset_name"))
+    return source, {"dataset_name": source.digest}
+
+
+def _heldout_source(recipe: Recipe) -> Source | None:
+    """The source of held-out rows that are not a part of the training data."""
+    split, where = recipe.get("dataset_test_split"), recipe.where
+    if recipe.get("eval_dataset_name"):
+        return load_source(recipe.get("eval_dataset_name"), split, None, where("eval_dataset_name"))
+    if split:
+        return load_source(recipe.get("dataset_name"), split, recipe.get("dataset_config"), where("dataset_test_split"))
+    if recipe.get("eval_strategy", "no") != "no" and not recipe.get("heldout"):
+        raise UserError(
+            f"{where('eval_strategy')}: there is nothing to evaluate on; set heldout, dataset_test_split or eval_dataset_name"
+        )
+    return None
+
+
+def _split_off(rows: list[dict], reading: Reading, share: float, recipe: Recipe, name: str) -> tuple[list, list[str]]:
+    """Take the held-out rows out of `rows`, and their places out of `reading`; returns both."""
+    sides = check_heldout(share, rows, recipe.where("heldout"), name)
+    parts = [
+        [(row, place) for row, place, side in zip(rows, reading.places, sides, strict=True) if side is wanted]
+        for wanted in (True, False)
+    ]
+    (heldout, heldout_places), (rows[:], reading.places) = (
+        [list(column) for column in zip(*part, strict=True)] for part in parts
+    )
+    kept = set(reading.places)
+    for found in (reading.low_scores, reading.equal_scores, reading.repeats):
+        found[:] = [place for place in found if place in kept]
+    return heldout, heldout_places
 
 
 _SIDES = ("chosen_dataset_name", "rejected_dataset_name")

@@ -321,7 +321,7 @@ NO_EFFECT = (
     ("dpo", "save_strategy: epoch\nsave_steps: 8", "#:6: 'save_steps' has no effect without `save_strategy: steps`"),
     ("dpo", "hub_model_id: a/b", "without `push_to_hub: true`"),
     ("dpo", "trackio_space_id: a/b", "without `report_to: trackio`"),
-    ("dpo", "max_eval_examples: 8", "without dataset_test_split or eval_dataset_name"),
+    ("dpo", "max_eval_examples: 8", "without heldout, dataset_test_split or eval_dataset_name"),
     *(("dpo", f"{key}: 1", f"#:5: key '{key}' can't be set here: ") for key in
       ("local_rank", "resume_from_checkpoint", "label_names", "do_train", "do_eval", "do_predict", "ignore_data_skip",
        "remove_unused_columns", "auto_find_batch_size", "save_only_model", "parallelism_config", "use_cache")),

@@ -9,10 +9,14 @@ import unicodedata
 def normalise_prompt(messages: list[dict[str, str]]) -> str:
     """Roles and contents joined by \\x1f, after NFKC and casefold, with each run of white space as one space.
 
+    System messages are left out: the same question under another system message is the same prompt.
+
     Example: [{"role": "user", "content": " What\\n IS it? "}] -> "user\\x1fwhat is it?".
     """
     parts = []
     for message in messages:
+        if message["role"] == "system":
+            continue
         content = unicodedata.normalize("NFKC", message["content"]).casefold()
         parts += [message["role"], " ".join(content.split())]
     return "\x1f".join(parts)

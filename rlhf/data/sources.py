@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.errors import UserError, quote
 
 SAMPLE_NAME = "embedded:sample"
 SAMPLE_DIR = Path(__file__).parent / "sample"
@@ -46,13 +46,16 @@ class Source:
         return self if count is None else Source(self.name, self.rows[:count], self.lines, self.digest)
 
 
-def load_source(name: str, split: str = "train", config: str | None = None, asked_by: str = "") -> Source:
+def load_source(
+    name: str, split: str | None = "train", config: str | None = None, asked_by: str = "", default: str = "train"
+) -> Source:
     """Read one split of a data set.
 
     Args:
         name: `embedded:sample`; a .jsonl, .json, .csv or .parquet file; a directory (made by `save_to_disk`, or with a
             file named after the split, such as train.jsonl); or a hub id.
-        split: which split, where there are several.
+        split: which split, where there are several; a file has one, named `train`. None: all of a file or of the embedded
+            sample, else `default`.
         config: the configuration's name of a hub data set.
         asked_by: where the name was given (`recipe:line`), for messages.
 
@@ -60,17 +63,27 @@ def load_source(name: str, split: str = "train", config: str | None = None, aske
         UserError: nothing there, no such split, a line that can't be read (file, line and column), or no rows.
     """
     prefix = f"{asked_by}: " if asked_by else ""
+    if name == SAMPLE_NAME and split is None:
+        parts = [load_source(name, part) for part in ("train", "heldout")]
+        return Source(
+            SAMPLE_NAME, [row for part in parts for row in part.rows], None, parts[0].digest[:32] + parts[1].digest[:32]
+        )
     if name == SAMPLE_NAME:
         name = str(SAMPLE_DIR)
     path = Path(name).expanduser()
     if path.is_dir():
-        source = _from_directory(path, split, prefix)
+        source = _from_directory(path, split or default, prefix)
     elif path.is_file():
+        if split not in (None, "train"):
+            raise UserError(
+                f"{prefix}{name} is a single file and has no split {quote(split)}; use `heldout: 0.05` to hold out a part of it in "
+                "every stage, or name another file with eval_dataset_name (or, to evaluate, with dataset_name alone)"
+            )
         source = _from_file(path, prefix)
     elif path.suffix in FILE_TYPES or name.startswith((".", "/", "~")):
         raise UserError(f"{prefix}no data file at {name}{_near_files(path)}")
     else:
-        source = _from_hub(name, split, config, prefix)
+        source = _from_hub(name, split or default, config, prefix)
     if not source.rows:
         raise UserError(f"{prefix}{source.name} has no rows; expected one example a line")
     return source

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data.heldout import asked
 from rlhf.data.prompts import prompt_hash
 from rlhf.data.reading import Reading
 
@@ -124,13 +125,6 @@ def leaks(rows: Iterable[dict], heldout: list[dict], places: list[str]) -> Count
     known = {prompt_hash(asked(row)) for row in rows}
     hits = [place for row, place in zip(heldout, places, strict=True) if prompt_hash(asked(row)) in known]
     return Count(len(hits), hits[0]) if hits else Count()
-
-
-def asked(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages that a row's answer answers; of a text without turns, all of it."""
-    if "text" in row:
-        return [{"role": "user", "content": row["text"]}]
-    return row["prompt"] if "prompt" in row else row["messages"][:-1]
 
 
 def _hashes(row: dict[str, Any]) -> tuple[bytes, bytes | None]:

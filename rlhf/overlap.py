@@ -1,0 +1,108 @@
+"""What an evaluation's models were trained on: prompts that they have seen are never called held out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import read_json
+from rlhf.data.heldout import trained_on
+
+
+@dataclass
+class Overlap:
+    """Which of an evaluation's pairs its models were trained on.
+
+    Attributes:
+        pairs: all pairs of the evaluation's data.
+        seen: how many of them have a prompt that a model was trained on.
+        by_run: run folder -> how many of them it was trained on.
+        unknown: models, or what they start from, that keep no record of their training data.
+        known: whether at least one trained model has kept its prompts.
+        left_out: pairs that are not measured, since a model has seen them; 0 where all are seen, and all are measured.
+    """
+
+    pairs: int
+    seen: int = 0
+    by_run: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    known: bool = False
+    left_out: int = 0
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_overlap(rows: list[dict[str, Any]], names: dict[str, str]) -> tuple[Overlap, list[bool]]:
+    """Look the evaluation's prompts up in the training runs of its models, and of the models that these started from.
+
+    Args:
+        names: `base_model`, `sft_model`, ... to a model's name.
+
+    Returns:
+        (what was found, for each row whether a model has seen its prompt)
+    """
+    overlap, seen = Overlap(len(rows)), [False] * len(rows)
+    folders, waiting = set(), list(names.values())
+    while waiting:
+        name = waiting.pop(0)
+        if name in folders:
+            continue
+        folders.add(name)
+        if start := started_from(Path(name)):
+            waiting.append(start)
+        hits = trained_on(Path(name), rows)
+        if hits is None:
+            overlap.unknown.append(name)
+            continue
+        overlap.known = True
+        if any(hits):
+            overlap.by_run[name] = sum(hits)
+            seen = [a or b for a, b in zip(seen, hits, strict=True)]
+    overlap.seen = sum(seen)
+    overlap.left_out = overlap.seen if overlap.seen < len(rows) else 0
+    return overlap, seen
+
+
+def started_from(folder: Path) -> str | None:
+    """The model that a run of ours started from, as its provenance says."""
+    provenance = read_json(folder / "provenance.json") or {}
+    arguments = provenance.get("arguments") if isinstance(provenance, dict) else None
+    model = arguments.get("model") if isinstance(arguments, dict) else None
+    name = model.get("model_name_or_path") if isinstance(model, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def heading(results: dict[str, Any]) -> str:
+    """What the pairs of an evaluation may be called.
+
+    Example: "38 held-out pairs" where 12 of 50 were left out; "50 pairs that a model was trained on" where all were seen.
+    """
+    count, found = results["pairs"], results.get("overlap")
+    if not found:
+        return f"{count} pairs (whether a model was trained on them was not looked up)"
+    if found["seen"] and not found["left_out"]:
+        return f"{count} pairs that a model was trained on (not held out)"
+    if not found["known"]:
+        return f"{count} pairs (what the models were trained on is not known)"
+    return f"{count} held-out pairs"
+
+
+def describe(overlap: Overlap) -> list[str]:
+    """Sentences about it for the screen."""
+    said = []
+    for folder, count in overlap.by_run.items():
+        said.append(f"{count} of {overlap.pairs} evaluation prompts were in the training data of {folder}")
+    if overlap.left_out:
+        said.append(
+            f"these {overlap.left_out} are left out: only the other {overlap.pairs - overlap.left_out} are held out"
+        )
+    elif overlap.seen:
+        said.append(
+            "all of them: the numbers are those of training data. Hold a part out with `heldout: 0.1` in every recipe of the "
+            "folder, or evaluate on other data"
+        )
+    if overlap.unknown:
+        said.append(f"not known: what {', '.join(overlap.unknown)} was trained on before")
+    return said
