@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -117,15 +116,6 @@ def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> Non
         values.get("lr_scheduler_kwargs"),
         "lr_scheduler_kwargs",
     )
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            given = None
-        if not isinstance(given, dict):
-            raise UserError(
-                f"{where(place)}: lr_scheduler_kwargs is {quote(values[place])}; expected a mapping such as {{num_cycles: 0.5}}"
-            )
     takes = scheduler_arguments(name)
     if takes is None:
         return
