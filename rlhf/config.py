@@ -279,7 +279,7 @@ def _read_word(word: str | None, name: str, key: Key | None) -> Any:
 
 def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
     """What to write in the place of a key that a stage doesn't have, as the end of a sentence."""
-    if known := answer(key):
+    if stage != "evaluate" and (known := answer(key)):
         return f"; {known}"
     for other in STAGES:
         if other != stage and key in allowed_keys(other):
