@@ -120,6 +120,11 @@ _ADAM = Needs(
 _PADDED = Needs(
     ("packing",), lambda values: values.get("packing") is False, "without `packing: false`: packed rows have no padding"
 )
+_CHECKPOINTING = Needs(  # TRL switches it on
+    ("gradient_checkpointing", "activation_checkpointing"),
+    lambda values: values.get("activation_checkpointing", values.get("gradient_checkpointing")) is not False,
+    "without `gradient_checkpointing: true`",
+)
 _HUB = _given("push_to_hub", "without `push_to_hub: true`")
 _TRACKIO = Needs(
     ("report_to",), lambda values: bool({"trackio", "all"} & set(values.get("report_to") or ())),
@@ -158,6 +163,8 @@ ONLY_WITH = {
     "ref_model_mixup_alpha": _given("sync_ref_model", "without `sync_ref_model: true`"),
     "ref_model_sync_steps": _given("sync_ref_model", "without `sync_ref_model: true`"),
     # NEFTune scales its noise by the length of the row, which packing makes longer
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "activation_checkpointing_kwargs": _CHECKPOINTING,
     "pad_to_multiple_of": _PADDED,
     "neftune_noise_alpha": Needs(
         ("packing",), lambda values: values.get("packing") is False,
@@ -198,8 +205,7 @@ ONLY_WITH = {
 EFFECTIVE = frozenset(
     # model, precision, memory
     "model_name_or_path model_revision dtype attn_implementation trust_remote_code use_peft load_in_8bit load_in_4bit "
-    "bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
-    "gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend torch_compile_mode "
+    "bf16 fp16 tf32 activation_checkpointing gradient_checkpointing activation_offloading torch_compile torch_compile_backend torch_compile_mode "
     "use_liger_kernel torch_empty_cache_steps use_cpu disable_dropout eos_token "
     # data
     "packing max_length truncation_mode dataset_num_proc shuffle_dataset completion_only_loss "

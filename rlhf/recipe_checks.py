@@ -95,6 +95,9 @@ def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> N
                      ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")):  # fmt: skip
         if get(old) is not None and get(new) is not None:
             raise UserError(f"{where(new)}: {old} and {new} are two names of one thing; remove {new}")
+    name = get("model_name_or_path") or ""
+    if get("model_revision") not in (None, "main") and (name.startswith("embedded:") or os.path.isdir(name)):
+        raise UserError(f"{where('model_revision')}: 'model_revision' has no effect on {quote(name)}; remove it")
     _check_scheduler(values, where)
     _check_optim_args(values, where)
     evaluates, saves = get("eval_strategy", "no"), get("save_strategy", "steps")

@@ -319,6 +319,7 @@ NO_EFFECT = (
     ("dpo", "max_steps: 9\nnum_train_epochs: 3", "#:6: 'num_train_epochs' has no effect with max_steps, which ends the run"),
     ("dpo", "lr_scheduler_type: constant\nwarmup_steps: 3", "#:6: 'warmup_steps' has no effect with a scheduler that does not"),
     ("dpo", "pad_to_multiple_of: 8", "without `packing: false`: packed rows have no padding"),
+    ("dpo", "gradient_checkpointing: false\ngradient_checkpointing_kwargs: {use_reentrant: true}", "#:6: 'gradient_checkpointing_kwargs' has no effect without `gradient_checkpointing: true`"),
     ("dpo", "optim_target_modules: [a]", "without a GaLore or APOLLO `optim`"),
     ("dpo", "eval_steps: 8", "without `eval_strategy: steps`"),
     ("dpo", "save_strategy: epoch\nsave_steps: 8", "#:6: 'save_steps' has no effect without `save_strategy: steps`"),
@@ -336,6 +337,12 @@ NO_EFFECT = (
 )
 def test_key_without_effect(tmp_path, stage, text, expected):
     assert expected in refusal(tmp_path, text, stage)
+
+
+def test_a_revision_of_what_is_no_hub_model(tmp_path):
+    for name in (str(tmp_path), "embedded:smollm2-135m-instruct"):
+        found = refusal(tmp_path, "model_revision: v1", words=["--model_name_or_path", name])
+        assert found.startswith("#:5: 'model_revision' has no effect on ")
 
 
 def test_what_the_command_line_switches_off_needs_no_deleting(tmp_path):
