@@ -225,6 +225,9 @@ EFFECTIVE = frozenset(
 )
 
 
+_TRUE_BY_DEFAULT = ("dataloader_in_order",)  # of ONLY_WITH's; any other key that is false is as good as not set
+
+
 def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[str]) -> str:
     """Why a key that is set does nothing, as the end of `'key' has no effect …`; '' if it does.
 
@@ -235,7 +238,8 @@ def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[st
     if stage != "evaluate" and stage not in stages:
         return f"in {stage}: it belongs to {' and '.join(stages)}; remove it"
     needs = ONLY_WITH.get(key)
-    if stage == "evaluate" or needs is None or values.get(key) in (None, False) or needs.holds(values):
+    unset = values.get(key) is None or (values[key] is False and key not in _TRUE_BY_DEFAULT)
+    if stage == "evaluate" or needs is None or unset or needs.holds(values):
         return ""
     if decided & set(needs.keys) or (key == "label_smoothing" and values[key] == 0):
         return ""

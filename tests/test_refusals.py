@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.__main__ import main
 from rlhf.config import EvaluateConfig, StageConfig, UserError, allowed_keys, load_recipe
-from rlhf.key_effects import EFFECTIVE, ONLY_WITH, REFUSED, STAGES_OF
+from rlhf.key_effects import _TRUE_BY_DEFAULT, EFFECTIVE, ONLY_WITH, REFUSED, STAGES_OF
 from rlhf.key_ranges import RANGES
 from rlhf.keys import report_names, scheduler_arguments
 from rlhf.keys_foreign import FOREIGN
@@ -309,6 +309,7 @@ NO_EFFECT = (
     ("dpo", "reference_model: x", "without `reference: nf4`"),
     ("dpo", "reference: online\nreference_cache: x", "#:6: 'reference_cache' has no effect without `reference: cached`"),
     ("dpo", "global_batch_size: 8\ndataloader_drop_last: true", "#:6: 'dataloader_drop_last' has no effect with global_batch_size"),
+    ("dpo", "global_batch_size: 8\ndataloader_in_order: false", "#:6: 'dataloader_in_order' has no effect with global_batch_size"),
     ("dpo", "global_batch_size: 8\nper_device_eval_batch_size: 8", "with global_batch_size"),
     ("dpo", "label_smoothing: 0.1", "without a loss_type that smooths (robust, exo_pair, aot, aot_unpaired)"),
     ("dpo", "discopop_tau: 0.1", "without `loss_type: discopop`"),
@@ -361,6 +362,11 @@ def test_every_key_of_the_libraries_is_judged_once(stage):
     for name in set(allowed_keys(stage)) - own:
         found = [table for table in (REFUSED, ONLY_WITH, EFFECTIVE) if name in table]
         assert len(found) == 1, (name, len(found))
+
+
+def test_keys_that_are_true_by_default_are_known():
+    keys = allowed_keys("dpo") | allowed_keys("sft")
+    assert {name for name in ONLY_WITH if name in keys and keys[name].default == "True"} == set(_TRUE_BY_DEFAULT)
 
 
 def test_judged_keys_exist():
@@ -558,3 +564,11 @@ def test_a_long_word_in_the_recipes_place(capsys):
     )
     assert main(["dpo", "x" * 100_000]) == 2
     assert len(capsys.readouterr().err) < 400
+
+
+def test_report_of_a_folder_with_a_damaged_recipe(tmp_path, capsys):
+    (tmp_path / "dpo.yaml").write_text(f"stage: dpo\noutput_dir: {'[' * 3000}\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err == f"rlhf: {tmp_path}/dpo.yaml:2:24: nested more than 12 levels deep; a value is flat\n"
+    )
