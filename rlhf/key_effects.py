@@ -117,11 +117,20 @@ _ADAM = Needs(
     lambda values: any(part in values.get("optim", "adamw") for part in ("adam", "lion", "mix")),
     "with this `optim`, which is no Adam",
 )
+_PADDED = Needs(
+    ("packing",), lambda values: values.get("packing") is False, "without `packing: false`: packed rows have no padding"
+)
+_CHECKPOINTING = Needs(  # TRL switches it on
+    ("gradient_checkpointing", "activation_checkpointing"),
+    lambda values: values.get("activation_checkpointing", values.get("gradient_checkpointing")) is not False,
+    "without `gradient_checkpointing: true`",
+)
 _HUB = _given("push_to_hub", "without `push_to_hub: true`")
 _TRACKIO = Needs(
     ("report_to",), lambda values: bool({"trackio", "all"} & set(values.get("report_to") or ())),
     "without `report_to: trackio`",
 )  # fmt: skip
+_NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 _SMOOTH = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 ONLY_WITH = {
@@ -154,12 +163,22 @@ ONLY_WITH = {
     "ref_model_mixup_alpha": _given("sync_ref_model", "without `sync_ref_model: true`"),
     "ref_model_sync_steps": _given("sync_ref_model", "without `sync_ref_model: true`"),
     # NEFTune scales its noise by the length of the row, which packing makes longer
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "activation_checkpointing_kwargs": _CHECKPOINTING,
+    "pad_to_multiple_of": _PADDED,
     "neftune_noise_alpha": Needs(
         ("packing",), lambda values: values.get("packing") is False,
         "of a known size without `packing: false`: its noise depends on the length of the row",
     ),
     # optimizer
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _ADAM),
+    "num_train_epochs": Needs(
+        ("max_steps",), lambda values: (values.get("max_steps") or -1) < 0, "with max_steps, which ends the run",
+    ),
+    "warmup_steps": Needs(
+        ("lr_scheduler_type",), lambda values: values.get("lr_scheduler_type") not in _NO_WARM_UP,
+        f"with a scheduler that does not warm up ({', '.join(_NO_WARM_UP)}); constant_with_warmup does",
+    ),
     "optim_target_modules": Needs(
         ("optim",), lambda values: any(part in values.get("optim", "") for part in ("galore", "apollo")),
         "without a GaLore or APOLLO `optim`",
@@ -186,18 +205,17 @@ ONLY_WITH = {
 EFFECTIVE = frozenset(
     # model, precision, memory
     "model_name_or_path model_revision dtype attn_implementation trust_remote_code use_peft load_in_8bit load_in_4bit "
-    "bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
-    "gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend torch_compile_mode "
+    "bf16 fp16 tf32 activation_checkpointing gradient_checkpointing activation_offloading torch_compile torch_compile_backend torch_compile_mode "
     "use_liger_kernel torch_empty_cache_steps use_cpu disable_dropout eos_token "
     # data
-    "packing max_length truncation_mode dataset_num_proc shuffle_dataset pad_to_multiple_of completion_only_loss "
+    "packing max_length truncation_mode dataset_num_proc shuffle_dataset completion_only_loss "
     "assistant_only_loss dataloader_num_workers dataloader_pin_memory seed data_seed full_determinism "
     # losses
     "loss_type loss_weights ld_alpha f_divergence_type beta use_weighting sync_ref_model center_rewards_coefficient "
     "router_aux_loss_coef label_smoothing_factor "
     # optimizer
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay max_grad_norm "
-    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs optim optim_args weight_decay max_grad_norm "
+    "max_steps per_device_train_batch_size gradient_accumulation_steps "
     # evaluating, logging, saving
     "output_dir eval_strategy eval_on_start load_best_model_at_end logging_strategy logging_first_step log_on_each_node "
     "log_level log_level_replica disable_tqdm report_to run_name save_strategy save_total_limit push_to_hub "
@@ -205,6 +223,9 @@ EFFECTIVE = frozenset(
     # processes
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout".split()
 )
+
+
+_TRUE_BY_DEFAULT = ("dataloader_in_order",)  # of ONLY_WITH's; any other key that is false is as good as not set
 
 
 def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[str]) -> str:
@@ -217,7 +238,8 @@ def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[st
     if stage != "evaluate" and stage not in stages:
         return f"in {stage}: it belongs to {' and '.join(stages)}; remove it"
     needs = ONLY_WITH.get(key)
-    if stage == "evaluate" or needs is None or values.get(key) in (None, False) or needs.holds(values):
+    unset = values.get(key) is None or (values[key] is False and key not in _TRUE_BY_DEFAULT)
+    if stage == "evaluate" or needs is None or unset or needs.holds(values):
         return ""
     if decided & set(needs.keys) or (key == "label_smoothing" and values[key] == 0):
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -167,6 +168,9 @@ def check_value(where: str, key: Key, value: Any) -> Any:
     members = ["list[str]" if m.startswith("list[") and m.endswith(("Option]", "Type]")) else m for m in members]
     if "list[str]" in members:
         value = [value] if isinstance(value, str) else value
+    if any(m.startswith("dict") for m in members) and "str" in members:  # a text is JSON, or else TRL would open it
+        members.remove("str")
+        value = _read_json(value) if isinstance(value, str) else value
     checked = _coerce(members, value, bool(key.choices))
     if checked is _WRONG:
         expected = " or ".join(dict.fromkeys(_TYPE_NAMES.get(m.split("[")[0], m) for m in members))
@@ -182,6 +186,13 @@ def check_value(where: str, key: Key, value: Any) -> Any:
     if key.name == "report_to" and len(items) > 1 and {"none", "all"} & set(items):
         raise UserError(f"{where}: 'report_to' is {quote(items)}; `none` and `all` stand alone")
     return checked
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def split_union(annotation: str) -> list[str]:
@@ -217,6 +228,8 @@ def _check_attention(where: str, value: str) -> None:
 
 def _check_parts(where: str, name: str, value: Any, given: Any) -> None:
     """NaN, infinity and half characters are refused wherever they stand, also inside of lists and mappings."""
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise UserError(f"{where}: '{name}' is {quote(given)}; expected names as its keys")
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in parts:
         _check_parts(where, name, part, given)

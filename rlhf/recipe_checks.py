@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -113,6 +112,9 @@ def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> N
                      ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")):  # fmt: skip
         if get(old) is not None and get(new) is not None:
             raise UserError(f"{where(new)}: {old} and {new} are two names of one thing; remove {new}")
+    name = get("model_name_or_path") or ""
+    if get("model_revision") not in (None, "main") and (name.startswith("embedded:") or os.path.isdir(name)):
+        raise UserError(f"{where('model_revision')}: 'model_revision' has no effect on {quote(name)}; remove it")
     _check_scheduler(values, where)
     _check_optim_args(values, where)
     evaluates, saves = get("eval_strategy", "no"), get("save_strategy", "steps")
@@ -134,15 +136,6 @@ def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> Non
         values.get("lr_scheduler_kwargs"),
         "lr_scheduler_kwargs",
     )
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            given = None
-        if not isinstance(given, dict):
-            raise UserError(
-                f"{where(place)}: lr_scheduler_kwargs is {quote(values[place])}; expected a mapping such as {{num_cycles: 0.5}}"
-            )
     takes = scheduler_arguments(name)
     if takes is None:
         return

@@ -25,6 +25,7 @@ from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
 from rlhf.evaluate import read_answers, shown_answers, table_rows
 from rlhf.progress import read_metrics, say
+from rlhf.yaml_reader import read_flat
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 SHORT = {"base": "base", "sft": "SFT", "dpo": "DPO"}
@@ -86,7 +87,8 @@ def find_stages(target: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         recipe = target / f"{stage}.yaml"
         if recipe.is_file():
-            folders.append(Path((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("output_dir") or "."))
+            output = read_flat(str(recipe))[0].get("output_dir")
+            folders.append(Path(output if isinstance(output, str) else ".").expanduser())
     if not folders:
         folders = [target, *sorted(p for p in target.iterdir() if p.is_dir())]
     found = {}

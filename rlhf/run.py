@@ -333,7 +333,10 @@ def pack(trainer, context: Context, mode: str) -> bool:
     for reason in filter(None, map(why_not, models)):
         say(f"note: batches are padded, not packed: {reason}")
         if is_flash(asked):
-            say(f"note: attention is sdpa, as {asked} is only computed on packed rows here; or set `packing: false`")
+            found = trainer.model.config._attn_implementation
+            say(
+                f"note: attention is {found}: {asked} is for packed rows here; `packing: false` asks transformers for it"
+            )
         return False
     for model in models:
         pack_backbone(model, mode)

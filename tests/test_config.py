@@ -280,7 +280,7 @@ def test_value_is_read_in_the_type_of_its_key(tmp_path, line, value):
         ("run_name: no", "'run_name' is False; expected a text or null"),
         ("lora_target_modules: 3", "'lora_target_modules' is 3; expected a list or null"),
         ("lora_target_modules: [q, 3]", "'lora_target_modules' is ['q', 3]; expected a list or null"),
-        ("lr_scheduler_kwargs: [1]", "'lr_scheduler_kwargs' is [1]; expected a mapping or a text or null"),
+        ("lr_scheduler_kwargs: [1]", "'lr_scheduler_kwargs' is [1]; expected a mapping or null"),
         ("lora_r: 0", "'lora_r' is 0; expected a whole number from 1 to 16384"),
         (
             "learning_rate: -1.0",

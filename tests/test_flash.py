@@ -50,3 +50,14 @@ def test_without_packing_it_needs_a_gpu(recipe, name):
 def test_the_kernel_of_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr(attention, "varlen_kernel", lambda device: print)
     assert kernel_name(torch.device("cuda")) in ("PyTorch's varlen kernel", "flash_attn's varlen kernel")
+
+
+def test_a_model_that_cannot_be_packed_says_which_attention_it_has(
+    recipe, tiny_distilbert, few_pairs, tmp_path, capsys
+):
+    names = {"model_name_or_path": tiny_distilbert, "dataset_name": few_pairs, "output_dir": str(tmp_path / "o")}
+    assert main(["reward", recipe("reward", attn_implementation="flash_attention_2", max_steps=1, **names)]) == 0
+    expected = (
+        "note: attention is sdpa: flash_attention_2 is for packed rows here; `packing: false` asks transformers for it"
+    )
+    assert expected in capsys.readouterr().out

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from rlhf.__main__ import main
 from rlhf.config import EvaluateConfig, StageConfig, UserError, allowed_keys, load_recipe
-from rlhf.key_effects import EFFECTIVE, ONLY_WITH, REFUSED, STAGES_OF
+from rlhf.key_effects import _TRUE_BY_DEFAULT, EFFECTIVE, ONLY_WITH, REFUSED, STAGES_OF
 from rlhf.key_ranges import RANGES
 from rlhf.keys import report_names, scheduler_arguments
 from rlhf.keys_foreign import FOREIGN
@@ -33,11 +33,9 @@ def refusal(tmp_path, text, stage="dpo", words=()):
     path.write_bytes(
         text if isinstance(text, bytes) else f"stage: {stage}\n{base}{text}\n".encode("utf-8", "surrogatepass")
     )
-    started = time.perf_counter()
     with pytest.raises(UserError) as caught:
         load_recipe(str(path), stage, list(words))
     sentence = str(caught.value).replace(str(path), "#")
-    assert time.perf_counter() - started < 20  # no hang: each takes well under a second
     assert len(sentence) < LONGEST and "\n" not in sentence and sentence.isprintable(), sentence[:2000]
     return sentence
 
@@ -208,9 +206,11 @@ VALUES = {
     "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: x}": "#:6: lr_scheduler_kwargs.num_cycles is 'x'; expected a number",
     "lr_scheduler_type: warmup_stable_decay": "the scheduler warmup_stable_decay needs num_decay_steps",
     "lr_scheduler_type: cosine_with_min_lr": "the scheduler cosine_with_min_lr needs min_lr",
-    "lr_scheduler_kwargs: hello": "expected a mapping such as {num_cycles: 0.5}",
+    "lr_scheduler_kwargs: hello": "'lr_scheduler_kwargs' is 'hello'; expected a mapping or null",
     "lr_scheduler_type: reduce_lr_on_plateau": "reduce_lr_on_plateau follows the held-out loss; set eval_strategy",
     "load_best_model_at_end: true": "load_best_model_at_end needs equal strategies",
+    "accelerator_config: no-such-file.json": "'accelerator_config' is 'no-such-file.json'; expected a mapping or null",
+    "lr_scheduler_kwargs: {1: 2}": "'lr_scheduler_kwargs' is {1: 2}; expected names as its keys",
     "optim: adamw_8bi": "; did you mean 'adamw_8bit'?",
     "optim_args: foo": "optim_args is 'foo'; expected name=value,name=value",
     "attn_implementation: flash": "expected one of eager, sdpa, flash_attention_2, flash_attention_3, flex_attention or a kernel",
@@ -309,6 +309,7 @@ NO_EFFECT = (
     ("dpo", "reference_model: x", "without `reference: nf4`"),
     ("dpo", "reference: online\nreference_cache: x", "#:6: 'reference_cache' has no effect without `reference: cached`"),
     ("dpo", "global_batch_size: 8\ndataloader_drop_last: true", "#:6: 'dataloader_drop_last' has no effect with global_batch_size"),
+    ("dpo", "global_batch_size: 8\ndataloader_in_order: false", "#:6: 'dataloader_in_order' has no effect with global_batch_size"),
     ("dpo", "global_batch_size: 8\nper_device_eval_batch_size: 8", "with global_batch_size"),
     ("dpo", "label_smoothing: 0.1", "without a loss_type that smooths (robust, exo_pair, aot, aot_unpaired)"),
     ("dpo", "discopop_tau: 0.1", "without `loss_type: discopop`"),
@@ -316,6 +317,10 @@ NO_EFFECT = (
     ("dpo", "ref_model_sync_steps: 8", "without `sync_ref_model: true`"),
     ("dpo", "neftune_noise_alpha: 5", "without `packing: false`"),
     ("dpo", "optim: sgd\nadam_beta1: 0.9", "#:6: 'adam_beta1' has no effect with this `optim`, which is no Adam"),
+    ("dpo", "max_steps: 9\nnum_train_epochs: 3", "#:6: 'num_train_epochs' has no effect with max_steps, which ends the run"),
+    ("dpo", "lr_scheduler_type: constant\nwarmup_steps: 3", "#:6: 'warmup_steps' has no effect with a scheduler that does not"),
+    ("dpo", "pad_to_multiple_of: 8", "without `packing: false`: packed rows have no padding"),
+    ("dpo", "gradient_checkpointing: false\ngradient_checkpointing_kwargs: {use_reentrant: true}", "#:6: 'gradient_checkpointing_kwargs' has no effect without `gradient_checkpointing: true`"),
     ("dpo", "optim_target_modules: [a]", "without a GaLore or APOLLO `optim`"),
     ("dpo", "eval_steps: 8", "without `eval_strategy: steps`"),
     ("dpo", "save_strategy: epoch\nsave_steps: 8", "#:6: 'save_steps' has no effect without `save_strategy: steps`"),
@@ -335,6 +340,12 @@ def test_key_without_effect(tmp_path, stage, text, expected):
     assert expected in refusal(tmp_path, text, stage)
 
 
+def test_a_revision_of_what_is_no_hub_model(tmp_path):
+    for name in (str(tmp_path), "embedded:smollm2-135m-instruct"):
+        found = refusal(tmp_path, "model_revision: v1", words=["--model_name_or_path", name])
+        assert found.startswith("#:5: 'model_revision' has no effect on ")
+
+
 def test_what_the_command_line_switches_off_needs_no_deleting(tmp_path):
     path = tmp_path / "dpo.yaml"
     path.write_text(
@@ -351,6 +362,11 @@ def test_every_key_of_the_libraries_is_judged_once(stage):
     for name in set(allowed_keys(stage)) - own:
         found = [table for table in (REFUSED, ONLY_WITH, EFFECTIVE) if name in table]
         assert len(found) == 1, (name, len(found))
+
+
+def test_keys_that_are_true_by_default_are_known():
+    keys = allowed_keys("dpo") | allowed_keys("sft")
+    assert {name for name in ONLY_WITH if name in keys and keys[name].default == "True"} == set(_TRUE_BY_DEFAULT)
 
 
 def test_judged_keys_exist():
@@ -519,3 +535,40 @@ def test_refusals_import_no_torch(tmp_path):
 def test_stage_config_has_help():
     assert all(key.help for key in allowed_keys("dpo").values() if key.owner == StageConfig.__name__)
     assert EvaluateConfig.__name__ in {key.owner for key in allowed_keys("evaluate").values()}
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["x" * 100_000], "invalid choice: 'xxxx"),
+        (["report", "x", "--" + "x" * 100_000], "unknown argument '--xxxx"),
+        (["chat", "m", "--top_p", "7"], "argument --top_p: '7' is no number from 1e-06 to 1"),
+        (["chat", "m", "--temperature", "nan"], "argument --temperature: 'nan' is no number from 0 to 100"),
+        (["chat", "m", "--max_new_tokens", "-1"], "argument --max_new_tokens: '-1' is no number from 1 to 1e+06"),
+        (["chat", "m", "--seed", "9" * 5000], "argument --seed: '9999"),
+        (["pairs", "d", "--limit", "-5"], "argument --limit: '-5' is no number from 1 to 1e+12"),
+        (["preflight", "--timeout_s", "0"], "argument --timeout_s: '0' is no number from 1 to 1e+06"),
+    ],
+)
+def test_words_of_other_commands(capsys, words, expected):
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and expected in error and len(error) < 2500
+
+
+def test_a_long_word_in_the_recipes_place(capsys):
+    assert main(["dpo", "x" * 100_000, "--beta", "1"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "rlhf: the recipe comes first: rlhf dpo RECIPE.yaml --key value (found 'xxx"
+    )
+    assert main(["dpo", "x" * 100_000]) == 2
+    assert len(capsys.readouterr().err) < 400
+
+
+def test_report_of_a_folder_with_a_damaged_recipe(tmp_path, capsys):
+    (tmp_path / "dpo.yaml").write_text(f"stage: dpo\noutput_dir: {'[' * 3000}\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err == f"rlhf: {tmp_path}/dpo.yaml:2:24: nested more than 12 levels deep; a value is flat\n"
+    )

@@ -27,6 +27,7 @@ from rlhf.data.sources import FILE_TYPES
 from rlhf.embedded import NAME, PREFIX, cache_dir
 from rlhf.launch import Layout
 from rlhf.stage import maker_of
+from rlhf.yaml_reader import read_flat
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")
@@ -260,8 +261,6 @@ def disk_words(error: OSError) -> str:
 
 def model_folder(recipe: Recipe) -> Path | None:
     """Where weights of the recipe's model lie already; of one that is yet to be made, those it will be made from."""
-    import yaml
-
     name = recipe.get("model_name_or_path")
     for _ in range(3):
         if not name:
@@ -273,7 +272,7 @@ def model_folder(recipe: Recipe) -> Path | None:
         made_by = maker_of(recipe, name)
         if not made_by:
             return None
-        name = yaml.safe_load(Path(made_by.split(" ", 2)[2]).read_text(encoding="utf-8")).get("model_name_or_path")
+        name = str(read_flat(made_by.split(" ", 2)[2])[0].get("model_name_or_path") or "")
     return None
 
 
