@@ -37,7 +37,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     source = load_source(
         config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name")
     )
-    reading = Reading(config.bad_rows)
+    reading = Reading(config.bad_rows, can_skip=True)
     rows = preference_rows(source.head(config.max_eval_examples), reading)
     summary = summarise_data(rows, reading)
     about = [line(summary)]

@@ -13,7 +13,6 @@ from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
 from rlhf.data.reading import Reading
 from rlhf.data.sources import Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
-from rlhf.progress import say
 from rlhf.stop import Stopper
 
 
@@ -36,8 +35,16 @@ class StageData:
         """What the rows are like, as lines for the screen."""
         if self.summary is None:
             return []
-        total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
-        return [line(self.summary), *([skipped_line(self.skipped, total)] if self.skipped else [])]
+        lines, leaks = [line(self.summary)], self.summary.leaks
+        if self.skipped:
+            total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
+            lines.append(skipped_line(self.skipped, total))
+        if leaks.rows:
+            lines.append(
+                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are in the training data too (first: {leaks.first}); "
+                "scores on them mean little"
+            )
+        return lines
 
 
 @dataclass
@@ -103,7 +110,7 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
     where = recipe.where
     train_split, test_split = recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")
     digests = {}
-    reading, heldout_reading = (Reading(recipe.get("bad_rows", "error")) for _ in range(2))
+    reading, heldout_reading = (Reading(recipe.get("bad_rows", "error"), can_skip=True) for _ in range(2))
     if recipe.get("chosen_dataset_name"):
         sides = [load_source(recipe.get(k), train_split, None, where(k)) for k in _SIDES]
         digests |= {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
@@ -135,11 +142,6 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
         heldout_rows = stage.to_rows(heldout.head(recipe.get("max_eval_examples")), heldout_reading)
     summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
     train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
-    if summary.leaks.rows:
-        say(
-            f"note: {summary.leaks.rows} of {len(heldout_rows)} held-out prompts are in the training data too (the first: "
-            f"{summary.leaks.first}); scores on them mean little"
-        )
     return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
 
 
