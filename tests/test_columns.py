@@ -190,12 +190,16 @@ def test_column_that_would_be_dropped(name, convert, row):
     assert error(convert, {**row, **more}).startswith(f"f.jsonl:7: {message}")
 
 
-@pytest.mark.parametrize("empty", [None, "", [], "[]", {}, {"enable_thinking": None}], ids=str)
+@pytest.mark.parametrize("empty", [None, "", [], "[]", {}, {"enable_thinking": None}, float("nan")], ids=str)
 @pytest.mark.parametrize("key", ["tools", "images", "chat_template_kwargs", "thinking", "history"])
 def test_empty_column_is_no_column(key, empty):
     reading = Reading()
     assert sft_rows(source({**QA, key: empty}), reading) == sft_rows(source(QA))
     assert not reading.num_unused
+
+
+def test_flag_that_is_off_drops_nothing():
+    assert sft_rows(source({**QA, "thinking": False})) == sft_rows(source(QA))
 
 
 @pytest.mark.parametrize("content", ["A", "", None], ids=["content", "empty content", "null content"])

@@ -40,7 +40,7 @@ def is_empty(value: Any) -> bool:
         return all(is_empty(v) for v in value.values())
     if isinstance(value, (list, tuple)):
         return all(is_empty(v) for v in value)
-    return value is None
+    return value is None or value != value  # NaN: pandas' null
 
 
 def has(row: dict, key: str) -> bool:
@@ -54,7 +54,7 @@ def describe(value: Any) -> str:
 def refuse_unsupported(fields: dict, where: str = "") -> None:
     """Raise RowError for a field that carries meaning and would be dropped."""
     for key in fields:
-        if key in UNSUPPORTED and not is_empty(fields[key]):
+        if key in UNSUPPORTED and fields[key] is not False and not is_empty(fields[key]):
             raise RowError(
                 f"{where}'{key}' is set ({describe(fields[key])}), which would be dropped; {UNSUPPORTED[key]}"
             )
