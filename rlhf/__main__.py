@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     preflight.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
     preflight.add_argument("--output_dir", metavar="DIR", help="where results would go; default: the recipe's, or here")
     preflight.add_argument("--quick", action="store_true", help="leave the long measurements out")
-    preflight.add_argument("--timeout_s", type=number(float, 1, 1e6), default=120.0, help="give up after so long what hangs (120)")
+    preflight.add_argument(
+        "--timeout_s", type=number(float, 1, 1e6), default=120.0, help="give up after so long what hangs (120)"
+    )
     chat = commands.add_parser(
         "chat",
         description="Talk to a finished model; /help inside tells the commands. What you paste is one message, Ctrl-C stops an "
@@ -114,13 +116,26 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
     chat.add_argument("--compare", metavar="MODEL_DIR", help="let a second model answer too")
     chat.add_argument(
-        "--max_new_tokens", type=number(int, 1, 1e6), default=256, help="the longest answer (256); one that is cut off there is marked"
+        "--max_new_tokens",
+        type=number(int, 1, 1e6),
+        default=256,
+        help="the longest answer (256); one that is cut off there is marked",
     )
-    chat.add_argument("--temperature", type=number(float, 0, 100), default=0.0, help="0 (default) is greedy: the same answer each time")
     chat.add_argument(
-        "--top_p", type=number(float, 1e-6, 1), default=0.95, help="with a temperature: the likeliest tokens to choose from"
+        "--temperature",
+        type=number(float, 0, 100),
+        default=0.0,
+        help="0 (default) is greedy: the same answer each time",
     )
-    chat.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="with a temperature: the same seed, the same answers")
+    chat.add_argument(
+        "--top_p",
+        type=number(float, 1e-6, 1),
+        default=0.95,
+        help="with a temperature: the likeliest tokens to choose from",
+    )
+    chat.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="with a temperature: the same seed, the same answers"
+    )
     status = commands.add_parser("status", description="A table of where the stages stand.")
     status.add_argument(
         "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), or of runs, or a run"

@@ -100,7 +100,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
 
 def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict], Reading]:
     """(source, the canonical pairs to evaluate on, how they were read)"""
-    reading = Reading(config.bad_rows)
+    reading = Reading(config.bad_rows, can_skip=True)
     split = config.dataset_train_split if config.heldout else config.dataset_test_split
     where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
     default = "train" if config.heldout else "test"

@@ -14,7 +14,6 @@ from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
 from rlhf.data.sources import Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
-from rlhf.progress import say
 from rlhf.stop import Stopper
 from rlhf.yaml_reader import read_flat
 
@@ -38,8 +37,16 @@ class StageData:
         """What the rows are like, as lines for the screen."""
         if self.summary is None:
             return []
-        total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
-        return [line(self.summary), *([skipped_line(self.skipped, total)] if self.skipped else [])]
+        lines, leaks = [line(self.summary)], self.summary.leaks
+        if self.skipped:
+            total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
+            lines.append(skipped_line(self.skipped, total))
+        if leaks.rows:
+            lines.append(
+                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are in the training data too (first: {leaks.first}); "
+                "scores on them mean little"
+            )
+        return lines
 
 
 @dataclass
@@ -104,7 +111,7 @@ def waits_for(recipe: Recipe, name: str) -> str:
 
 def read_data(stage: Stage, recipe: Recipe) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe."""
-    reading, heldout_reading = (Reading(recipe.get("bad_rows", "error")) for _ in range(2))
+    reading, heldout_reading = (Reading(recipe.get("bad_rows", "error"), can_skip=True) for _ in range(2))
     source, digests = _training_source(recipe, reading)
     heldout = _heldout_source(recipe)
     limit, heldout_limit = recipe.get("max_train_examples"), recipe.get("max_eval_examples")
@@ -127,11 +134,6 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
         reading.num_unused["margin"] = sum("margin" in row for row in rows)
     summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
     train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
-    if summary.leaks.rows:
-        say(
-            f"note: {summary.leaks.rows} of {len(heldout_rows)} held-out prompts are in the training data too (the first: "
-            f"{summary.leaks.first}); scores on them mean little"
-        )
     return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
 
 

@@ -190,12 +190,16 @@ def test_column_that_would_be_dropped(name, convert, row):
     assert error(convert, {**row, **more}).startswith(f"f.jsonl:7: {message}")
 
 
-@pytest.mark.parametrize("empty", [None, "", [], "[]", {}, {"enable_thinking": None}], ids=str)
+@pytest.mark.parametrize("empty", [None, "", [], "[]", {}, {"enable_thinking": None}, float("nan")], ids=str)
 @pytest.mark.parametrize("key", ["tools", "images", "chat_template_kwargs", "thinking", "history"])
 def test_empty_column_is_no_column(key, empty):
     reading = Reading()
     assert sft_rows(source({**QA, key: empty}), reading) == sft_rows(source(QA))
     assert not reading.num_unused
+
+
+def test_flag_that_is_off_drops_nothing():
+    assert sft_rows(source({**QA, "thinking": False})) == sft_rows(source(QA))
 
 
 @pytest.mark.parametrize("content", ["A", "", None], ids=["content", "empty content", "null content"])
@@ -342,6 +346,12 @@ def test_hh_strings_beside_a_prompt(row):
     ]
 
 
+def test_hh_answer_keeps_the_indentation_of_a_line_of_its_own():
+    row = {"chosen": f"{HH}\n    x = 1", "rejected": f"{HH}   B"}
+    pair = preference_rows(source(row))[0]
+    assert (pair["chosen"], pair["rejected"]) == ([assistant("    x = 1")], [assistant("B")])
+
+
 def test_hh_answer_of_another_prompt():
     row = {"prompt": "Something else", "chosen": f"{HH} A", "rejected": f"{HH} B"}
     assert "or before it the very messages of the prompt" in error(preference_rows, row)
@@ -391,6 +401,20 @@ def test_sft_rows_of_another_shape_are_left_out():
     assert (len(sft_rows(source(QA, {"text": "T"}), reading)), reading.skipped[0]["place"]) == (1, "f.jsonl:14")
 
 
-def test_all_rows_left_out():
-    with pytest.raises(UserError, match="^f.jsonl: none of 2 rows can be used; f.jsonl:7: 'chosen' is empty$"):
-        preference_rows(source({**PAIR, "chosen": ""}, {**PAIR, "rejected": ""}), Reading("skip"))
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_rows_left_out(count):
+    with pytest.raises(UserError, match=f"^f.jsonl: none of {count} rows can be used; f.jsonl:7: 'chosen' is empty$"):
+        preference_rows(source(*[{**PAIR, "chosen": ""}] * count), Reading("skip"))
+
+
+def test_how_many_more_rows_are_bad():
+    bad = {**PAIR, "chosen": ""}
+    assert error(preference_rows, PAIR, bad) == "f.jsonl:14: 'chosen' is empty"
+    assert error(preference_rows, bad, PAIR, bad, bad) == (
+        "f.jsonl:7: 'chosen' is empty; 2 more rows can't be used (next: f.jsonl:21)"
+    )
+
+
+def test_repeated_prompt_with_an_invisible_answer_is_no_answer():
+    row = {"prompt": LONG, "completion": LONG + "\u200b"}
+    assert sft_rows(source(row))[0]["completion"] == [assistant(LONG + "\u200b")]

@@ -107,3 +107,30 @@ def test_reward_is_as_trl_filters(tokenizer, limit):
     args = SimpleNamespace(dataset_num_proc=None, max_length=limit)
     prepared = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(ROWS), tokenizer, args, "train")
     assert len(ROWS) - len(prepared) == answers_cut(ROWS, tokenizer, limit, "reward").left_out.rows
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("shape", ["prompt + completion", "messages", "text"])
+def test_sft_is_as_trl_cuts(tokenizer, limit, mode, shape):
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    def prepare(max_length):
+        args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode=mode, assistant_only_loss=False,
+                               dataset_text_field="text", shuffle_dataset=False)  # fmt: skip
+        trainer = SimpleNamespace(completion_only_loss=True, chat_template=None, _tokenizer=tokenizer)
+        return SFTTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, False, None, "train")
+
+    def learnt(prepared):
+        return {row["place"]: sum(label != -100 for label in row["labels"]) for row in prepared}
+
+    shapes = {
+        "prompt + completion": lambda r: {"prompt": r["prompt"], "completion": r["rejected"]},
+        "messages": lambda r: {"messages": r["prompt"] + r["rejected"]},
+        "text": lambda r: {"text": r["rejected"][0]["content"]},
+    }
+    rows = [{**shapes[shape](row), "place": row["place"]} for row in ROWS]
+    whole, cut = learnt(prepare(None)), learnt(prepare(limit))
+    report = answers_cut(rows, tokenizer, limit, "sft", mode)
+    assert (report.answers, report.left_out.rows) == (sum(cut[p] < whole[p] for p in cut), len(whole) - len(cut))
+    assert report.answers > 0 or mode == "keep_end"

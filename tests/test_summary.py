@@ -114,7 +114,6 @@ def test_sft_rows_have_no_contradictions(row):
 def test_held_out_prompts_are_found_in_other_case_and_white_space():
     summary = summary_of(pair("What is it?"), heldout=[pair("Other"), pair(" what\nIS  it?"), pair("What is it")])
     assert summary.leaks == Count(1, "h:2")
-    assert "prompts that held-out rows have too: 1 (first: h:2)" in line(summary)
 
 
 def test_no_held_out_rows_no_leaks():
@@ -148,7 +147,7 @@ def test_check_stops_at_the_first_bad_row(data, recipe, tmp_path, capsys):
     assert main(["dpo", path, "--check"]) == 2
     assert capsys.readouterr().err == (
         f"rlhf: {data}:2: 'chosen' and 'rejected' differ before the last answer, in message 1 (user); expected the same "
-        "dialogue up to there\n"
+        f"dialogue up to there; 1 more rows can't be used (next: {data}:4); `bad_rows: skip` leaves such rows out\n"
     )
 
 
@@ -172,6 +171,18 @@ def test_run_keeps_the_summary_and_the_skipped_rows(data, recipe, tmp_path, caps
     assert (kept["rows"], kept["skipped"], kept["duplicates"]) == (4, 2, {"rows": 0, "first": None})
     lines = [json.loads(line) for line in (out / "skipped_rows.jsonl").read_text().splitlines()]
     assert [row["place"] for row in lines] == [f"{data}:2", f"{data}:4"]
+
+
+def test_leaks_are_reported_with_the_data(recipe, tmp_path, capsys, tiny_llama):
+    files = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+    files[0].write_text(json.dumps(pair("What is it?")) + "\n")
+    files[1].write_text("".join(json.dumps(pair(prompt)) + "\n" for prompt in ("Other", "what  IS it?")))
+    path = recipe("reward", model_name_or_path=tiny_llama, dataset_name=str(files[0]), eval_dataset_name=str(files[1]),
+                  output_dir=str(tmp_path / "out"))  # fmt: skip
+    assert main(["reward", path, "--check"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"{files[0]}: 1 of 2 held-out prompts are in the training data too (first: {files[1]}:2); scores on them mean little"
+    )
 
 
 def test_margin_in_some_rows_stops_the_reward_stage_only(recipe, tmp_path, capsys):

@@ -9,6 +9,7 @@ from rlhf.data.messages import Messages, RowError, describe, has, is_empty, refu
 
 SYSTEM = ("system", "system_prompt")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+_SCORE_NAMES = frozenset(name for names in SCORES for name in names)
 _KNOWN_FIELDS = {"role", "content", "weight", "train", "training"}
 
 # Formats that are not read, by columns that only they have, and how to convert them.
@@ -110,6 +111,8 @@ def margin(row: dict, used: set[str]) -> float | None:
 
 def scores(row: dict) -> tuple[float, float] | None:
     """(of chosen, of rejected), where the row has both."""
+    if _SCORE_NAMES.isdisjoint(row):
+        return None
     for names in SCORES:
         values = [row.get(name) for name in names]
         if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
@@ -119,7 +122,7 @@ def scores(row: dict) -> tuple[float, float] | None:
 
 def unused(row: dict, used: set[str]) -> set[str]:
     """Columns, and fields of messages, that hold something and are not used."""
-    checked = {name for names in SCORES for name in names} if scores(row) else set()
+    checked = _SCORE_NAMES if scores(row) else frozenset()
     found = {str(key) for key in row.keys() - used - checked if not is_empty(row[key])}
     for key in used & row.keys():
         for message in row[key] if isinstance(row[key], list) else ():

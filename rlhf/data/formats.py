@@ -125,7 +125,7 @@ def _sft_row(row: dict, used: set[str]) -> dict[str, Any]:
     if prompt is not None and answer_key:
         if columns.is_false(row.get("label")):
             raise RowError("'label' is false: a bad answer, which SFT would imitate; remove the row")
-        used |= {answer_key, "label"}
+        used |= {answer_key} | ({"label"} if str(row.get("label")).lower() == "true" else set())
         prompt, answer = _answer(row[answer_key], answer_key, prompt)
         return {"prompt": prompt, "completion": answer}
     if has(row, "text"):

@@ -15,11 +15,9 @@ INVISIBLE = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + (
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
-_TOOLS = (
-    "tools and their calls are not supported: leave these rows out, or write call and result into the contents as text"
-)
+_TOOLS = "tools and their calls are not supported: leave these rows out (`bad_rows: skip`), or write call and result into the contents as text"
 _THOUGHT = "only 'content' is trained: write the thoughts into it, as the model's template does, or remove the field"
-_MEDIA = "only text is trained: leave these rows out, or remove it where the text alone makes sense"
+_MEDIA = "only text is trained: leave these rows out (`bad_rows: skip`), or remove it where the text alone makes sense"
 # Fields of a row or a message that change what is trained, and what to do about each.
 UNSUPPORTED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
@@ -42,7 +40,7 @@ def is_empty(value: Any) -> bool:
         return all(is_empty(v) for v in value.values())
     if isinstance(value, (list, tuple)):
         return all(is_empty(v) for v in value)
-    return value is None
+    return value is None or value != value  # NaN: pandas' null
 
 
 def has(row: dict, key: str) -> bool:
@@ -56,7 +54,7 @@ def describe(value: Any) -> str:
 def refuse_unsupported(fields: dict, where: str = "") -> None:
     """Raise RowError for a field that carries meaning and would be dropped."""
     for key in fields:
-        if key in UNSUPPORTED and not is_empty(fields[key]):
+        if key in UNSUPPORTED and fields[key] is not False and not is_empty(fields[key]):
             raise RowError(
                 f"{where}'{key}' is set ({describe(fields[key])}), which would be dropped; {UNSUPPORTED[key]}"
             )
@@ -156,10 +154,15 @@ def turns(value: str, key: str) -> Messages:
     Raises:
         RowError: it is no such dialogue, or a turn is empty.
     """
-    parts = _TURN.split(value)
+    parts = _TURN.split(value.lstrip())
     if len(parts) < 5 or parts[0].strip():
         raise RowError(f"there is no 'prompt', and '{key}' is not a dialogue of Human: and Assistant: turns")
     roles = {"Human": "user", "Assistant": "assistant"}
     return messages(
-        [{"role": roles[r], "content": t.strip()} for r, t in zip(parts[1::2], parts[2::2], strict=True)], key
+        [{"role": roles[r], "content": _turn_text(t)} for r, t in zip(parts[1::2], parts[2::2], strict=True)], key
     )
+
+
+def _turn_text(value: str) -> str:
+    """Blanks after the colon are no indentation; those of a line of its own are."""
+    return value if value.lstrip(" ").startswith("\n") else value.strip()

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
+from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
+from rlhf.data.summary import line, summarise
 
 FILES = ("accepted_data.jsonl", "rejected_data.jsonl", "preference_data.jsonl")
 
 
 def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", limit: int | None = None) -> int:
-    """Write accepted_data.jsonl, rejected_data.jsonl (prompt, response) and preference_data.jsonl from any preference data.
+    """Write accepted_data.jsonl, rejected_data.jsonl (prompt, response) and preference_data.jsonl from any preference data,
+    and print what the data is like.
 
     Returns:
         The number of pairs written.
@@ -24,7 +27,8 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", l
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; expected a number of pairs above 0")
-    pairs = preference_rows(load_source(dataset_name, split).head(limit))
+    reading = Reading()
+    pairs = preference_rows(load_source(dataset_name, split).head(limit), reading)
     folder = Path(output_dir)
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder as --output_dir")
@@ -41,4 +45,5 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", l
         partial = folder / f".{name}.partial"
         partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content), encoding="utf-8")
         os.replace(partial, folder / name)
+    print(f"{dataset_name}: {line(summarise(pairs, reading))}")
     return len(pairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data import columns
-from rlhf.data.messages import RowError, text
+from rlhf.data.messages import INVISIBLE, RowError, text
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 
@@ -22,7 +22,8 @@ class Reading:
     """How rows are to be read, and what was found while they were: sft_rows and preference_rows fill it.
 
     Attributes:
-        bad_rows: "error" raises at the first row that can't be used; "skip" leaves it out.
+        bad_rows: "error" raises if a row can't be used; "skip" leaves it out.
+        can_skip: whether the user has the choice: the key `bad_rows` of a recipe.
         places: where each row that is used stands.
         skipped: place and reason of each row that was left out.
         num_unused: column, or field of messages, that is not used -> number of rows in which it holds something.
@@ -32,6 +33,7 @@ class Reading:
     """
 
     bad_rows: str = "error"
+    can_skip: bool = False
     places: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     num_unused: Counter[str] = field(default_factory=Counter)
@@ -40,10 +42,20 @@ class Reading:
     low_scores: list[str] = field(default_factory=list)
     equal_scores: list[str] = field(default_factory=list)
 
-    def reject(self, place: str, reason: str) -> None:
+    def check(self, source: Source) -> None:
+        """Raise UserError if there is a row that can't be used and must not be skipped, or if no row is left."""
+        if not self.skipped:
+            return
+        num_bad, num_rows = len(self.skipped), len(source.rows)
+        message = f"{self.skipped[0]['place']}: {self.skipped[0]['reason']}"
+        if self.bad_rows == "skip" and num_bad == num_rows:
+            raise UserError(f"{source.name}: none of {num_rows:,} rows can be used; {message}")
         if self.bad_rows != "skip":
-            raise UserError(f"{place}: {reason}")
-        self.skipped.append({"place": place, "reason": reason})
+            more = (
+                f"; {num_bad - 1:,} more rows can't be used (next: {self.skipped[1]['place']})" if num_bad > 1 else ""
+            )
+            fix = "; `bad_rows: skip` leaves such rows out" if self.can_skip and num_bad < num_rows else ""
+            raise UserError(message + more + fix)
 
     def note(self, row: dict, used: set[str], place: str) -> None:
         self.places.append(place)
@@ -54,6 +66,11 @@ class Reading:
 
 
 def each(source: Source, convert: Callable[[dict, set[str]], dict], reading: Reading) -> list[dict[str, Any]]:
+    """Convert the rows of a source; `convert` gets a row and notes the columns that it uses, or raises RowError.
+
+    Raises:
+        UserError: a row can't be used: its place and the reason.
+    """
     rows = []
     for index, row in enumerate(source.rows):
         used: set[str] = set()
@@ -61,15 +78,11 @@ def each(source: Source, convert: Callable[[dict, set[str]], dict], reading: Rea
             columns.refuse_columns(row)
             new = convert(row, used)
         except RowError as error:
-            reading.reject(source.where(index), str(error))
+            reading.skipped.append({"place": source.where(index), "reason": str(error)})
             continue
         reading.note(row, used, source.where(index))
         rows.append(new)
-    if not rows and reading.skipped:
-        first = reading.skipped[0]
-        raise UserError(
-            f"{source.name}: none of {len(source.rows):,} rows can be used; {first['place']}: {first['reason']}"
-        )
+    reading.check(source)
     return rows
 
 
@@ -92,7 +105,8 @@ def _repeats(row: dict, sides: tuple[str, ...]) -> int:
     if "prompt" not in row:
         return 0
     asked = row["prompt"][-1]["content"]
-    return sum(row[s][0]["content"].startswith(asked) and len(row[s][0]["content"]) > len(asked) for s in sides)
+    answers = (row[side][0]["content"] for side in sides)
+    return sum(answer.startswith(asked) and bool(answer[len(asked) :].strip(INVISIBLE)) for answer in answers)
 
 
 def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:

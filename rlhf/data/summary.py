@@ -169,7 +169,6 @@ _RARE = {
     "low_scores": "scored lower than rejected in",
     "equal_scores": "equal scores in",
     "negative_margins": "margin below 0 in",
-    "leaks": "prompts that held-out rows have too:",
 }
 
 
