@@ -35,6 +35,7 @@ import yaml
 from rlhf import __version__, embedded
 from rlhf.command import command_of, launcher_of, shell_line
 from rlhf.config import HARMLESS, Recipe, UserError
+from rlhf.defaults import describe, effective
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 
@@ -93,9 +94,9 @@ def refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> No
     except (yaml.YAMLError, ValueError, TypeError):
         raise UserError(f"{folder / 'recipe.yaml'} can't be read; move the folder away and start again") from None
     changed = [
-        f"{key}: {before.get(key)!r} -> {recipe.get(key)!r}"
+        f"{key}: {describe(before, recipe.stage, key)} -> {describe(recipe.values, recipe.stage, key)}"
         for key in sorted(set(before) | set(recipe.values))
-        if key not in HARMLESS and before.get(key) != recipe.get(key)
+        if key not in HARMLESS and effective(before, recipe.stage, key) != effective(recipe.values, recipe.stage, key)
     ]
     provenance = read_json(folder / "provenance.json") or {}
     for key, digest in inputs.items():

@@ -58,6 +58,8 @@ def run_stage(
     recipe = load_recipe(recipe_path, stage.name, overrides)
     if fresh:
         recipe.values["output_dir"] = str(fresh_folder(Path(recipe.values["output_dir"])))
+        if check_only:
+            say(f"--fresh: the run would go to {recipe.values['output_dir']}")
     if launch_file:
         layout = layout_of_file(launch_file)
         check_layout(recipe, layout, layout.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # that imports torch

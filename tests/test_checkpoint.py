@@ -158,7 +158,7 @@ def test_changed_recipe_lists_what_differs(tmp_path):
     before = tree(tmp_path)
     assert refusal(recipe_for(tmp_path, beta=0.2, use_peft=True)) == (
         f"configs/x/sft.yaml:2: output_dir {tmp_path} holds another run; it differs in beta: 0.1 -> 0.2; "
-        f"lora_r: 8 -> None; use_peft: None -> True. "
+        f"lora_r: 8 -> 16 (default); use_peft: False (default) -> True. "
         f"Give --output_dir another folder, or --fresh for a new one beside it (nothing was overwritten)"
     )
     assert tree(tmp_path) == before

@@ -28,6 +28,7 @@ LEVELS = (
     {"rlhf.bars"},
     {"rlhf.upstream"},
     {"rlhf.config"},
+    {"rlhf.defaults"},
     {"rlhf.data"},
     {"rlhf.data.sources"},
     {"rlhf.data.prompts", "rlhf.data.messages"},
@@ -146,6 +147,21 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
     assert (done.value.code, capsys.readouterr().out.split("\n")[0].startswith(f"usage: rlhf {command} ")) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("sft", "Run an SFT recipe."),
+        ("reward", "Run a reward-model recipe."),
+        ("dpo", "Run a DPO recipe."),
+        ("evaluate", "Run an evaluation recipe."),
+    ],
+)
+def test_help_is_grammatical(command, sentence, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert sentence in capsys.readouterr().out
 
 
 def test_command_line_imports_nothing_heavy():

@@ -84,7 +84,7 @@ def test_running(asked, tmp_path):
 def test_another_run_in_the_folder_is_a_mistake(asked, tmp_path):
     add_metrics(tmp_path / "out", [1])
     code, line = asked("--beta", "0.3")
-    assert code == 2 and "holds another run; it differs in beta: None -> 0.3" in line
+    assert code == 2 and "holds another run; it differs in beta: 0.1 (default) -> 0.3" in line
 
 
 def test_it_takes_no_time(asked, tmp_path):

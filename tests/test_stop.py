@@ -222,7 +222,13 @@ def test_fresh_begins_in_a_new_folder(recipe, tiny_llama, few_pairs, tmp_path, c
     assert main(["dpo", file]) == 0
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert main(["dpo", file, "--beta", "0.5"]) == 2
-    assert "it differs in beta: None -> 0.5. Give --output_dir another folder, or --fresh" in capsys.readouterr().err
+    assert (
+        "it differs in beta: 0.1 (default) -> 0.5. Give --output_dir another folder, or --fresh"
+        in capsys.readouterr().err
+    )
+    assert main(["dpo", file, "--beta", "0.5", "--fresh", "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert f"--fresh: the run would go to {out}-2\n" in shown and not Path(f"{out}-2").exists()
     assert main(["dpo", file, "--beta", "0.5", "--fresh"]) == 0
     assert (tmp_path / "o-2" / "complete.json").is_file()
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}

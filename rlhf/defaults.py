@@ -1,0 +1,64 @@
+"""What a recipe's key is where the recipe doesn't set it, read from the source of the installed libraries: no torch."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+from typing import Any
+
+from rlhf import config
+
+
+def effective(recipe_values: dict[str, Any], stage: str, key: str) -> Any:
+    """A key's value in a recipe, or else its default; None where neither is known."""
+    value = recipe_values.get(key)
+    return defaults(stage).get(key) if value is None else value
+
+
+def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
+    """The same for a message. Example: `0.3`, `0.1 (default)`, `not set`."""
+    value = recipe_values.get(key)
+    if value is not None:
+        return repr(value)
+    default = defaults(stage).get(key)
+    return "not set" if default is None else f"{default!r} (default)"
+
+
+@functools.cache
+def defaults(stage: str) -> dict[str, Any]:
+    """The defaults of a stage's keys, as far as they are literals."""
+    if stage == "evaluate":
+        return _of_ours(config.EvaluateConfig)
+    trl_class = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[stage]
+    found: dict[str, Any] = {}
+    for package, file, name in (
+        ("transformers", "training_args.py", "TrainingArguments"),
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", f"trainer/{stage}_config.py", trl_class),
+        ("trl", "trainer/model_config.py", "ModelConfig"),
+    ):
+        found |= _of_library(package, file, name)
+    return found | _of_ours(config.StageConfig)
+
+
+def _of_ours(config_class: type) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(config_class) if f.default is not dataclasses.MISSING}
+
+
+def _of_library(package: str, file: str, class_name: str) -> dict[str, Any]:
+    body = next(
+        n for n in config._source(package, file).body if isinstance(n, ast.ClassDef) and n.name == class_name
+    ).body
+    found = {}
+    for node in body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:
+            continue
+        value: ast.expr | None = node.value
+        if isinstance(value, ast.Call):  # field(default=..., metadata=...)
+            value = next((k.value for k in value.keywords if k.arg == "default"), None)
+        try:
+            found[node.target.id] = None if value is None else ast.literal_eval(value)
+        except ValueError:  # made when the class is: of that only its name could be told
+            found[node.target.id] = None
+    return found
