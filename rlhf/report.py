@@ -1,14 +1,12 @@
 """One self-contained HTML file about a run: lineage, results, curves, answers, data, environment, commands.
 
 Nothing in it is loaded from anywhere and nothing runs: the plots are inline SVG, a content-security policy forbids
-scripts, and all text of models and data is escaped by Jinja.
+scripts, and all text of models and data is escaped by Jinja. Which runs are shown together is decided in finished_runs.py,
+and each statement about them is read from what they recorded.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import math
 import os
 import shlex
 import shutil
@@ -17,101 +15,87 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlhf.config import STAGES, UserError
+from rlhf.card import hyper_parameters
+from rlhf.command import is_complete, shell_line
+from rlhf.config import TRAINING_STAGES, UserError, quote
 from rlhf.data.formats import preference_rows
 from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
-from rlhf.evaluate import read_answers, shown_answers, table_rows
-from rlhf.progress import read_metrics, say
-from rlhf.yaml_reader import read_flat
-
-TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
-SHORT = {"base": "base", "sft": "SFT", "dpo": "DPO"}
-
-# What is drawn of each stage: a title, the unit, and the metrics with their labels.
-PLOTS = {
-    "sft": [
-        ("Loss", "nats a token", {"loss": "training", "eval_loss": "held out"}),
-        ("Token accuracy", "share", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
-    ],
-    "reward": [
-        ("Loss", "nats a pair", {"loss": "training", "eval_loss": "held out"}),
-        ("Margin chosen over rejected", "reward", {"margin": "training", "eval_margin": "held out"}),
-        ("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "held out"}),
-    ],
-    "dpo": [
-        ("Loss", "nats a pair", {"loss": "training", "eval_loss": "held out"}),
-        ("Implicit rewards", "beta x log-ratio", {"rewards/chosen": "chosen", "rewards/rejected": "rejected",
-                                                  "rewards/margins": "margin"}),
-        ("Accuracy", "share of pairs", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
-    ],
-}  # fmt: skip
+from rlhf.evaluate import read_answers, shown_answers
+from rlhf.finished_runs import (
+    TITLES,
+    Selection,
+    comparison,
+    levels,
+    recipe_outputs,
+    results_with_models,
+    select_runs,
+    start_of,
+)
+from rlhf.overlap import heading
+from rlhf.plots import PLOTS, draw, ties_note
+from rlhf.progress import say
+from rlhf.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
 
 
 def write_report(target: str, output: str | None = None) -> Path:
     """Write report.html about the stages found in a run folder (or named by a recipe folder) and say what to do next.
 
     Args:
-        target: a folder whose subfolders are stage outputs, or a recipe folder, whose recipes name them.
+        target: a run, a folder whose subfolders are runs, or a recipe folder, whose recipes name them.
         output: the file; default `report.html` in the run folder.
 
     Raises:
         UserError: there is no such folder, or no stage in it has run.
     """
-    stages = find_stages(Path(target))
-    if not stages:
+    selection = select_runs(Path(target))
+    if not selection.stages and not selection.compared:
+        unread = "".join(f"; {folder}: {why}" for folder, why in selection.unshown[:3])
         raise UserError(
-            f"{target} holds no run: expected folders with recipe.yaml and complete.json, or recipes that ran"
+            f"{quote(target)} holds no run: expected folders with recipe.yaml and provenance.json, or recipes that "
+            f"ran{unread}"
         )
-    folders = [Path(s["folder"]) for s in stages.values()]
-    home = folders[0].parent if len({f.parent for f in folders}) == 1 else Path(os.path.commonpath(folders))
+    home = home_of(Path(target), selection)
     file = Path(output) if output else home / "report.html"
-    text = render(stages, str(home))
+    text = render(selection, str(home))
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+    for reason in selection.stale:
+        say(f"warning: the results are not shown: {reason}")
+    for stage, runs in selection.compared.items():
+        say(f"note: {len(runs)} {TITLES[stage]} run{'s are' if len(runs) > 1 else ' is'} in the comparison")
+    for folder, why in selection.unshown:
+        say(f"note: not shown: {folder} ({why})")
     say(f"\nReport    {file}  (open it in a browser; it needs no network)")
     say("Next")
-    for label, command in next_commands(stages, target):
+    for label, command in next_commands(selection, target):
         say(f"  {label:<22} {command}")
     return file
 
 
+def home_of(target: Path, selection: Selection) -> Path:
+    """Where the report goes: the folder that was asked for, or, for recipes, the one around their runs."""
+    if not recipe_outputs(target):
+        return target
+    folders = [Path(run["folder"]) for run in _all_runs(selection)]
+    return folders[0].parent if len({f.parent for f in folders}) == 1 else Path(os.path.commonpath(folders))
+
+
+def _all_runs(selection: Selection) -> list[dict[str, Any]]:
+    runs = [*selection.stages.values(), *(run for found in selection.compared.values() for run in found)]
+    return list({run["folder"]: run for run in runs}.values())
+
+
 def find_stages(target: Path) -> dict[str, dict[str, Any]]:
-    """The stages that have run, by name and in order, each with its folder, recipe, provenance, summary and metrics."""
-    if not target.is_dir():
-        raise UserError(f"no folder at {target}; give a run folder such as runs/quickstart")
-    folders = []
-    for stage in STAGES:
-        recipe = target / f"{stage}.yaml"
-        if recipe.is_file():
-            output = read_flat(str(recipe))[0].get("output_dir")
-            folders.append(Path(output if isinstance(output, str) else ".").expanduser())
-    if not folders:
-        folders = [target, *sorted(p for p in target.iterdir() if p.is_dir())]
-    found = {}
-    for folder in folders:
-        if (folder / "recipe.yaml").is_file() and (folder / "provenance.json").is_file():
-            provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-            complete = folder / "complete.json"
-            found[provenance["stage"]] = {
-                "name": provenance["stage"],
-                "title": TITLES[provenance["stage"]],
-                "folder": str(folder),
-                "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
-                "provenance": provenance,
-                "complete": json.loads(complete.read_text(encoding="utf-8")) if complete.is_file() else None,
-                "metrics": read_metrics(folder),
-            }
-    return {stage: found[stage] for stage in STAGES if stage in found}
+    """The runs that are shown together, by stage and in order."""
+    return select_runs(target).stages
 
 
-def next_commands(stages: dict[str, dict], target: str) -> list[tuple[str, str]]:
+def next_commands(selection: Selection, target: str) -> list[tuple[str, str]]:
     """(what for, command) to go on with after this run."""
     program = "rlhf" if shutil.which("rlhf") else os.path.relpath(Path(sys.executable).parent / "rlhf")
-    commands = []
+    commands, stages = [], selection.stages
     policy = stages.get("dpo") or stages.get("sft")
     if policy and policy["complete"]:
         words = [program, "chat", policy["folder"]]
@@ -120,146 +104,140 @@ def next_commands(stages: dict[str, dict], target: str) -> list[tuple[str, str]]
         if "reward" in stages and stages["reward"]["complete"]:
             words += ["--reward", stages["reward"]["folder"]]
         commands.append(("talk to it", shlex.join(words)))
-    recipes = Path(next(iter(stages.values()))["provenance"]["recipe"]).parent
+    recipes = Path(_all_runs(selection)[0]["provenance"]["recipe"]).parent
     other = "configs/gpt2-alpaca" if recipes.name != "gpt2-alpaca" else "configs/quickstart"
     commands.append(("another recipe", f"launch/pipeline.sh {other}"))
-    commands.append(("on 4 GPUs", f"launch/pipeline.sh {recipes} launch/ddp.yaml --num_processes 4"))
+    commands.append(("on 4 GPUs", f"launch/pipeline.sh {shlex.quote(str(recipes))} launch/ddp.yaml --num_processes 4"))
     return commands
 
 
-def render(stages: dict[str, dict], home: str) -> str:
+def render(selection: Selection, home: str) -> str:
     """The report as HTML text."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
         loader=PackageLoader("rlhf", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    results, answers = None, []
-    if "evaluate" in stages and stages["evaluate"]["complete"]:
-        folder = Path(stages["evaluate"]["folder"])
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        answers = read_answers(folder)
-    last = list(stages.values())[-1]["provenance"]
+    stages, results, answers = selection.stages, {}, []
+    evaluation = stages.get("evaluate")
+    if evaluation and evaluation["complete"] and not selection.stale:
+        results = results_with_models(evaluation)
+        answers = read_answers(Path(evaluation["folder"]))
     shown = shown_answers(answers)
     return environment.get_template("report.html.jinja").render(
         home=home,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         stages=stages,
-        facts={name: stage_facts(stage) for name, stage in stages.items()},
+        columns=[[(name, stage_facts(stages[name], stages)) for name in level] for level in levels(stages)],
         rows=table_rows(results) if results else [],
+        column_names=COLUMNS,
+        worse=WORSE,
+        sentences=sentences(results) if results else [],
         results=results,
+        heading=heading(results) if results else "",
+        stale=selection.stale,
+        compared=[
+            (TITLES[stage], comparison(stage, runs, selection.evaluations))
+            for stage, runs in selection.compared.items()
+        ],
+        unshown=selection.unshown,
         plots={name: draw(stage) for name, stage in stages.items() if name in PLOTS and stage["metrics"]},
+        ties=ties_note(stages["dpo"]) if "dpo" in stages else "",
         shown=shown,
         more=[a for a in answers if a not in shown and "sft" in a and "dpo" in a],
-        short=SHORT,
+        labels=labels_of(results) if results else {},
+        shown_text=shown_text,
         data=data_statistics(stages),
-        versions=last["versions"],
-        hardware=last["hardware"],
-        commit=last["git_commit"],
-        commands=[(s["title"], shlex.join(s["provenance"]["command"])) for s in stages.values()],
+        environments=environments(stages),
+        commands=[(s["title"], shell_line(s["provenance"]), is_complete(s["provenance"])) for s in stages.values()],
     )
 
 
-def stage_facts(stage: dict[str, Any]) -> list[tuple[str, str]]:
+def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[str, str]]:
     """A few lines about a stage for its box in the lineage."""
     recipe, complete = stage["recipe"], stage["complete"]
+    inputs = stage["provenance"].get("inputs") or {}
     facts = [("folder", stage["folder"])]
     if stage["name"] == "evaluate":
-        return [*facts, ("pairs", str(complete["pairs"]) if complete else "not complete")]
-    facts.append(("starts from", str(recipe.get("model_name_or_path"))))
+        facts += [
+            (key, str(recipe[f"{key}_model"])) for key in ("base", *TRAINING_STAGES) if recipe.get(f"{key}_model")
+        ]
+    else:
+        facts.append(("starts from", start_of(stage, stages)[1]))
     facts.append(("data", str(recipe.get("dataset_name") or recipe.get("chosen_dataset_name"))))
-    facts.append(("method", f"LoRA r={recipe.get('lora_r', 16)}" if recipe.get("use_peft") else "full fine-tuning"))
+    digest = inputs.get("dataset_name") or inputs.get("chosen_dataset_name")
+    facts.append(("data sha256", digest[:16] if digest else "not recorded"))
+    if stage["name"] == "evaluate":
+        return [*facts, ("pairs", str(complete["pairs"]) if complete else "not complete")]
+    facts += hyper_parameters(recipe, stage["provenance"])
     if complete:
         facts.append(("examples", str(complete["train_examples"])))
-        facts.append(("steps", f"{complete['steps']} in {complete['seconds'] / 60:.1f} min"))
+        facts.append(("steps", f"{complete['steps']} in {_duration(complete['seconds'])}"))
         facts.append(("weights sha256", complete["weights_sha256"][:16]))
     else:
         facts.append(("state", "not complete"))
     return facts
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+
+
+def environments(stages: dict[str, dict]) -> list[dict[str, Any]]:
+    """Versions, hardware and commit, each with the stages that ran under them."""
+    found: list[dict[str, Any]] = []
+    for stage in stages.values():
+        here = {key: stage["provenance"].get(key) for key in ("versions", "hardware", "git_commit")}
+        same = next((e for e in found if {k: e[k] for k in here} == here), None)
+        if same:
+            same["titles"].append(stage["title"])
+        else:
+            found.append(here | {"titles": [stage["title"]]})
+    return found
+
+
 def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
-    """Counts and mean lengths (words) of the pairs that the run used, by split; empty if they can't be read any more."""
+    """Counts and mean lengths (words) of the pairs that the run was given, by split.
+
+    A split that can't be read any more, or is not what the run read (by its digest), has a `gone` that says so, and no counts.
+    """
     stage = stages.get("dpo") or stages.get("reward")
     if stage is None or not stage["recipe"].get("dataset_name"):
         return []
     recipe, found = stage["recipe"], []
-    for split in (recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")):
-        if not split:
-            continue
+    inputs = stage.get("provenance", {}).get("inputs") or {}
+    train = recipe.get("dataset_train_split", None if recipe.get("heldout") else "train")
+    splits = [(train, "dataset_name", None if recipe.get("heldout") else "max_train_examples")]
+    if recipe.get("dataset_test_split") and not recipe.get("eval_dataset_name"):
+        splits.append((recipe["dataset_test_split"], "heldout", "max_eval_examples"))
+    for split, key, most in splits:
         try:
             source = load_source(recipe["dataset_name"], split, recipe.get("dataset_config"))
-            rows = preference_rows(source, Reading(recipe.get("bad_rows", "error")))
+            rows = preference_rows(source.head(recipe.get(most or "")), Reading(recipe.get("bad_rows", "error")))
         except UserError:
+            found.append({"split": split or "all rows", "gone": "can't be read any more"})
             continue
-        words = {
-            k: [sum(len(m["content"].split()) for m in r[k]) for r in rows] for k in ("prompt", "chosen", "rejected")
-        }
-        tasks: dict[str, int] = {}
-        for row in source.rows:
-            if row.get("task"):
-                tasks[str(row["task"])] = tasks.get(str(row["task"]), 0) + 1
+        if inputs.get(key) not in (None, source.digest):
+            found.append({"split": split or "all rows", "gone": "has changed since the run read it"})
+            continue
         found.append(
-            {
-                "split": split,
-                "pairs": len(rows),
-                "several_turns": sum(len(r["prompt"]) > 1 for r in rows),
-                "mean_words": {k: sum(v) / len(v) for k, v in words.items()},
-                "rejected_shorter": sum(r < c for c, r in zip(words["chosen"], words["rejected"], strict=True))
-                / len(rows),
-                "tasks": tasks,
-            }
+            {"split": split or "all rows", "gone": "", "digest": source.digest}
+            | _count(rows, source.head(recipe.get(most or "")).rows)
         )
     return found
 
 
-def draw(stage: dict[str, Any]) -> list[str]:
-    """The curves of a stage as inline SVG, one small plot a quantity: each log as a dot, their running mean as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plots = []
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "rlhf"}
-    ):
-        for title, unit, metrics in PLOTS[stage["name"]]:
-            figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
-            drawn = 0
-            for (metric, label), colour in zip(metrics.items(), ("#2563eb", "#d97706", "#059669"), strict=False):
-                points = [(m["step"], m[metric]) for m in stage["metrics"] if isinstance(m.get(metric), (int, float))]
-                if not points:
-                    continue
-                steps, values = zip(*points, strict=True)
-                if metric.startswith("eval_"):
-                    axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1, label=label)
-                else:
-                    axes.scatter(steps, values, color=colour, s=6, alpha=0.35, linewidths=0)
-                    axes.plot(steps, running_mean(values), color=colour, linewidth=1.6, label=label)
-                drawn += 1
-            if stage["name"] in ("reward", "dpo") and title == "Loss":
-                axes.axhline(math.log(2), color="#9ca3af", linewidth=0.8, linestyle="--", label="ln 2")
-                drawn += 1
-            axes.set_title(title, fontsize=10, loc="left")
-            axes.set_xlabel("step")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_ylabel(unit)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.2)
-            if drawn > 1:
-                axes.legend(frameon=False, fontsize=8)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-            plt.close(figure)
-            plots.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
-    return plots
-
-
-def running_mean(values: tuple[float, ...], window: int | None = None) -> list[float]:
-    """Mean over the last `window` values (default: a tenth of them, at least 3), shorter at the beginning.
-
-    Example: running_mean((1, 2, 3, 4), 2) -> [1, 1.5, 2.5, 3.5].
-    """
-    window = window or max(3, len(values) // 10)
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+def _count(rows: list[dict], raw: list[dict]) -> dict[str, Any]:
+    words = {k: [sum(len(m["content"].split()) for m in r[k]) for r in rows] for k in ("prompt", "chosen", "rejected")}
+    tasks: dict[str, int] = {}
+    for row in raw:
+        if row.get("task"):
+            tasks[str(row["task"])] = tasks.get(str(row["task"]), 0) + 1
+    shorter = sum(r < c for c, r in zip(words["chosen"], words["rejected"], strict=True))
+    return {
+        "pairs": len(rows),
+        "several_turns": sum(len(r["prompt"]) > 1 for r in rows),
+        "mean_words": {k: sum(v) / len(v) for k, v in words.items()},
+        "rejected_shorter": shorter / len(rows),
+        "tasks": tasks,
+    }

@@ -71,7 +71,8 @@ def labels_of(results: dict[str, Any]) -> dict[str, str]:
     labels = {}
     for policy in POLICIES:
         model = models.get(f"{policy}_model")
-        if model is None:
+        if model is None:  # not recorded
+            labels[policy] = f"{policy}_model"
             continue
         is_base = model["digest"] is not None and model["digest"] == models.get("sft_model", {}).get("starts_from")
         if policy == "base":

@@ -1,0 +1,106 @@
+"""The curves of a stage as inline SVG for the report."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+# What is drawn of each stage: a title, the unit, and the metrics with their labels.
+PLOTS = {
+    "sft": [
+        ("Loss", "nats per token", {"loss": "training", "eval_loss": "held out"}),
+        ("Token accuracy", "share", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
+    ],
+    "reward": [
+        ("Loss", "nats per pair", {"loss": "training", "eval_loss": "held out"}),
+        ("Margin chosen over rejected", "reward", {"margin": "training", "eval_margin": "held out"}),
+        ("Accuracy", "share of pairs", {"accuracy": "training", "eval_accuracy": "held out"}),
+    ],
+    "dpo": [
+        ("Loss", "nats per pair", {"loss": "training", "eval_loss": "held out"}),
+        ("Implicit rewards", "beta x log-ratio", {"rewards/chosen": "chosen", "rewards/rejected": "rejected",
+                                                  "rewards/margins": "margin"}),
+        ("Log-probabilities", "nats per answer", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+        ("Accuracy", "share of pairs", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
+    ],
+}  # fmt: skip
+TIES = "rewards/accuracies"
+
+
+def points_of(stage: dict[str, Any], metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric.
+
+    DPO's accuracy at step 1 is left out: the policy is still its reference, so all pairs are ties, which TRL 1.16 counts
+    as losses.
+    """
+    first = 2 if metric == TIES else 0
+    return [
+        (m["step"], m[metric])
+        for m in stage["metrics"]
+        if isinstance(m.get(metric), (int, float)) and m["step"] >= first
+    ]
+
+
+def ties_note(stage: dict[str, Any]) -> str:
+    """What was done about the ties of step 1; '' where there is no such curve."""
+    steps = [m["step"] for m in stage["metrics"] if TIES in m]
+    if not steps:
+        return ""
+    why = "at step 1 the policy is still its reference, so every pair is a tie, which TRL counts as a loss"
+    if min(steps) == 1:
+        return f"DPO's accuracy is drawn from step 2: {why}."
+    return f"DPO's first accuracy, of steps 1 to {min(steps)}, is too low by the share of step 1: {why}."
+
+
+def draw(stage: dict[str, Any]) -> list[str]:
+    """One small plot per quantity: each log as a dot, their running mean as a line; a quantity without logs has none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "rlhf"}
+    with matplotlib.rc_context(style):
+        plots = [_draw_one(stage, *plot) for plot in PLOTS[stage["name"]]]
+    return [svg for svg in plots if svg]
+
+
+def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, str]) -> str:
+    import matplotlib.pyplot as plt
+
+    curves = {metric: points for metric in metrics if (points := points_of(stage, metric))}
+    if not curves:
+        return ""
+    figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
+    for metric, colour in zip(metrics, ("#2563eb", "#d97706", "#059669"), strict=False):
+        if metric not in curves:
+            continue
+        steps, values = zip(*curves[metric], strict=True)
+        if metric.startswith("eval_"):
+            axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1, label=metrics[metric])
+        else:
+            axes.scatter(steps, values, color=colour, s=6, alpha=0.35, linewidths=0)
+            axes.plot(steps, running_mean(values), color=colour, linewidth=1.6, label=metrics[metric])
+    guess = stage["name"] in ("reward", "dpo") and title == "Loss"
+    if guess:
+        axes.axhline(math.log(2), color="#9ca3af", linewidth=0.8, linestyle="--", label="ln 2")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    if len(curves) + guess > 1:
+        axes.legend(frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def running_mean(values: tuple[float, ...], window: int | None = None) -> list[float]:
+    """Mean over the last `window` values (default: a tenth of them, at least 3), shorter at the beginning.
+
+    Example: running_mean((1, 2, 3, 4), 2) -> [1, 1.5, 2.5, 3.5].
+    """
+    window = window or max(3, len(values) // 10)
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
