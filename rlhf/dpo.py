@@ -24,6 +24,7 @@ from rlhf.data.formats import preference_rows
 from rlhf.progress import say
 from rlhf.run import pack, use_global_batches
 from rlhf.stage import Context, Stage
+from rlhf.upstream import check_upstream
 
 
 def load(context: Context):
@@ -53,6 +54,7 @@ def build(context: Context):
     from rlhf.packing import head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
+    check_upstream("dpo", model_args.load_in_4bit or model_args.load_in_8bit or stage_args.reference == "nf4")
     check_reference(context)
     if goes_on(context):
         check_same_adapter(context)

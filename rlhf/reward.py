@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf.data.formats import preference_rows
 from rlhf.run import pack, use_global_batches
 from rlhf.stage import Context, Stage
+from rlhf.upstream import check_upstream
 
 
 def load(context: Context):
@@ -32,6 +33,7 @@ def build(context: Context):
     class Trainer(GlobalBatches, RewardTrainer):
         pass
 
+    check_upstream("reward", context.model_args.load_in_4bit or context.model_args.load_in_8bit)
     model, tokenizer = load(context)
     trainer = Trainer(
         model=model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlhf.data.formats import sft_rows
 from rlhf.run import pack, use_global_batches
 from rlhf.stage import Context, Stage
+from rlhf.upstream import check_upstream
 
 
 def load(context: Context):
@@ -30,6 +31,7 @@ def build(context: Context):
     class Trainer(GlobalBatches, SFTTrainer):
         pass
 
+    check_upstream("sft", context.model_args.load_in_4bit or context.model_args.load_in_8bit)
     if context.args.use_cpu:
         head.install()
     model, tokenizer = load(context)

@@ -23,6 +23,7 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 LEVELS = (
     {"rlhf"},  # the version
     {"rlhf.errors"},
+    {"rlhf.upstream"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},

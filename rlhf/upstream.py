@@ -1,0 +1,324 @@
+"""Names of other libraries that we override, patch or read, and whose silent absence would hurt: one list, checked at start.
+
+If transformers renames `Trainer._get_grad_norm`, ours is simply never called: no error, and no guard against gradient
+spikes. So every such name stands here with the file that relies on it and what would be lost, and `check_upstream` stops
+a run whose libraries lack one, before a model loads. tests/test_upstream.py reads the source and fails where a private
+name is missing from the list.
+
+Moving on to a new release: raise the upper bound in pyproject.toml, run the tests, raise VERIFIED here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+import platform
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from rlhf.errors import UserError
+
+# Releases with which the tests passed. pyproject.toml has the same bounds, but for transformers, whose new releases bring
+# new models: there it is this list that says whether one will do.
+VERIFIED = {
+    "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
+    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name that another library has to have.
+
+    Attributes:
+        module, path: `transformers.trainer`, `Trainer._get_grad_norm`.
+        used_by: our file that relies on it.
+        lost: what would be lost without it.
+        parameters: of the function, after `self`, the first ones in this order.
+        in_code: an attribute of instances (or a word), found in the code of the class that `path` names before its last dot.
+        only: checked for this stage (`sft`, `reward`, `dpo`) or with this optional package only; '' for always.
+    """
+
+    module: str
+    path: str
+    used_by: str
+    lost: str
+    parameters: tuple[str, ...] = ()
+    in_code: bool = False
+    only: str = ""
+
+    @property
+    def package(self) -> str:
+        top = self.module.split(".")[0]
+        return top if top in VERIFIED else "Python"
+
+
+def _of(
+    module: str, owner: str, used_by: str, names: dict[str, str], in_code: bool = False, only: str = ""
+) -> list[Name]:
+    """Names of one class (or, without `owner`, of a module), each `name parameter parameter ...` to what would be lost."""
+    found = []
+    for words, lost in names.items():
+        name, *parameters = words.split()
+        path = f"{owner}.{name}" if owner else name
+        found.append(Name(module, path, f"rlhf/{used_by}", lost, tuple(parameters), in_code, only))
+    return found
+
+
+TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "dpo": "DPOTrainer"}
+
+TRANSFORMERS = [
+    *_of("transformers.trainer", "Trainer", "saving.py", {
+        "training_step model inputs num_items_in_batch": "the check for a loss that is not finite",
+        "_get_grad_norm model grad_norm": "gradient-spike guard",
+        "_get_output_dir trial": "atomic checkpoints",
+        "_save_checkpoint model trial": "atomic checkpoints",
+        "_save output_dir state_dict": "going on without a checkpoint when the disk is full",
+        "_save_optimizer_and_scheduler output_dir": "checkpoints that any engine can read",
+        "_prepare_for_training max_steps train_dataloader resume_from_checkpoint": "resuming under another engine",
+        "_load_from_checkpoint resume_from_checkpoint model": "resuming under another engine",
+        "_load_scaler checkpoint": "the loss scale of a resumed fp16 run",
+        "_evaluate trial ignore_keys_for_eval skip_scheduler": "stopping during an evaluation",
+    }),
+    *_of("transformers.trainer_callback", "TrainerCallback", "saving.py", {
+        "on_train_begin args state control": "the evaluation that a stop has put off",
+        "on_step_end args state control": "stopping on request, and the checks of loss and gradient",
+        "on_epoch_end args state control": "stopping at the end of an epoch",
+        "on_prediction_step args state control": "stopping during an evaluation",
+        "on_save args state control": "the watchdog",
+    }),
+    *_of("transformers.trainer_callback", "TrainerCallback", "progress.py", {"on_log args state control": "metrics.jsonl"}),
+    *_of("transformers.training_args", "TrainingArguments", "saving.py", {
+        "logging_nan_inf_filter": "a loss of NaN in the log",
+    }),
+    *_of("transformers.trainer", "Trainer", "trainer.py", {
+        "create_accelerator_and_postprocess": "fp32 gradients and log-probabilities under FSDP2 with bf16",
+        "get_train_dataloader": "the global batch",
+        "compute_loss model inputs return_outputs num_items_in_batch": "each micro-batch's weight in its global batch",
+        "floating_point_ops inputs": "training on global batches",
+        "evaluation_loop dataloader description prediction_loss_only ignore_keys metric_key_prefix": "evaluating each row once",
+        "_set_signature_columns_if_needed": "the columns of a global batch",
+        "_wrap_model model training": "evaluating under every engine",
+    }),
+    *_of("transformers.trainer", "Trainer", "trainer.py", {
+        "_signature_columns": "the columns of a global batch",
+        "is_deepspeed_enabled": "gradients that are exchanged once a step",
+        "current_gradient_accumulation_steps": "the scale of the loss",
+    }, in_code=True),
+    *_of("transformers.trainer", "Trainer", "portable.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
+    *_of("transformers.trainer", "Trainer", "dpo.py", {
+        "_prepare_inputs inputs": "exact reference log-probabilities under DeepSpeed with bf16",
+        "compute_loss_context_manager": "the check of DPO's start",
+    }),
+    *_of("transformers.integrations.deepspeed", "", "models.py", {
+        "_hf_deepspeed_config_weak_ref": "merging an adapter under ZeRO-3",
+        "unset_hf_deepspeed_config": "merging an adapter under ZeRO-3",
+    }),
+    *_of("transformers.configuration_utils", "PreTrainedConfig", "packing/backbone.py", {
+        "_attn_implementation": "packing",
+    }),
+    *_of("transformers.configuration_utils", "PreTrainedConfig", "models.py", {
+        "_name_or_path": "the base of a reward model",
+    }, in_code=True),
+    *_of("transformers.configuration_utils", "PreTrainedConfig", "checks.py", {
+        "_commit_hash": "the model's commit in the provenance",
+    }, in_code=True),
+    *_of("transformers.modeling_utils", "PreTrainedModel", "packing/backbone.py", {
+        "_is_stateful": "refusing to pack recurrent models",
+    }),
+    *_of("transformers.modeling_utils", "PreTrainedModel", "embedded.py", {
+        "hf_quantizer": "saving the embedded model",
+    }, in_code=True),
+    *_of("transformers.modeling_utils", "", "packing/attention.py", {"AttentionInterface": "packing"}),
+    *_of("transformers.masking_utils", "", "packing/attention.py", {"AttentionMaskInterface": "packing"}),
+]  # fmt: skip
+
+TRL = [
+    *(
+        name
+        for stage, trainer in TRAINERS.items()
+        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "trainer.py", {
+            "_metrics": "the metrics of a global batch", "_total_train_tokens": "the count of tokens",
+        }, in_code=True, only=stage)
+    ),
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "dpo.py", {
+        "_precompute_ref_logps dataset name batch_size": "the reference cache",
+    }, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "reference.py", {
+        "compute_ref_log_probs model inputs": "the reference cache",
+    }, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "dpo.py", {
+        "ref": "the frozen copy of an adapter that DPO continues",  # the adapter's name
+    }, in_code=True, only="dpo"),
+    *_of("trl.trainer.dpo_config", "DPOConfig", "dpo.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "reference.py", {
+        "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns
+        "ld_alpha": "the key of the reference cache",
+    }, in_code=True, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "", "dpo.py", {"hash_module": "minutes, in which TRL hashes all weights"}, only="dpo"),
+    *_of("trl.trainer.base_trainer", "_BaseTrainer", "saving.py", {
+        "create_model_card model_name dataset_name tags": "going on without a checkpoint when the disk is full",
+    }),
+    *_of("trl.trainer.base_config", "", "config.py", {"_BaseConfig": "the keys of a recipe"}),
+    *_of("trl.trainer.utils", "", "packing/head.py", {
+        "_use_triton": "the quick LM head on CPUs", "_ChunkedLogProbFunction": "the quick LM head on CPUs",
+    }),
+    *_of("trl.kernels.chunked_logprob", "", "packing/head.py", {
+        "_use_triton device": "the quick LM head on CPUs", "ChunkedLogProbFunction": "the quick LM head on CPUs",
+    }),
+]  # fmt: skip
+
+ACCELERATE_AND_PEFT = [
+    *_of("accelerate.state", "GradientState", "trainer.py", {
+        "_set_sync_gradients sync_gradients": "gradients that are exchanged once a step",
+    }),
+    *_of("accelerate", "Accelerator", "trainer.py", {
+        "gather tensor": "metrics without communication in a micro-batch",
+        "gather_for_metrics input_data": "metrics without communication in a micro-batch",
+        "no_sync model": "gradients that are exchanged once a step",
+        "reduce tensor reduction": "metrics of the global batch",
+    }),
+    *_of("accelerate", "FullyShardedDataParallelPlugin", "trainer.py", {
+        "mixed_precision_policy": "fp32 gradients and log-probabilities under FSDP2 with bf16",
+    }),
+    *_of("accelerate.state", "AcceleratorState", "trainer.py", {
+        "fsdp_plugin": "fp32 gradients and log-probabilities under FSDP2 with bf16",
+    }, in_code=True),
+    *_of("accelerate", "PartialState", "run.py", {"distributed_type": "FSDP2 on CPUs"}, in_code=True),
+    *_of("peft.tuners.tuners_utils", "", "reference.py", {"BaseTunerLayer": "the key of the reference cache"}),
+    *_of("peft.utils.other", "", "reference.py", {"AuxiliaryTrainingWrapper": "the key of the reference cache"}),
+    *_of("peft.tuners.lora.layer", "Linear", "models.py", {"get_delta_weight adapter": "merging into a 4-bit base"}),
+    *_of("peft.tuners.lora.layer", "LoraLayer", "reference.py", {"base_layer": "the key of the reference cache"}, in_code=True),
+    *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
+]  # fmt: skip
+
+TORCH_AND_PYTHON = [
+    *_of("torch", "ops.aten", "packing/attention.py", {
+        "_scaled_dot_product_flash_attention_for_cpu": "packed attention on CPUs",
+        "_scaled_dot_product_flash_attention_for_cpu_backward": "packed attention on CPUs",
+    }),
+    *_of("torch.optim.lr_scheduler", "LRScheduler", "portable.py", {
+        "_last_lr": "the learning rate of a resumed run", "_step_count": "the learning rate of a resumed run",
+    }, in_code=True),
+    *_of("torch.distributed.tensor", "DTensor", "models.py", {"full_tensor": "the unsharded model under FSDP2"}),
+    *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "trainer.py", {
+        "reduce_dtype": "fp32 gradients under FSDP2 with bf16", "output_dtype": "log-probabilities in fp32 under FSDP2 with bf16",
+    }, in_code=True),
+    *_of("threading", "", "stop.py", {"_shutdown": "an orderly end of one process of several"}),
+    *_of("atexit", "", "stop.py", {"_run_exitfuncs": "an orderly end of one process of several"}),
+    *_of("os", "", "stop.py", {"_exit status": "an orderly end of one process of several"}),
+]  # fmt: skip
+
+OPTIONAL = [
+    *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "saving.py", {
+        "_copy_recovery_script save_path": "going on without a checkpoint when the disk is full",
+        "save_checkpoint save_dir tag client_state save_latest": "going on without a checkpoint when the disk is full",
+    }, only="deepspeed"),
+    *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "saving.py", {
+        "checkpoint_engine": "going on without a checkpoint when the disk is full",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "portable.py", {
+        "fp32_partitioned_groups_flat": "checkpoints that any engine can read, under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "portable.py", {
+        "_lazy_init_hp_params_optimizer_state": "checkpoints that any engine can read, under ZeRO-1 and 2",
+    }, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "models.py", {
+        "ds_id": "the unsharded model under ZeRO-3", "ds_shape": "the size of an embedding under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "throughput.py", {
+        "ds_numel": "the number of parameters under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "portable.py", {
+        "ds_tensor": "resuming under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", "reference.py", {
+        name: "training under ZeRO-3 after the reference's pass"
+        for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
+    }, in_code=True, only="deepspeed"),
+    *_of("bitsandbytes.nn.modules", "Linear4bit", "models.py", {
+        "support_avx512bf16_for_cpu": "gradients of a 4-bit model on CPUs",
+    }, in_code=True, only="bitsandbytes"),
+    *_of("bitsandbytes.nn.modules", "Params4bit", "throughput.py", {
+        "quant_state": "the number of weights of a 4-bit model",
+    }, in_code=True, only="bitsandbytes"),
+]  # fmt: skip
+
+NAMES = (*TRANSFORMERS, *TRL, *ACCELERATE_AND_PEFT, *TORCH_AND_PYTHON, *OPTIONAL)
+
+
+def check_upstream(stage: str, quantised: bool = False) -> None:
+    """Stop unless the installed libraries have every name that this stage relies on; before a model loads, on all ranks alike.
+
+    Args:
+        stage: `sft`, `reward` or `dpo`.
+        quantised: bitsandbytes is used.
+
+    Raises:
+        UserError: the first name that is missing or has other parameters, and what to install.
+    """
+    used = {"", stage}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        used.add("deepspeed")
+    if quantised:
+        used.add("bitsandbytes")
+    problems = [(name, found) for name in NAMES if name.only in used and (found := what_is_wrong(name))]
+    if problems:
+        name, found = problems[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        verified = VERIFIED[name.package]
+        raise UserError(
+            f"{name.package} {version_of(name.package)} {found} ({name.lost}, {name.used_by}){more}; this version of rlhf-dpo was "
+            f"verified with {name.package} {verified}; install {'one of these' if ' to ' in verified else 'that'}"
+        )
+
+
+def what_is_wrong(name: Name) -> str:
+    """`has no Trainer._get_grad_norm`, or what its parameters are now; '' if all is well."""
+    owner_path, _, last = name.path.rpartition(".")
+    try:
+        owner = functools.reduce(getattr, filter(None, owner_path.split(".")), importlib.import_module(name.module))
+        if name.in_code:
+            return "" if last in words_of(owner) else f"has no {name.path}"
+        found = getattr(owner, last)
+    except ModuleNotFoundError as error:
+        return f"has no {error.name}"
+    except AttributeError:
+        return f"has no {name.path}"
+    if name.parameters:
+        parameters = [p for p in inspect.signature(found).parameters if p != "self"]
+        if tuple(parameters[: len(name.parameters)]) != name.parameters:
+            return f"has {name.path}({', '.join(parameters)}), expected ({', '.join(name.parameters)})"
+    return ""
+
+
+def version_of(package: str) -> str:
+    """The installed version."""
+    return platform.python_version() if package == "Python" else importlib.metadata.version(package)
+
+
+def words_of(owner: type) -> set[str]:
+    """Attributes and words in the code of a class' functions, and its own attributes."""
+    words = set(vars(owner)) | set(getattr(owner, "__annotations__", ()))
+    for value in vars(owner).values():
+        functions = (value.fget, value.fset) if isinstance(value, property) else (value,)
+        for function in functions:
+            if (code := getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)) is not None:
+                words |= _words(code)
+    return words
+
+
+def _words(code: CodeType) -> set[str]:
+    words = set(code.co_names)
+    for constant in code.co_consts:
+        words |= _words(constant) if isinstance(constant, CodeType) else _strings(constant)
+    return words
+
+
+def _strings(constant: Any) -> set[str]:
+    items = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
+    return {item for item in items if isinstance(item, str)}
