@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from pathlib import Path
 
 from rlhf.config import UserError
@@ -192,6 +193,7 @@ def trainer_class(context: Context):
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
+        reference_seconds = 0.0  # that the cached reference took, for bench/
 
         def __init__(self, **kwargs):
             with without_hashing():
@@ -202,13 +204,16 @@ def trainer_class(context: Context):
             """Pack once, as soon as the model stands: TRL's constructor asks for the reference before it ends."""
             if not hasattr(self, "is_packed"):
                 make_ref_adapter_equal(self.model)
-                self.is_packed = pack(self, context, "pairs")
+                self.is_packed = pack(self, context, context.packing_mode or "pairs")
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             self._make_ready()
             path = "packed" if self.is_packed else self.model.config._attn_implementation
             folder = context.stage_args.reference_cache
-            return add_reference_logps(self, dataset, path, folder and Path(folder), context.stopper)
+            started = time.perf_counter()
+            found = add_reference_logps(self, dataset, path, folder and Path(folder), context.stopper)
+            self.reference_seconds += time.perf_counter() - started
+            return found
 
         def _prepare_inputs(self, inputs):
             """Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024."""

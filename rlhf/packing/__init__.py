@@ -3,7 +3,7 @@
 `why_not(model)` says why a model can't; `pack_backbone(model, mode)` does it.
 """
 
-from rlhf.packing.backbone import pack_backbone, why_not
+from rlhf.packing.backbone import pack_backbone, packing_mode, why_not
 from rlhf.packing.layout import MODES, Layout, lay_out
 
-__all__ = ["MODES", "Layout", "lay_out", "pack_backbone", "why_not"]
+__all__ = ["MODES", "Layout", "lay_out", "pack_backbone", "packing_mode", "why_not"]
