@@ -48,11 +48,13 @@ class Bench:
     Attributes:
         stage: `sft`, `reward` or `dpo`.
         variants: name to what it is; the first is the baseline of the ratios.
+        modes: name to how its batches are packed (None: not at all), which is checked once its trainer is built.
         build: (variant, context, clock) to a trainer; `clock` times what comes before the first step.
     """
 
     stage: str
     variants: dict[str, str]
+    modes: dict[str, str | None]
     build: Callable[[str, Any, Callable], Any]
 
 
@@ -206,29 +208,9 @@ def worker(bench: Bench, args) -> None:
     if args.worker == "matmul-peak":
         Path(args.out).write_text(json.dumps({"flops": matmul_peak(args)}))
         return
-    from rlhf.config import build_configs, load_recipe
-    from rlhf.models import locate
-    from rlhf.progress import quiet_libraries
-    from rlhf.stage import Context, read_data
-
-    quiet_libraries()
-    scratch = Path(args.folder) / f"cache-{args.worker}-{os.getpid()}"  # nothing is found from an earlier round
-    flags = ["--reference_cache", str(scratch)] if bench.stage == "dpo" else []
-    recipe = load_recipe(f"{args.folder}/recipe.yaml", bench.stage, flags)
-    stage = sys.modules["__main__"].STAGE
-    context = Context(recipe, *build_configs(recipe), read_data(stage, recipe), locate(recipe.get("model_name_or_path"), ""))  # fmt: skip
-    before: list[float] = []
-
-    def clock(function):
-        def timed(*positional, **named):
-            started = time.perf_counter()
-            result = function(*positional, **named)
-            before.append(time.perf_counter() - started)
-            return result
-
-        return timed
-
-    trainer = bench.build(args.worker, context, clock)
+    clock = Clock()
+    trainer = bench.build(args.worker, load_context(bench, args), clock)
+    check_variant(args.worker, bench.modes[args.worker], trainer)
     batches = watch_batches(trainer)
     ends, cuda = watch_steps(trainer)
     if args.profile == args.worker:
@@ -240,13 +222,57 @@ def worker(bench: Bench, args) -> None:
     backbone = sum(p.numel() for n, p in trainer.model.named_parameters() if p.dim() == 2 and "layers." in n and "lora_" not in n)  # fmt: skip
     memory = torch.cuda.max_memory_allocated() if cuda else peak_rss()
     found = {
-        "seconds": seconds, "examples": args.examples, "before_s": sum(before), "before_examples": len(trainer.train_dataset),
+        "seconds": seconds, "examples": args.examples, "before_s": sum(clock.seconds), "before_examples": len(trainer.train_dataset),
         "losses": [log["loss"] for log in logs], "tokens": [b["tokens"] for b in batches[1 : len(seconds) + 1]],
         "padded": [b["padded"] for b in batches[1 : len(seconds) + 1]],
         "flops": [useful_flops(b, config, backbone, args.train == "full") for b in batches[1 : len(seconds) + 1]],
         "memory": memory, "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }  # fmt: skip
     Path(args.out).write_text(json.dumps(found))
+
+
+def load_context(bench: Bench, args):
+    """What a stage's `build` gets, from the recipe that all variants share."""
+    from rlhf.config import build_configs, load_recipe
+    from rlhf.models import locate
+    from rlhf.progress import quiet_libraries
+    from rlhf.stage import Context, read_data
+
+    quiet_libraries()
+    scratch = Path(args.folder) / f"cache-{args.worker}-{os.getpid()}"  # nothing is found from an earlier round
+    flags = ["--reference_cache", str(scratch)] if bench.stage == "dpo" else []
+    recipe = load_recipe(f"{args.folder}/recipe.yaml", bench.stage, flags)
+    stage = sys.modules["__main__"].STAGE
+    return Context(recipe, *build_configs(recipe), read_data(stage, recipe), locate(recipe.get("model_name_or_path"), ""))  # fmt: skip
+
+
+class Clock:
+    """Wraps functions, and keeps the seconds of each call."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def __call__(self, function):
+        def timed(*positional, **named):
+            started = time.perf_counter()
+            result = function(*positional, **named)
+            self.seconds.append(time.perf_counter() - started)
+            return result
+
+        return timed
+
+
+def check_variant(variant: str, expected: str | None, trainer) -> None:
+    """Stop unless the trainer packs its batches as its variant's name says: losses are equal in all of them by design, so
+    nothing else would show that a number stands under a wrong name."""
+    from rlhf.packing import packing_mode
+
+    found = packing_mode(trainer.model)
+    if found != expected:
+        raise SystemExit(
+            f"{variant}: batches are packed as {found}, expected {expected} (None: not packed); its numbers would stand under a "
+            "wrong name, so nothing was measured"
+        )
 
 
 def watch_batches(trainer) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ python bench/dpo.py --data completion-heavy        a short prompt, long answers
 python bench/dpo.py --model llama-1b --dtype bfloat16 --examples 16     random weights in a known shape, on a GPU
 """
 
+import dataclasses
+
 import compare
 
 from rlhf.dpo import DPO as STAGE
@@ -17,17 +19,19 @@ VARIANTS = {
 }
 
 
-def build(variant, context, clock):
-    import rlhf.dpo
-    import rlhf.reference
+MODES = {"trl": None, "trl-precomputed": None, "packed": "rows", "shared": "pairs"}
 
+
+def build(variant, context, clock):
     if variant.startswith("trl"):
         return build_trl(variant, context, clock)
-    if variant == "packed":
-        pack = rlhf.dpo.pack
-        rlhf.dpo.pack = lambda trainer, context, mode: pack(trainer, context, "rows")
-    rlhf.reference.add_reference_logps = clock(rlhf.reference.add_reference_logps)
-    return STAGE.build(context)
+    trainer = STAGE.build(dataclasses.replace(context, packing_mode=MODES[variant]))
+    if not trainer.reference_seconds > 0:
+        raise SystemExit(
+            f"{variant}: the cached reference took no time: it was not computed, or its time was not taken"
+        )
+    clock.seconds.append(trainer.reference_seconds)
+    return trainer
 
 
 def build_trl(variant, context, clock):
@@ -51,4 +55,4 @@ def build_trl(variant, context, clock):
 
 
 if __name__ == "__main__":
-    compare.main(compare.Bench("dpo", VARIANTS, build))
+    compare.main(compare.Bench("dpo", VARIANTS, MODES, build))

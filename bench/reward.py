@@ -3,6 +3,8 @@
 python bench/reward.py --data pairs.jsonl          SmolLM2-135M with a score head, LoRA, fp32, 4 pairs a step
 """
 
+import dataclasses
+
 import compare
 
 from rlhf.reward import REWARD as STAGE
@@ -14,16 +16,14 @@ VARIANTS = {
 }
 
 
-def build(variant, context, clock):
-    import rlhf.reward
+MODES = {"trl": None, "packed": "rows", "shared": "pairs"}
 
-    pack = rlhf.reward.pack
+
+def build(variant, context, clock):
     if variant == "trl":  # the stage builds TRL's trainer and packs it; what is left without packing is TRL's own
         context.stage_args.packing = False
-    elif variant == "packed":
-        rlhf.reward.pack = lambda trainer, context, mode: pack(trainer, context, "rows")
-    return STAGE.build(context)
+    return STAGE.build(dataclasses.replace(context, packing_mode=MODES[variant]))
 
 
 if __name__ == "__main__":
-    compare.main(compare.Bench("reward", VARIANTS, build))
+    compare.main(compare.Bench("reward", VARIANTS, MODES, build))

@@ -14,6 +14,9 @@ VARIANTS = {
 }
 
 
+MODES = {"trl": None, "trl-padding-free": None, "packed": "rows"}
+
+
 def build(variant, context, clock):
     if variant == "packed":
         return STAGE.build(context)
@@ -42,4 +45,4 @@ def build(variant, context, clock):
 
 
 if __name__ == "__main__":
-    compare.main(compare.Bench("sft", VARIANTS, build))
+    compare.main(compare.Bench("sft", VARIANTS, MODES, build))

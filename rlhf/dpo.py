@@ -7,7 +7,7 @@ which is, where the policy is
     an SFT adapter that goes on          a frozen copy of that adapter, named `ref` (TRL makes it); with the adapter off
                                          it would be the model before SFT
     a whole model, fully fine-tuned      a second copy of it
-Either way the first thing the run does is to check it: at step 0 the loss must be ln 2. With `reference: nf4` a second
+Either way the first thing the run does is to check it (start.py): at step 0 the loss must be ln 2, to the model's noise. With `reference: nf4` a second
 model in 4 bits is asked, for one that is not the policy's start; it is never quite right, so its bias is measured, shown
 and bounded before anything is trained.
 """
@@ -15,8 +15,8 @@ and bounded before anything is trained.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
+import time
 from pathlib import Path
 
 from rlhf.config import UserError
@@ -192,10 +192,12 @@ def trainer_class(context: Context):
     from trl import DPOTrainer
 
     from rlhf.reference import add_reference_logps
+    from rlhf.start import check_start
     from rlhf.trainer import GlobalBatches
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
+        reference_seconds = 0.0  # that the cached reference took, for bench/
 
         def __init__(self, **kwargs):
             with without_hashing():
@@ -206,13 +208,16 @@ def trainer_class(context: Context):
             """Pack once, as soon as the model stands: TRL's constructor asks for the reference before it ends."""
             if not hasattr(self, "is_packed"):
                 make_ref_adapter_equal(self.model)
-                self.is_packed = pack(self, context, "pairs")
+                self.is_packed = pack(self, context, context.packing_mode or "pairs")
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             self._make_ready()
             path = "packed" if self.is_packed else self.model.config._attn_implementation
             folder = context.stage_args.reference_cache
-            return add_reference_logps(self, dataset, path, folder and Path(folder), context.stopper)
+            started = time.perf_counter()
+            found = add_reference_logps(self, dataset, path, folder and Path(folder), context.stopper)
+            self.reference_seconds += time.perf_counter() - started
+            return found
 
         def _prepare_inputs(self, inputs):
             """Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024."""
@@ -221,25 +226,9 @@ def trainer_class(context: Context):
 
         def training_step(self, model, inputs, *args, **kwargs):
             if not self._start_checked and self.state.global_step == 0 and context.stage_args.reference != "nf4":
-                self.check_start(model, inputs)
+                check_start(self, model, inputs)
             self._start_checked = True
             return super().training_step(model, inputs, *args, **kwargs)
-
-        def check_start(self, model, inputs) -> None:
-            import torch
-
-            was_training = model.training
-            model.eval()
-            part = inputs.get("micro_batches", [{"batch": inputs, "examples": 1}])[0]
-            with torch.no_grad(), self.compute_loss_context_manager(), self._step_metrics("eval") as note:
-                loss = self.compute_loss(model, self._prepare_inputs(dict(part["batch"])))
-                note(part)
-            loss = float(self.accelerator.gather(loss).mean())
-            model.train(was_training)
-            found = {side: self._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")}
-            self._metrics["eval"].clear()
-            exact = not (self.args.bf16 or self.args.fp16)
-            refuse_wrong_start(loss, found["chosen"], found["rejected"], 1e-3 if exact else 2e-2, self.loss_types)
 
     return CheckedDPOTrainer
 
@@ -265,27 +254,6 @@ def make_ref_adapter_equal(model) -> None:
     for name, parameter in parameters.items():
         if ".ref." in name:
             parameter.data = parameters[name.replace(".ref.", ".default.")].detach().clone()
-
-
-def refuse_wrong_start(loss: float, chosen: float, rejected: float, tolerance: float, loss_types: list[str]) -> None:
-    """Raise unless DPO starts at its reference: implicit rewards 0 and, for the sigmoid loss, -log sigmoid(0) = ln 2.
-
-    Args:
-        loss, chosen, rejected: the loss and the mean implicit rewards (beta times log-ratio) of the first batch.
-        tolerance: allowed distance of the loss from ln 2; the rewards may be off by twice that (d loss = d margin / 2).
-
-    Raises:
-        UserError: with what was found and the likely causes.
-    """
-    wrong_loss = loss_types == ["sigmoid"] and not abs(loss - math.log(2)) <= tolerance
-    wrong_rewards = not max(abs(chosen), abs(rejected)) <= 2 * tolerance
-    if wrong_loss or wrong_rewards:
-        raise UserError(
-            f"DPO does not start from its reference: before the first update the loss is {loss:.4f} (expected ln 2 = "
-            f"0.6931) and the implicit rewards are {chosen:+.4f} for chosen and {rejected:+.4f} for rejected (expected 0). "
-            "The policy and the reference are different models: the reference log-probabilities come from another "
-            "model, adapter, precision or template than the policy. Nothing was trained"
-        )
 
 
 def probe(dataset) -> list[list[int]]:

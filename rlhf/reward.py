@@ -43,7 +43,7 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=get_peft_config(context.model_args),
     )
-    use_global_batches(trainer, context, pack(trainer, context, "pairs"))
+    use_global_batches(trainer, context, pack(trainer, context, context.packing_mode or "pairs"))
     return trainer
 
 

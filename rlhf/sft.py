@@ -49,7 +49,7 @@ def build(context: Context):
         processing_class=tokenizer,
         peft_config=None if hasattr(model, "peft_config") else get_peft_config(context.model_args),
     )
-    use_global_batches(trainer, context, pack(trainer, context, "rows"))
+    use_global_batches(trainer, context, pack(trainer, context, context.packing_mode or "rows"))
     return trainer
 
 

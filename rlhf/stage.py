@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.config import TRAINING_STAGES, Recipe, UserError
 from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
@@ -76,7 +76,11 @@ class Stage:
 
 @dataclass
 class Context:
-    """What a stage's `build` gets: configs, rows, the located input model, and who is asked to stop."""
+    """What a stage's `build` gets: configs, rows, the located input model, and who is asked to stop.
+
+    Attributes:
+        packing_mode: how batches are packed (packing/layout.py) in place of the stage's own way; for bench/.
+    """
 
     recipe: Recipe
     args: Any
@@ -85,6 +89,7 @@ class Context:
     data: StageData
     model_name: str
     stopper: Stopper | None = None
+    packing_mode: Literal["pairs", "rows"] | None = None
 
 
 def maker_of(recipe: Recipe, name: str | None) -> str:

@@ -229,7 +229,12 @@ OPTIONAL = [
     }, only="deepspeed"),
     *_of("deepspeed.runtime.zero.partition_parameters", "Init", "models.py", {
         "ds_id": "the unsharded model under ZeRO-3", "ds_shape": "the size of an embedding under ZeRO-3",
-        "ds_numel": "the number of parameters under ZeRO-3", "ds_tensor": "resuming under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "throughput.py", {
+        "ds_numel": "the number of parameters under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "portable.py", {
+        "ds_tensor": "resuming under ZeRO-3",
     }, in_code=True, only="deepspeed"),
     *_of("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", "reference.py", {
         name: "training under ZeRO-3 after the reference's pass"

@@ -57,6 +57,7 @@ LEVELS = (
     {"rlhf.saving"},
     {"rlhf.launch"},
     {"rlhf.reference"},
+    {"rlhf.start"},
     {"rlhf.batching"},
     {"rlhf.throughput"},
     {"rlhf.trainer"},

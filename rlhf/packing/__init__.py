@@ -4,7 +4,7 @@
 """
 
 from rlhf.packing.attention import kernel_name
-from rlhf.packing.backbone import pack_backbone, why_not
+from rlhf.packing.backbone import pack_backbone, packing_mode, why_not
 from rlhf.packing.layout import MODES, Layout, lay_out
 
-__all__ = ["MODES", "Layout", "kernel_name", "lay_out", "pack_backbone", "why_not"]
+__all__ = ["MODES", "Layout", "kernel_name", "lay_out", "pack_backbone", "packing_mode", "why_not"]

@@ -101,6 +101,11 @@ def pack_backbone(model, mode: str) -> None:
     backbone._packing_mode = mode
 
 
+def packing_mode(model) -> str | None:
+    """The mode in which a model's backbone packs its batches; None if it computes them as they are."""
+    return getattr(find_backbone(model), "_packing_mode", None)
+
+
 def find_backbone(model) -> PreTrainedModel | None:
     """The decoder stack that a (PEFT-wrapped) model calls; the model itself if it is one."""
     backbone = getattr(_without_peft(model), "base_model", None)

@@ -1,0 +1,211 @@
+"""The check of DPO's start: before its first update the policy *is* the reference, but for the noise of its own numbers.
+
+How large that noise is depends on dtype, model and length of the answers, so it is measured: the same answers'
+log-probabilities in two batch shapes. All of it is in nats (log-probability of one answer), and is brought to rewards and
+losses by beta and the loss's slope. A wrong reference is off by nats: SmolLM2-135M in NF4 by 5, where bf16's noise is
+below one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.errors import UserError
+from rlhf.progress import say
+
+PAIRS = 8  # of the first micro-batch, at most
+FLOOR_NATS = 0.02  # harmless in any dtype: a reward of 2e-3 at beta 0.1
+NOISES = 6  # so many times the measured noise is allowed: two answers alone may show a fifth of it by chance
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was found before the first update, the same on all processes.
+
+    Attributes:
+        loss: of the first micro-batches.
+        expected_loss: of this loss at its reference; None where there is no such number.
+        loss_slope: what a nat in every answer's log-probability changes in it, at most.
+        off_nats: policy less reference, root mean square over answers.
+        noise_nats: the same answers in two batch shapes, likewise.
+        dtype: in which the model computes.
+        num_tokens: of an answer, on average.
+    """
+
+    loss: float
+    expected_loss: float | None
+    loss_slope: float
+    off_nats: float
+    noise_nats: float
+    dtype: torch.dtype
+    num_tokens: float
+
+    @property
+    def allowed_nats(self) -> float:
+        """The measured noise, or what rounding once a token would make of it, several times over."""
+        rounding = torch.finfo(self.dtype).eps * math.sqrt(self.num_tokens)
+        return max(FLOOR_NATS, NOISES * max(self.noise_nats, rounding))
+
+    @property
+    def allowed_loss(self) -> float:
+        return 1e-4 * max(1.0, abs(self.expected_loss or 0.0)) + self.loss_slope * self.allowed_nats
+
+    def __str__(self) -> str:
+        expected = "" if self.expected_loss is None else f" (at its reference: {self.expected_loss:.4f})"
+        return (
+            f"policy and reference differ by {self.off_nats:.2g} nats an answer, allowed {self.allowed_nats:.2g} (noise of "
+            f"{str(self.dtype).removeprefix('torch.')}: {self.noise_nats:.2g}); loss {self.loss:.4f}{expected}"
+        )
+
+
+def check_start(trainer, model, inputs) -> Start:
+    """Compare policy and reference on the first micro-batch; on all processes alike, with as many forward passes on each.
+
+    Args:
+        trainer: a DPOTrainer with GlobalBatches, before its first step.
+        model: as its `training_step` gets it.
+        inputs: likewise; a batch, or `micro_batches`.
+
+    Raises:
+        UserError: they are different models.
+    """
+    part = inputs.get("micro_batches", [{"batch": inputs, "examples": 1}])[0]
+    batch = trainer._prepare_inputs(dict(part["batch"]))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        with trainer.compute_loss_context_manager(), trainer._step_metrics("eval") as note:
+            loss = trainer.compute_loss(model, batch)
+            note(part)
+        trainer._metrics["eval"].clear()
+        off, noise = compare_logps(trainer, model, batch)
+    model.train(was_training)
+    tokens = batch["completion_mask"].sum() / batch["completion_mask"].shape[0]
+    sums = torch.stack([loss.float().reshape(()), off.square().mean(), noise.square().mean(), tokens.float()])
+    loss, off, noise, tokens = trainer.accelerator.gather(sums[None]).double().mean(dim=0).tolist()
+    expected, slope = expected_loss(trainer)
+    dtype = compute_dtype(model, trainer.accelerator.mixed_precision)
+    start = Start(loss, expected, slope, math.sqrt(off), math.sqrt(noise), dtype, tokens)
+    say(f"  start    {start}")
+    refuse_wrong_start(start)
+    return start
+
+
+def refuse_wrong_start(start: Start) -> None:
+    """Raise unless DPO starts at its reference: log-ratios of 0 and, where it is known, the loss that belongs to them.
+
+    Raises:
+        UserError: with what was found and the likely causes.
+    """
+    wrong_loss = start.expected_loss is not None and not abs(start.loss - start.expected_loss) <= start.allowed_loss
+    if wrong_loss or not math.isfinite(start.loss) or not start.off_nats <= start.allowed_nats:
+        raise UserError(
+            f"DPO does not start from its reference: before the first update {start}. The policy and the reference are "
+            "different models: the reference log-probabilities come from another model, adapter, precision or template "
+            "than the policy. Nothing was trained"
+        )
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def compare_logps(trainer, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(policy less reference, policy less itself in another batch shape), each answer's, in nats."""
+    small = first_pairs(batch, PAIRS)
+    policy = policy_logps(trainer, model, small)
+    if trainer.precompute_ref_logps:
+        reference = torch.stack([small["ref_chosen_logps"], small["ref_rejected_logps"]])
+    else:
+        reference = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model or model, small))
+    other = other_shape(small)
+    again = policy_logps(trainer, model, other).flip(0)  # chosen and rejected have changed places
+    shared = min(again.shape[1], policy.shape[1])
+    return policy.float() - reference.float(), again[:, :shared].float() - policy[:, :shared].float()
+
+
+def policy_logps(trainer, model, batch) -> torch.Tensor:
+    """(2, pairs): chosen and rejected, from TRL's reference pass with the policy in the reference's place."""
+    with policy_as_reference(trainer, model):
+        return torch.stack(trainer.compute_ref_log_probs(model, batch))
+
+
+@contextlib.contextmanager
+def policy_as_reference(trainer, model) -> Iterator[None]:
+    """TRL switches the adapter off for a reference pass only where there is no `ref_model`."""
+    before, trainer.ref_model = trainer.ref_model, model
+    try:
+        yield
+    finally:
+        trainer.ref_model = before
+
+
+def first_pairs(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The first pairs of a batch of [chosen rows, rejected rows]."""
+    pairs = batch["input_ids"].shape[0] // 2
+    return {
+        name: x[:count] if len(x) == pairs else torch.cat([h[:count] for h in x.chunk(2)]) for name, x in batch.items()
+    }
+
+
+def other_shape(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first half of the pairs (a single one: twice), chosen and rejected exchanged: other matrices, another order."""
+    pairs = batch["input_ids"].shape[0] // 2
+    half = first_pairs({k: v for k, v in batch.items() if not k.startswith("ref_")}, max(1, pairs // 2))
+    times = 2 if pairs == 1 else 1
+    return {
+        name: torch.cat([*[side] * times, *[other] * times]) for name, x in half.items() for other, side in [x.chunk(2)]
+    }
+
+
+def compute_dtype(model, mixed_precision: str | None = None) -> torch.dtype:
+    """The least precise dtype in which a model computes: of its weights (LoRA's left out), of 4-bit layers, of autocast.
+
+    Args:
+        mixed_precision: accelerate's `no`, `bf16` or `fp16`.
+    """
+    found = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name]
+    found += [m.compute_dtype for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)]
+    found += [{"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "no", torch.float32)]
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def expected_loss(trainer) -> tuple[float | None, float]:
+    """The loss where all log-ratios are 0, and at most what it changes by where each answer's is off by a nat.
+
+    None for what depends on more than the log-ratios: the SFT loss, WPO's weights, the load-balancing loss of experts.
+    """
+    if trainer.use_weighting or trainer.aux_loss_enabled or "sft" in trainer.loss_types:
+        return None, 0.0
+    known = starts(trainer.beta, trainer.label_smoothing, trainer.args.discopop_tau)
+    if set(trainer.loss_types) - known.keys():
+        return None, 0.0
+    parts = [(weight, *known[kind]) for kind, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True)]
+    return sum(w * value for w, value, _ in parts), sum(abs(w) * slope for w, _, slope in parts)
+
+
+def starts(beta: float, smoothing: float, tau: float) -> dict[str, tuple[float, float]]:
+    """For each of TRL's losses its value at log-ratios of 0, and the sum of |d loss / d log-ratio| of the two answers there.
+
+    Losses of means a token (ipo, sigmoid_norm) are taken for answers of one token, which is their steepest.
+    """
+    ln2 = math.log(2)
+    found = {
+        "sigmoid": (ln2, beta), "hinge": (1.0, 2 * beta), "ipo": (1 / (4 * beta**2), 2 / beta),
+        "nca_pair": (2 * ln2, beta / 2), "bco_pair": (2 * ln2, beta), "sppo_hard": (0.5 / beta**2, 2 / beta),
+        "aot": (ln2, beta), "aot_unpaired": (ln2, beta), "apo_zero": (1.0, beta / 2), "apo_down": (1.0, beta / 2),
+        "discopop": (ln2 / 2 + 0.5, 2 * beta * (0.75 + (1 - ln2) / (4 * tau))), "sigmoid_norm": (ln2, beta),
+    }  # fmt: skip
+    if smoothing != 0.5:
+        found["robust"] = (ln2, beta / abs(1 - 2 * smoothing))
+    if 0 < smoothing < 1:
+        log_odds = math.log((1 - smoothing) / smoothing)
+        found["exo_pair"] = (-ln2 - (math.log(1 - smoothing) + math.log(smoothing)) / 2, beta * abs(log_odds) / 2)
+    return found
