@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,8 @@ from trl.data_utils import common_prefix_length
 
 from rlhf import embedded
 from rlhf.config import UserError
+from rlhf.model_folder import check_model_folder
+from rlhf.run_files import read_json
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -38,7 +39,7 @@ def is_reward_model(name: str) -> bool:
         ("config.json", "architectures", "SequenceClassification"),
     ):
         if (Path(name) / file).is_file():
-            return mark in str(json.loads((Path(name) / file).read_text(encoding="utf-8")).get(key))
+            return mark in str((read_json(Path(name) / file) or {}).get(key))
     return False
 
 
@@ -58,14 +59,8 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
     """
     name = embedded.resolve(name, say)
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not is_adapter(str(path)):
-            hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
-            raise UserError(f"{asked_by}: {name} holds no finished model (no config.json or adapter_config.json){hint}")
-        if is_adapter(str(path)) and not (path / "adapter_model.safetensors").is_file():
-            raise UserError(
-                f"{asked_by}: the adapter in {name} has no adapter_model.safetensors; pickled weights are not read"
-            )
+    if os.path.isdir(path):
+        check_model_folder(path, asked_by, made_by)
         return str(path.resolve())
     if made_by:
         raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")

@@ -7,7 +7,6 @@ scripts, and all text of models and data is escaped by Jinja.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import shlex
@@ -17,13 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.config import STAGES, UserError
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
-from rlhf.evaluate import read_answers, shown_answers, table_rows
+from rlhf.evaluate import read_answers, read_results, shown_answers, table_rows
 from rlhf.progress import read_metrics, say
+from rlhf.run_files import read_complete, read_json, read_recipe
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 SHORT = {"base": "base", "sft": "SFT", "dpo": "DPO"}
@@ -85,24 +83,39 @@ def find_stages(target: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         recipe = target / f"{stage}.yaml"
         if recipe.is_file():
-            folders.append(Path((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("output_dir") or "."))
+            output = (read_recipe(recipe) or {}).get("output_dir")
+            folders.append(Path(output if isinstance(output, str) and output else "."))
     if not folders:
         folders = [target, *sorted(p for p in target.iterdir() if p.is_dir())]
     found = {}
     for folder in folders:
-        if (folder / "recipe.yaml").is_file() and (folder / "provenance.json").is_file():
-            provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-            complete = folder / "complete.json"
-            found[provenance["stage"]] = {
-                "name": provenance["stage"],
-                "title": TITLES[provenance["stage"]],
-                "folder": str(folder),
-                "recipe": yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
-                "provenance": provenance,
-                "complete": json.loads(complete.read_text(encoding="utf-8")) if complete.is_file() else None,
-                "metrics": read_metrics(folder),
-            }
+        if not all(os.path.isfile(folder / name) for name in ("recipe.yaml", "provenance.json")):
+            continue
+        provenance, recipe = read_json(folder / "provenance.json"), read_recipe(folder / "recipe.yaml")
+        if recipe is None or not _is_provenance(provenance):
+            damaged = "recipe.yaml" if recipe is None else "provenance.json"
+            raise UserError(f"{folder / damaged} is damaged; the report needs it: restore it, or move {folder} away")
+        stage = provenance["stage"]
+        found[stage] = {
+            "name": stage,
+            "title": TITLES[stage],
+            "folder": str(folder),
+            "recipe": recipe,
+            "provenance": provenance,
+            "complete": read_complete(folder),
+            "metrics": read_metrics(folder),
+        }
     return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+def _is_provenance(found: dict[str, Any] | None) -> bool:
+    """Whether provenance.json holds what the report shows of it."""
+    shown = {"stage": str, "recipe": str, "command": list, "versions": dict, "hardware": dict}
+    if found is None or not all(isinstance(found.get(key), kind) for key, kind in shown.items()):
+        return False
+    return (
+        found["stage"] in STAGES and all(isinstance(word, str) for word in found["command"]) and "git_commit" in found
+    )
 
 
 def next_commands(stages: dict[str, dict], target: str) -> list[tuple[str, str]]:
@@ -134,7 +147,7 @@ def render(stages: dict[str, dict], home: str) -> str:
     results, answers = None, []
     if "evaluate" in stages and stages["evaluate"]["complete"]:
         folder = Path(stages["evaluate"]["folder"])
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_results(folder)
         answers = read_answers(folder)
     last = list(stages.values())[-1]["provenance"]
     shown = shown_answers(answers)
@@ -162,14 +175,14 @@ def stage_facts(stage: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, complete = stage["recipe"], stage["complete"]
     facts = [("folder", stage["folder"])]
     if stage["name"] == "evaluate":
-        return [*facts, ("pairs", str(complete["pairs"]) if complete else "not complete")]
+        return [*facts, ("pairs", str(complete.get("pairs", "?")) if complete else "not complete")]
     facts.append(("starts from", str(recipe.get("model_name_or_path"))))
     facts.append(("data", str(recipe.get("dataset_name") or recipe.get("chosen_dataset_name"))))
     facts.append(("method", f"LoRA r={recipe.get('lora_r', 16)}" if recipe.get("use_peft") else "full fine-tuning"))
     if complete:
-        facts.append(("examples", str(complete["train_examples"])))
-        facts.append(("steps", f"{complete['steps']} in {complete['seconds'] / 60:.1f} min"))
-        facts.append(("weights sha256", complete["weights_sha256"][:16]))
+        facts.append(("examples", str(complete.get("train_examples", "?"))))
+        facts.append(("steps", f"{complete.get('steps', '?')} in {complete.get('seconds', 0) / 60:.1f} min"))
+        facts.append(("weights sha256", complete.get("weights_sha256", "?")[:16]))
     else:
         facts.append(("state", "not complete"))
     return facts

@@ -27,6 +27,7 @@ from rlhf.checkpoint import (
 from rlhf.checks import bytes_needed, check_devices, check_extras, check_length, check_merge, on_cpu
 from rlhf.config import Recipe, UserError, build_configs, load_recipe
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
+from rlhf.model_folder import check_model_folder
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
@@ -64,6 +65,8 @@ def run_stage(
         say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
         return
     check_extras(recipe)
+    if os.path.isdir(folder := Path(recipe.get("model_name_or_path")).expanduser()):
+        check_model_folder(folder, recipe.where("model_name_or_path"), made_by)
     if check_only:
         say(f"{recipe.path}: ok ({len(data.train)} training rows)")
         return
@@ -340,7 +343,7 @@ def train_or_restore(trainer, run: Run) -> None:
 def describe_complete(summary: dict[str, Any]) -> str:
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
-    return f"{summary['steps']} steps, training loss {arrow}, {summary['seconds'] / 60:.1f} min"
+    return f"{summary.get('steps', '?')} steps, training loss {arrow or '?'}, {summary.get('seconds', 0) / 60:.1f} min"
 
 
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:

@@ -12,6 +12,7 @@ from rlhf.config import TRAINING_STAGES, Recipe, UserError
 from rlhf.data.formats import join_chosen_rejected, prompt_key
 from rlhf.data.sources import Source, load_source
 from rlhf.progress import say
+from rlhf.run_files import read_recipe
 from rlhf.stop import Stopper
 
 
@@ -62,24 +63,19 @@ def maker_of(recipe: Recipe, name: str | None) -> str:
     """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
     if not name:
         return ""
-    import yaml
-
     for stage in TRAINING_STAGES:
         sibling = Path(recipe.path).parent / f"{stage}.yaml"
-        if stage == recipe.stage or not sibling.is_file():
+        if stage == recipe.stage:
             continue
-        try:
-            output = (yaml.safe_load(sibling.read_text(encoding="utf-8")) or {}).get("output_dir")
-        except (yaml.YAMLError, AttributeError):
-            continue
-        if output and os.path.normpath(output) == os.path.normpath(name):
+        output = (read_recipe(sibling) or {}).get("output_dir")  # a sibling that can't be read is for its own --check
+        if output and isinstance(output, str) and os.path.normpath(output) == os.path.normpath(name):
             return f"rlhf {stage} {sibling}"
     return ""
 
 
 def waits_for(recipe: Recipe, name: str) -> str:
     """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
-    return "" if (Path(name) / "complete.json").is_file() else maker_of(recipe, name)
+    return "" if os.path.lexists(Path(name) / "complete.json") else maker_of(recipe, name)
 
 
 def read_data(stage: Stage, recipe: Recipe) -> StageData:

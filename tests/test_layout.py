@@ -23,6 +23,8 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 LEVELS = (
     {"rlhf"},  # the version
     {"rlhf.errors"},
+    {"rlhf.run_files"},
+    {"rlhf.model_folder"},
     {"rlhf.config"},
     {"rlhf.data"},
     {"rlhf.data.sources"},

@@ -26,6 +26,8 @@ from rlhf.config import Recipe
 from rlhf.data.sources import FILE_TYPES
 from rlhf.embedded import NAME, PREFIX, cache_dir
 from rlhf.launch import Layout
+from rlhf.model_folder import safetensors_damage
+from rlhf.run_files import read_recipe
 from rlhf.stage import maker_of
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
@@ -260,8 +262,6 @@ def disk_words(error: OSError) -> str:
 
 def model_folder(recipe: Recipe) -> Path | None:
     """Where weights of the recipe's model lie already; of one that is yet to be made, those it will be made from."""
-    import yaml
-
     name = recipe.get("model_name_or_path")
     for _ in range(3):
         if not name:
@@ -273,14 +273,17 @@ def model_folder(recipe: Recipe) -> Path | None:
         made_by = maker_of(recipe, name)
         if not made_by:
             return None
-        name = yaml.safe_load(Path(made_by.split(" ", 2)[2]).read_text(encoding="utf-8")).get("model_name_or_path")
+        name = (read_recipe(made_by.split(" ", 2)[2]) or {}).get("model_name_or_path")
+        name = name if isinstance(name, str) else None
     return None
 
 
 def num_parameters(folder: Path) -> int:
-    """Parameters of a model on the disk, from the headers of its safetensors files; no weight is read."""
+    """Parameters of a model on the disk, from the headers of its safetensors files that can be read; no weight is read."""
     total = 0
     for path in folder.glob("*.safetensors"):
+        if safetensors_damage(path):
+            continue
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
