@@ -204,14 +204,14 @@ def test_status_of_runs_of_which_one_has_a_damaged_provenance(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [*NOT_A_RECIPE.values(), b"output_dir: 123", b"output_dir: [a]", b"output_dir: {a: 1}"]
+    "content", [*NOT_A_RECIPE.values(), b"output_dir: 123", b"output_dir: [a]", b"output_dir: {a: 1}"], ids=range(9)
 )
 def test_a_sibling_recipe_that_cant_be_read_makes_no_model(tmp_path, content):
     (tmp_path / "sft.yaml").write_bytes(content)
     assert maker_of(Recipe("dpo", str(tmp_path / "dpo.yaml"), {}, {}), "123") == ""
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"sha256": [1]}', '{"sha256": {"a": 1}}'], ids=range(9))
+@pytest.mark.parametrize("text", ["[1]", '{"sha256": [1]}', '{"sha256": {"a": 1}}'])
 def test_a_damaged_manifest_of_the_embedded_model_is_not_whole(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     assert not embedded._is_whole(tmp_path)
