@@ -34,8 +34,10 @@ import yaml
 
 from rlhf import __version__, embedded
 from rlhf.command import command_of, launcher_of, shell_line
-from rlhf.config import HARMLESS, Recipe, UserError
+from rlhf.config import HARMLESS, Recipe
 from rlhf.defaults import describe, effective
+from rlhf.errors import UserError, quote
+from rlhf.run_files import checkpoints, read_complete, read_json, read_recipe, whole_number
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 
@@ -73,42 +75,77 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
     """
     folder = Path(recipe.values["output_dir"])
     where = recipe.where("output_dir")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{where}: output_dir {folder} is a file; name a folder")
-    found = sorted(p.name for p in folder.iterdir() if not OURS.fullmatch(p.name)) if folder.is_dir() else []
+    found = _names_in(folder, where)
     if found and "recipe.yaml" not in found:
         raise UserError(
-            f"{where}: output_dir {folder} holds other files ({', '.join(found[:4])}) and no run of ours; "
-            "name another folder (nothing was overwritten)"
+            f"{where}: output_dir {folder} holds other files ({', '.join(quote(n)[1:-1] for n in found[:4])}) and no run of "
+            "ours; name another folder (nothing was overwritten)"
         )
     if found:
         refuse_other_run(recipe, folder, inputs)
     _check_writable(folder, where)
-    return Run(folder, read_json(folder / "complete.json"), newest_checkpoint(folder))
+    return Run(folder, read_complete(folder), newest_checkpoint(folder))
+
+
+def _names_in(folder: Path, where: str) -> list[str]:
+    """What an output folder holds beside `OURS`; [] if it is not there yet."""
+    for path in (folder, *folder.parents):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise UserError(
+                f"{where}: output_dir {quote(str(folder))[1:-1]}: {path} is a link to {os.readlink(path)}, which is not "
+                "there; name another folder, or make that one"
+            )
+    if os.path.isfile(folder):
+        raise UserError(f"{where}: output_dir {folder} is a file; name a folder")
+    try:
+        return sorted(p.name for p in folder.iterdir() if not OURS.fullmatch(p.name))
+    except (FileNotFoundError, NotADirectoryError):  # the latter: it lies below a file, which _check_writable says
+        return []
+    except (OSError, ValueError) as error:  # too long, not permitted; a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{where}: output_dir {quote(str(folder))} can't be used: {reason}; name another folder"
+        ) from None
 
 
 def refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> None:
     """Raise UserError with what differs, if the run in `folder` is not this recipe's, of these inputs."""
-    try:
-        before = dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, ValueError, TypeError):
-        raise UserError(f"{folder / 'recipe.yaml'} can't be read; move the folder away and start again") from None
+    before = read_recipe(folder / "recipe.yaml")
+    if before is None:
+        raise UserError(f"{folder / 'recipe.yaml'} can't be read; move the folder away and start again")
     changed = [
-        f"{key}: {describe(before, recipe.stage, key)} -> {describe(recipe.values, recipe.stage, key)}"
-        for key in sorted(set(before) | set(recipe.values))
+        f"{quote(key)[1:-1]}: {describe(before, recipe.stage, key)} -> {describe(recipe.values, recipe.stage, key)}"
+        for key in sorted({str(key) for key in before} | set(recipe.values))
         if key not in HARMLESS and effective(before, recipe.stage, key) != effective(recipe.values, recipe.stage, key)
     ]
-    provenance = read_json(folder / "provenance.json") or {}
+    recorded = _inputs_before(folder) if inputs else {}
     for key, digest in inputs.items():
-        old = provenance.get("inputs", {}).get(key)
+        old = recorded.get(key)
         if old is not None and old != digest and not any(c.startswith(f"{key}:") for c in changed):
             named = f"{key} ({recipe.get(key)})" if recipe.get(key) else f"the {key} data"
             changed.append(f"the content of {named} is not what it was")
     if changed:
+        shown = [c for i, c in enumerate(changed) if i == 0 or len("; ".join(changed[: i + 1])) <= 300]
+        more = f"; and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
         raise UserError(
-            f"{recipe.where('output_dir')}: output_dir {folder} holds another run; it differs in {'; '.join(changed)}. "
+            f"{recipe.where('output_dir')}: output_dir {folder} holds another run; it differs in {'; '.join(shown)}{more}. "
             f"Give --output_dir another folder, or --fresh for a new one beside it (nothing was overwritten)"
         )
+
+
+def _inputs_before(folder: Path) -> dict[str, Any]:
+    """The digests of the inputs that provenance.json has recorded; {} if that file was never written."""
+    path = folder / "provenance.json"
+    if not os.path.lexists(path):
+        return {}
+    provenance = read_json(path)
+    inputs = None if provenance is None else provenance.get("inputs", {})
+    if not isinstance(inputs, dict):
+        raise UserError(
+            f"{path} is damaged, so it can't be told whether data and input model are those of the run in this folder; move "
+            "that file away to resume without this comparison, or give --fresh to train in a new folder"
+        )
+    return inputs
 
 
 def _check_writable(folder: Path, where: str) -> None:
@@ -198,17 +235,12 @@ def remove_checkpoint(folder: Path) -> None:
 
 def rotate_checkpoints(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Delete all whole checkpoints but the newest `keep` and the best one, and what a kill has left half-written."""
-    numbered = _checkpoints(folder)
+    numbered = checkpoints(folder)
     whole = [step for step in sorted(numbered) if (numbered[step] / MANIFEST).is_file()]
     old = whole[: -max(keep, 1)] if keep else []
     for step, path in numbered.items():
         if (step in old or (whole and step not in whole)) and str(path) != best:
             remove_checkpoint(path)
-
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    found = folder.glob("checkpoint-*") if folder.is_dir() else []
-    return {int(p.name.removeprefix("checkpoint-")): p for p in found if p.name.removeprefix("checkpoint-").isdigit()}
 
 
 def newest_checkpoint(folder: Path, verify: bool = False, tell=lambda text: None) -> str | None:
@@ -218,7 +250,7 @@ def newest_checkpoint(folder: Path, verify: bool = False, tell=lambda text: None
         verify: read all files and compare their checksums too.
         tell: is called with a sentence about each checkpoint that is passed over.
     """
-    for _, path in sorted(_checkpoints(folder).items(), reverse=True):
+    for _, path in sorted(checkpoints(folder).items(), reverse=True):
         damage = checkpoint_damage(path, verify)
         if not damage:
             return str(path)
@@ -228,27 +260,50 @@ def newest_checkpoint(folder: Path, verify: bool = False, tell=lambda text: None
 
 def checkpoint_damage(folder: Path, verify: bool = False) -> str:
     """What is wrong with a checkpoint; '' if nothing is."""
-    files = (read_manifest(folder) or {}).get("files")
-    if not isinstance(files, dict):
+    manifest = read_manifest(folder)
+    files = (manifest or {}).get("files")
+    if manifest is None or not isinstance(files, dict) or not files:
         return "it was never finished (no manifest that can be read)"
+    if not _is_layout(manifest.get("layout")):
+        return f"its manifest says layout: {quote(manifest['layout'])}"
     for name, noted in files.items():
-        size, digest = noted if isinstance(noted, list) else (noted, None)  # before there were checksums
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, {size} were written"
-        if verify and digest:
-            with open(path, "rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                    return f"the content of {name} is not what was written (sha256)"
+        damage = _file_damage(folder, name, noted, verify)
+        if damage:
+            return damage
     return ""
+
+
+def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
+    size, digest = (
+        noted if isinstance(noted, list) and len(noted) == 2 else (noted, None)
+    )  # before there were checksums
+    if whole_number(size) is None or not isinstance(digest, str | None):
+        return f"its manifest says {quote(noted)} of {quote(name)}, expected size and sha256"
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return f"its manifest names {quote(name)}, a file outside of it"
+    path = folder / name
+    if not os.path.isfile(path):
+        return f"{quote(name)[1:-1]} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    if verify and digest:
+        with open(path, "rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
+                return f"the content of {name} is not what was written (sha256)"
+    return ""
+
+
+def _is_layout(layout: Any) -> bool:
+    """Whether this is what `Layout.record` gives; also None, of before it was recorded."""
+    if layout is None:
+        return True
+    texts = isinstance(layout, dict) and all(isinstance(layout.get(key), str) for key in ("engine", "split"))
+    return texts and whole_number(layout.get("processes")) is not None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint's manifest says."""
-    found = read_json(Path(folder) / MANIFEST)
-    return found if isinstance(found, dict) else None
+    return read_json(Path(folder) / MANIFEST)
 
 
 def sync_file(path: Path) -> None:
@@ -325,8 +380,12 @@ class Lock:
 
 def fresh_folder(folder: Path) -> Path:
     """The first of `folder`, `folder-2`, `folder-3`, ... that holds nothing yet."""
+    if folder.name in ("", ".."):
+        raise UserError(
+            f"--fresh makes a new folder beside output_dir, and {folder} has no name; give --output_dir another one"
+        )
     number, found = 1, folder
-    while found.exists() and (not found.is_dir() or any(found.iterdir())):
+    while os.path.lexists(found) and (not os.path.isdir(found) or os.listdir(found)):
         number += 1
         found = folder.with_name(f"{folder.name}-{number}")
     return found
@@ -341,10 +400,11 @@ def model_digest(name: str) -> str:
     if name == embedded.NAME:
         return embedded.GGUF_SHA256
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return name
-    recorded = (read_json(folder / "complete.json") or {}).get("weights_sha256")
-    return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in sorted(folder.glob("*.safetensors")))
+    recorded = (read_complete(folder) or {}).get("weights_sha256")
+    weights = [w for w in sorted(folder.glob("*.safetensors")) if os.path.isfile(w)]  # not links to what is gone
+    return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in weights)
 
 
 def environment() -> dict[str, Any]:
@@ -383,13 +443,6 @@ def hardware() -> dict[str, Any]:
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     return found
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def write_file(path: Path, text: str) -> None:

@@ -37,9 +37,11 @@ def check_extras(recipe: Recipe) -> None:
 
 def on_cpu(recipe: Recipe) -> bool:
     """Whether this recipe will be computed on the CPU of this machine."""
-    import torch
+    if recipe.get("use_cpu"):
+        return True
+    import torch  # takes seconds
 
-    return bool(recipe.get("use_cpu")) or not torch.cuda.is_available()
+    return not torch.cuda.is_available()
 
 
 def check_devices(args, recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 
 from rlhf.config import UserError
+from rlhf.run_files import read_json
 
 PREFIX = "embedded:"
 NAME = "embedded:smollm2-135m-instruct"
@@ -149,10 +150,10 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
+    files = (read_json(folder / "manifest.json") or {}).get("sha256")
     try:
-        files = json.loads((folder / "manifest.json").read_text())["sha256"]
-        return all(_sha256(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+        return isinstance(files, dict) and all(_sha256(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError):
         return False
 
 

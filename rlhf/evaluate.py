@@ -26,6 +26,7 @@ from rlhf.overlap import find_overlap, heading
 from rlhf.prepare import check_finished_models
 from rlhf.progress import is_main, quiet_libraries, say
 from rlhf.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
+from rlhf.run_files import read_json, read_json_lines
 from rlhf.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
@@ -61,8 +62,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     run = open_run(recipe, inputs)
     if run.complete:
         say(f"{'Evaluation':<12} complete: {run.folder}")
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-        results.setdefault("models", describe_models(names, inputs))  # an older version did not record them
+        results = read_results(run.folder, describe_models(names, inputs))
         show(results, read_answers(run.folder))
         return results
     if not check_only:
@@ -118,14 +118,47 @@ def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict
 
 def read_beta(dpo_model: str | None) -> float:
     """The beta that the DPO run was trained with; TRL's default 0.1 if it is not known."""
+    arguments = (read_json(Path(dpo_model) / "provenance.json") or {}).get("arguments") if dpo_model else None
+    beta = arguments.get("beta") if isinstance(arguments, dict) else None
+    return float(beta) if isinstance(beta, (int, float)) and math.isfinite(beta) else 0.1
+
+
+def read_results(folder: Path, models: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a finished evaluation; with `models`, where an older version did not record them.
+
+    Raises:
+        UserError: results.json is missing or damaged.
+    """
+    results = read_json(folder / "results.json")
     try:
-        return float(json.loads((Path(dpo_model) / "provenance.json").read_text())["arguments"]["beta"])
-    except (TypeError, OSError, ValueError, KeyError):
-        return 0.1
+        results.setdefault("models", models)
+        table_rows(results)
+        if results["pairs"] >= 0:
+            return results
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise UserError(
+        f"{folder / 'results.json'} is missing or damaged, and complete.json beside it says that the evaluation is finished; "
+        "remove complete.json, and the same command evaluates again"
+    )
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The answers of a finished evaluation; lines that can't be read are left out."""
+    return [answer for answer in read_json_lines(folder / "answers.jsonl") if _is_answer(answer)]
+
+
+def _is_answer(answer: dict[str, Any]) -> bool:
+    prompt = answer.get("prompt")
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    texts = [answer[p] for p in ("base", "sft", "dpo") if p in answer]
+    rewards = [answer[f"{p}_reward"] for p in ("base", "sft", "dpo") if f"{p}_reward" in answer]
+    return (
+        isinstance(last, dict)
+        and isinstance(last.get("content"), str)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(reward, (int, float)) for reward in rewards)
+    )
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

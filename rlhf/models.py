@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,8 @@ from trl.data_utils import common_prefix_length
 
 from rlhf import embedded
 from rlhf.errors import RunFailed, UserError
+from rlhf.model_folder import check_model_folder
+from rlhf.run_files import read_json
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
@@ -35,7 +36,10 @@ def base_of(name: str) -> str:
     """The model itself: an adapter's base, where the name is an adapter's folder."""
     if not is_adapter(name):
         return name
-    return json.loads((Path(name) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = (read_json(Path(name) / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(name) / 'adapter_config.json'} is damaged: it names no base_model_name_or_path")
+    return base
 
 
 def is_reward_model(name: str) -> bool:
@@ -45,7 +49,7 @@ def is_reward_model(name: str) -> bool:
         ("config.json", "architectures", "SequenceClassification"),
     ):
         if (Path(name) / file).is_file():
-            return mark in str(json.loads((Path(name) / file).read_text(encoding="utf-8")).get(key))
+            return mark in str((read_json(Path(name) / file) or {}).get(key))
     return False
 
 
@@ -65,14 +69,8 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
     """
     name = embedded.resolve(name, say)
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not is_adapter(str(path)):
-            hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
-            raise UserError(f"{asked_by}: {name} holds no finished model (no config.json or adapter_config.json){hint}")
-        if is_adapter(str(path)) and not (path / "adapter_model.safetensors").is_file():
-            raise UserError(
-                f"{asked_by}: the adapter in {name} has no adapter_model.safetensors; pickled weights are not read"
-            )
+    if os.path.isdir(path):
+        check_model_folder(path, asked_by, made_by)
         return str(path.resolve())
     if made_by:
         raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf.bars import duration, log_line, metrics, plain_bars, seconds_left, training_bar  # noqa: F401
 from rlhf.checkpoint import write_file
+from rlhf.run_files import read_json_lines, whole_number
 
 
 def is_main() -> bool:
@@ -127,15 +128,8 @@ def append(path: Path, text: str) -> bool:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a torn last line (a kill while writing) is left out."""
-    rows = []
-    path = Path(folder) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """The lines of metrics.jsonl; lines that are damaged (a kill tears the last one) are left out."""
+    return [row for row in read_json_lines(Path(folder) / "metrics.jsonl") if whole_number(row.get("step")) is not None]
 
 
 def _is_number(value: Any) -> bool:

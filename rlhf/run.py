@@ -34,6 +34,7 @@ from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
 from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
+from rlhf.model_folder import check_model_folder
 from rlhf.prepare import Prepared
 from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
@@ -73,6 +74,8 @@ def run_stage(
         say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
         return
     check_extras(recipe)
+    if os.path.isdir(folder := Path(recipe.get("model_name_or_path")).expanduser()):
+        check_model_folder(folder, recipe.where("model_name_or_path"), made_by)
     if check_only:
         describe_data(recipe, data)
         unknown = prepare.check_only(stage, recipe, data, run)
@@ -399,7 +402,7 @@ def describe_data(recipe: Recipe, data: StageData) -> None:
 def describe_complete(summary: dict[str, Any]) -> str:
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
-    return f"{summary['steps']} steps, training loss {arrow}, {summary['seconds'] / 60:.1f} min"
+    return f"{summary.get('steps', '?')} steps, training loss {arrow or '?'}, {summary.get('seconds', 0) / 60:.1f} min"
 
 
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:

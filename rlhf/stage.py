@@ -14,8 +14,8 @@ from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
 from rlhf.data.sources import Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
+from rlhf.run_files import read_recipe
 from rlhf.stop import Stopper
-from rlhf.yaml_reader import read_flat
 
 
 @dataclass
@@ -98,20 +98,21 @@ def maker_of(recipe: Recipe, name: str | None) -> str:
         return ""
     for stage in TRAINING_STAGES:
         sibling = Path(recipe.path).parent / f"{stage}.yaml"
-        if stage == recipe.stage or not sibling.is_file():
+        if stage == recipe.stage:
             continue
-        try:
-            output = read_flat(str(sibling))[0].get("output_dir")
-        except UserError:  # its own command says what is wrong with it
-            continue
-        if isinstance(output, str) and os.path.normpath(os.path.expanduser(output)) == os.path.normpath(name):
+        output = (read_recipe(sibling) or {}).get("output_dir")  # a sibling that can't be read is for its own --check
+        if (
+            output
+            and isinstance(output, str)
+            and os.path.normpath(os.path.expanduser(output)) == os.path.normpath(name)
+        ):
             return f"rlhf {stage} {sibling}"
     return ""
 
 
 def waits_for(recipe: Recipe, name: str) -> str:
     """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
-    return "" if (Path(name) / "complete.json").is_file() else maker_of(recipe, name)
+    return "" if os.path.lexists(Path(name) / "complete.json") else maker_of(recipe, name)
 
 
 def read_data(stage: Stage, recipe: Recipe) -> StageData:

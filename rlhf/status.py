@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checkpoint import newest_checkpoint, read_json, refuse_other_run
+from rlhf.checkpoint import newest_checkpoint, refuse_other_run
 from rlhf.config import STAGES, UserError, load_recipe
+from rlhf.errors import quote
 from rlhf.progress import read_metrics
+from rlhf.run_files import read_complete, read_json, whole_number
 from rlhf.stop import EXIT_STOPPED
 
+UNKNOWN = "?"  # a stage whose name can't be read
 COMPLETE, STOPPED, INTERRUPTED, NOT_BEGUN, RUNNING = "complete", "stopped", "interrupted", "not begun", "running"
 EXIT_CODES = {COMPLETE: 0, STOPPED: EXIT_STOPPED, INTERRUPTED: 1, NOT_BEGUN: 3, RUNNING: 4}
 
@@ -71,28 +75,32 @@ def status_of_recipe(recipe_path: str, stage: str, overrides: list[str] | None =
     """
     recipe = load_recipe(recipe_path, stage, overrides or [])
     folder = Path(recipe.get("output_dir"))
-    if (folder / "recipe.yaml").is_file():
+    if os.path.lexists(folder / "recipe.yaml"):
         refuse_other_run(recipe, folder, {})
     return status_of_folder(folder, stage)
 
 
 def status_of_folder(folder: Path, stage: str) -> Status:
     """Where the run in a folder stands (`not begun` where there is none)."""
-    complete, stopped = read_json(folder / "complete.json"), read_json(folder / "stopped.json")
+    complete, stopped = read_complete(folder), read_json(folder / "stopped.json")
     if complete:
         steps = int(complete.get("steps") or 0)
         return Status(stage, folder, COMPLETE, steps, steps, steps)
     checkpoint = newest_checkpoint(folder)
     saved = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
-    step = max([saved, *(row["step"] for row in read_metrics(folder))])
+    step = max([saved, *(int(row["step"]) for row in read_metrics(folder))])
     state = (read_json(Path(checkpoint) / "trainer_state.json") or {}) if checkpoint else {}
-    found = Status(stage, folder, INTERRUPTED, step, int(state.get("max_steps") or 0), saved)
+    found = Status(stage, folder, INTERRUPTED, step, whole_number(state.get("max_steps")) or 0, saved)
     holder = holder_of(folder)
     if holder is not None:
         found.kind, found.by = RUNNING, holder
     elif stopped:
-        found.kind, found.step, found.of = STOPPED, int(stopped["step"]), int(stopped["of"])
-        found.by = stopped["by"]
+        found.kind, found.step, found.of = (
+            STOPPED,
+            whole_number(stopped.get("step")) or step,
+            whole_number(stopped.get("of")) or found.of,
+        )
+        found.by = str(stopped.get("by") or "")
     elif not step and not (folder / "recipe.yaml").is_file():
         found.kind = NOT_BEGUN
     return found
@@ -121,20 +129,21 @@ def statuses(folder: str) -> list[Status]:
         UserError: it is none of them.
     """
     place = Path(folder)
-    if (place / "provenance.json").is_file():
+    if os.path.isfile(place / "provenance.json"):
         return [status_of_folder(place, _stage_of(place))]
-    recipes = [stage for stage in STAGES if (place / f"{stage}.yaml").is_file()]
+    recipes = [stage for stage in STAGES if os.path.isfile(place / f"{stage}.yaml")]
     if recipes:
         return [status_of_recipe(str(place / f"{stage}.yaml"), stage) for stage in recipes]
-    runs = [f.parent for f in place.glob("*/provenance.json")] if place.is_dir() else []
+    runs = [f.parent for f in place.glob("*/provenance.json")] if os.path.isdir(place) else []
     found = [status_of_folder(run, _stage_of(run)) for run in sorted(runs)]
     if not found:
-        raise UserError(f"{folder} has neither recipes (sft.yaml, ...) nor runs in it")
-    return sorted(found, key=lambda status: STAGES.index(status.stage))
+        raise UserError(f"{quote(folder)} has neither recipes (sft.yaml, ...) nor runs in it")
+    return sorted(found, key=lambda status: (*STAGES, UNKNOWN).index(status.stage))
 
 
 def _stage_of(folder: Path) -> str:
-    return (read_json(folder / "provenance.json") or {}).get("stage", "?")
+    stage = (read_json(folder / "provenance.json") or {}).get("stage")
+    return stage if stage in STAGES else UNKNOWN  # the file is damaged, which hides neither this run nor the others
 
 
 def show_statuses(folder: str) -> None:

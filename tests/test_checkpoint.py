@@ -35,6 +35,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import HARMLESS, Recipe, UserError
 
+LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
 
 
@@ -59,7 +60,7 @@ def checkpoint(folder, step, whole=True):
     (written / "model.safetensors").write_bytes(b"12345678")
     (written / "part" / "optimizer.pt").write_bytes(b"1234")
     if whole:
-        place_checkpoint(written, path, digest_files(written), layout="l")
+        place_checkpoint(written, path, digest_files(written), layout=LAYOUT)
     return path
 
 
@@ -107,10 +108,14 @@ def test_complete_folder(tmp_path):
     assert open_run(recipe_for(tmp_path), INPUTS).complete["steps"] == 25
 
 
-def test_half_written_end_is_not_complete(tmp_path):
+def test_half_written_end_is_neither_complete_nor_absent(tmp_path):
     begin(tmp_path)
     (tmp_path / "complete.json").write_text('{"steps": 2')
-    assert open_run(recipe_for(tmp_path), INPUTS).complete is None
+    assert refusal(recipe_for(tmp_path)) == (
+        f"{tmp_path}/complete.json is damaged (not valid JSON: Expecting ',' delimiter: line 1 column 12 (char 11)), so it "
+        "can't be told whether the model beside it is finished; nothing was changed: move the file away to let the same "
+        "command train again, as there is no checkpoint, or give --fresh to train in a new folder"
+    )
 
 
 def test_folder_of_somebody_else_is_left_alone(tmp_path):
@@ -270,7 +275,10 @@ def test_the_manifest_lists_files_with_sizes_and_checksums(tmp_path):
     path = checkpoint(tmp_path, 10)
     found = json.loads((path / "whole.json").read_text())
     sha = {name: hashlib.sha256(content).hexdigest() for name, content in (("m", b"12345678"), ("o", b"1234"))}
-    assert found == {"files": {"model.safetensors": [8, sha["m"]], "part/optimizer.pt": [4, sha["o"]]}, "layout": "l"}
+    assert found == {
+        "files": {"model.safetensors": [8, sha["m"]], "part/optimizer.pt": [4, sha["o"]]},
+        "layout": LAYOUT,
+    }
 
 
 def test_several_processes_share_the_files_to_sum_up(tmp_path):

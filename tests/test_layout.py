@@ -27,6 +27,8 @@ LEVELS = (
     {"rlhf.key_ranges", "rlhf.recipe_checks"},
     {"rlhf.bars"},
     {"rlhf.upstream"},
+    {"rlhf.run_files"},
+    {"rlhf.model_folder"},
     {"rlhf.config"},
     {"rlhf.defaults"},
     {"rlhf.data"},

@@ -26,8 +26,9 @@ from rlhf.config import Recipe
 from rlhf.data.sources import FILE_TYPES
 from rlhf.embedded import NAME, PREFIX, cache_dir
 from rlhf.launch import Layout
+from rlhf.model_folder import safetensors_damage
+from rlhf.run_files import read_recipe
 from rlhf.stage import maker_of
-from rlhf.yaml_reader import read_flat
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")
@@ -272,14 +273,17 @@ def model_folder(recipe: Recipe) -> Path | None:
         made_by = maker_of(recipe, name)
         if not made_by:
             return None
-        name = str(read_flat(made_by.split(" ", 2)[2])[0].get("model_name_or_path") or "")
+        name = (read_recipe(made_by.split(" ", 2)[2]) or {}).get("model_name_or_path")
+        name = name if isinstance(name, str) else ""
     return None
 
 
 def num_parameters(folder: Path) -> int:
-    """Parameters of a model on the disk, from the headers of its safetensors files; no weight is read."""
+    """Parameters of a model on the disk, from the headers of its safetensors files that can be read; no weight is read."""
     total = 0
     for path in folder.glob("*.safetensors"):
+        if safetensors_damage(path):
+            continue
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -1,0 +1,99 @@
+"""Whether a local folder holds a model that can be loaded, told from names and headers: no torch, no weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError, quote
+from rlhf.run_files import read_json
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+def check_model_folder(folder: Path, asked_by: str, made_by: str = "") -> None:
+    """Refuse a folder whose model can't be loaded.
+
+    Args:
+        asked_by: `recipe:line` where the folder was named.
+        made_by: the command that makes it, if it is known.
+
+    Raises:
+        UserError: names the file that is missing, damaged or pickled.
+    """
+    is_adapter = os.path.isfile(folder / "adapter_config.json")
+    config = "adapter_config.json" if is_adapter else "config.json"
+    if not os.path.lexists(folder / config):
+        hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
+        raise UserError(f"{asked_by}: {folder} holds no finished model (no config.json or adapter_config.json){hint}")
+    values = read_json(folder / config)
+    again = f"run: {made_by}" if made_by else "copy it again from where the model comes from"
+    if values is None:
+        raise UserError(f"{asked_by}: {folder / config} can't be read as a JSON object; {again}")
+    base = values.get("base_model_name_or_path")
+    if is_adapter and not isinstance(base, str):
+        raise UserError(
+            f"{asked_by}: {folder / config}: 'base_model_name_or_path' is {quote(base)}, expected a text; {again}"
+        )
+    damage = weights_damage(folder, "adapter_model" if is_adapter else "model")
+    if damage:
+        raise UserError(f"{asked_by}: {damage}; {again}")
+
+
+def weights_damage(folder: Path, stem: str) -> str:
+    """What is wrong with the safetensors files of a model folder; '' if nothing is.
+
+    Args:
+        stem: `model`, or `adapter_model`.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if os.path.lexists(folder / f"{stem}.safetensors"):
+        names = [f"{stem}.safetensors"]
+    elif os.path.lexists(index):
+        shards = (read_json(index) or {}).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            return f"{index} can't be read (expected 'weight_map', tensors to file names)"
+        names = sorted(set(shards.values()))
+    else:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        what = f"has no {stem}.safetensors"
+        if not pickled:
+            return f"{folder} {what}"
+        return (
+            f"{folder} {what}, only {quote(pickled[0])}: pickled weights are not read, since a pickle can run any code "
+            "(safetensors only; convert it with `save_pretrained(folder, safe_serialization=True)`)"
+        )
+    found = (safetensors_damage(folder / name) for name in names)
+    return next(filter(None, found), "") or ("" if names else f"{index} names no file")
+
+
+def safetensors_damage(path: Path) -> str:
+    """What is wrong with a safetensors file, as far as its header and its size tell; '' if nothing is.
+
+    Source: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                return f"{path} is cut short or is no safetensors file"
+            header = json.loads(file.read(length))
+        end = max((_end(name, tensor) for name, tensor in header.items()), default=0)
+    except FileNotFoundError:
+        link = " (a link to a file that is gone)" if path.is_symlink() else ""
+        return f"{path} is missing{link}"
+    except OSError as error:
+        return f"{path} can't be read: {error.strerror}"
+    except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return f"{path} is no safetensors file (its header can't be read)"
+    if 8 + length + end != size:
+        return f"{path} has {size} bytes, and its header tells of {8 + length + end}"
+    return ""
+
+
+def _end(name: str, tensor: dict[str, Any]) -> int:
+    return 0 if name == "__metadata__" else int(tensor["data_offsets"][1])

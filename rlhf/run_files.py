@@ -1,0 +1,123 @@
+"""Reading what a run folder or a model folder holds, whatever has happened to it: a disk, an editor, a copy that broke off.
+
+Nothing here raises for a file's content but `read_complete`: it guards a finished model, which nothing may take for
+unfinished. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.errors import UserError, quote
+
+CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,15})")  # str.isdigit takes '²' too, which int() does not read
+
+# What PyYAML's constructors raise for a value that has a tag or the look of a type and isn't of it, and for 1,000 levels.
+YAML_ERRORS = (
+    yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError
+)  # fmt: skip
+
+
+def read_json(path: Path | str) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file, or anything else in it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line; lines that are none (a kill tears the last one) are left out."""
+    rows = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except (OSError, ValueError):
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_recipe(path: Path | str) -> dict[str, Any] | None:
+    """The mapping in a recipe file; None if there is no such file, or no mapping that can be read in it."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, *YAML_ERRORS):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def whole_number(value: Any) -> int | None:
+    """A value that is a whole number from 0 on, as int; None else (`"two"`, NaN, true)."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The folders `checkpoint-N` of a run folder, by N, whole or not."""
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError):
+        return {}
+    steps = {name: CHECKPOINT.fullmatch(name) for name in sorted(names)}
+    return {int(m[1]): folder / name for name, m in steps.items() if m and os.path.isdir(folder / name)}
+
+
+# --- complete.json ---------------------------------------------------------------------------------------------------
+
+_NUMBER = (int, float)
+_TYPES = {"steps": int, "pairs": int, "train_examples": int, "seconds": _NUMBER, "weights_sha256": str,
+          "first_loss": (*_NUMBER, type(None)), "last_loss": (*_NUMBER, type(None)), "files": dict}  # fmt: skip
+
+
+def complete_damage(summary: Any) -> str:
+    """What is wrong with the content of a complete.json; '' if nothing is."""
+    if not isinstance(summary, dict):
+        return f"it holds {quote(summary)}, expected a JSON object"
+    for key, kind in _TYPES.items():
+        if key in summary and (not isinstance(summary[key], kind) or isinstance(summary[key], bool)):
+            return f"'{key}' is {quote(summary[key])}"
+    if not {"steps", "pairs", "weights_sha256"} & set(summary):
+        return f"it holds {quote(summary)}, and neither 'steps' nor 'pairs'"
+    return ""
+
+
+def read_complete(folder: Path) -> dict[str, Any] | None:
+    """What complete.json says of a finished run; None if the run is not finished.
+
+    Raises:
+        UserError: the file is there and damaged. Taken for absent, the run would be resumed over its finished model.
+    """
+    path = folder / "complete.json"
+    if not os.path.lexists(path):
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        damage = complete_damage(json.loads(text))
+    except OSError as error:
+        damage = error.strerror or type(error).__name__
+    except UnicodeDecodeError as error:
+        damage = f"byte {error.start} is not UTF-8"
+    except (ValueError, RecursionError) as error:  # no JSON; a number of 5,000 digits; 1,000 levels
+        damage = f"not valid JSON: {' '.join(str(error).split())[:80]}"
+    if not damage:
+        return json.loads(text)
+    found = checkpoints(folder)
+    resume = f"the same command resume from {folder / f'checkpoint-{max(found)}'}" if found else (
+        "the same command train again, as there is no checkpoint"
+    )  # fmt: skip
+    raise UserError(
+        f"{path} is damaged ({damage}), so it can't be told whether the model beside it is finished; nothing was changed: "
+        f"move the file away to let {resume}, or give --fresh to train in a new folder"
+    )
