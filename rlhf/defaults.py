@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from rlhf import config
+from rlhf.keys import source
 
 
 def effective(recipe_values: dict[str, Any], stage: str, key: str) -> Any:
@@ -47,9 +48,7 @@ def _of_ours(config_class: type) -> dict[str, Any]:
 
 
 def _of_library(package: str, file: str, class_name: str) -> dict[str, Any]:
-    body = next(
-        n for n in config._source(package, file).body if isinstance(n, ast.ClassDef) and n.name == class_name
-    ).body
+    body = next(n for n in source(package, file).body if isinstance(n, ast.ClassDef) and n.name == class_name).body
     found = {}
     for node in body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name) or node.value is None:

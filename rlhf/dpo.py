@@ -143,10 +143,6 @@ def check_reference(context: Context) -> None:
         raise UserError(
             f"{recipe.where('sync_ref_model')}: sync_ref_model moves the reference during training; set `reference: online`"
         )
-    if stage_args.reference_model and stage_args.reference != "nf4":
-        raise UserError(
-            f"{recipe.where('reference_model')}: reference_model goes with `reference: nf4`; add that, or remove it"
-        )
     if stage_args.reference == "nf4":
         from rlhf.models import is_adapter
 
