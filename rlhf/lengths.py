@@ -90,8 +90,8 @@ def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
 def line(report: CutReport) -> str:
     """The report for the screen; '' where max_length takes nothing away.
 
-    Example: "max_length=512: cuts 40 answers in 31 of 1,000 pairs (first: a.jsonl:7); 7 pairs have the same tokens for
-    chosen and rejected (first: a.jsonl:9); 2 of 1,000 pairs are left out, since the prompt alone fills it (first: a.jsonl:4)".
+    Example: "max_length=512: cuts 40 answers in 31 of 1,000 pairs (first: a.jsonl:7); 7 of 1,000 pairs have the same
+    tokens for chosen and rejected (first: a.jsonl:9); 2 of 1,000 pairs are left out, since the prompt alone fills it (first: a.jsonl:4)".
     """
     kind = "rows" if report.stage == "sft" else "pairs"
     first = lambda count: f" (first: {count.first})"  # noqa: E731
@@ -101,7 +101,9 @@ def line(report: CutReport) -> str:
             f"cuts {report.answers:,} answers in {report.cut.rows:,} of {report.rows:,} {kind}{first(report.cut)}"
         )
     if report.same.rows:
-        parts.append(f"{report.same.rows:,} pairs have the same tokens for chosen and rejected{first(report.same)}")
+        parts.append(
+            f"{report.same.rows:,} of {report.rows:,} {kind} have the same tokens for chosen and rejected{first(report.same)}"
+        )
     if report.left_out.rows:
         why = "one side is longer" if report.stage == "reward" else "the prompt alone fills it"
         parts.append(

@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.config import UserError
-from rlhf.data.formats import Reading, preference_rows, refuse_margins_in_some_rows, sft_rows
+from rlhf.data.formats import Reading, join_chosen_rejected, preference_rows, refuse_margins_in_some_rows, sft_rows
 from rlhf.data.sources import Source
 
 
@@ -370,6 +370,20 @@ def test_columns_not_used_are_listed_once():
     row = {**PAIR, "id": 3, "source": "web", "note": None, "messages": [user("Q")]}
     preference_rows(source(row, row), reading)
     assert reading.num_unused == {"id": 2, "source": 2, "messages": 2}
+
+
+def test_prompt_beside_a_text_is_not_used():
+    reading = Reading()
+    assert sft_rows(source({"prompt": "Q", "text": "T"}), reading) == [{"text": "T"}]
+    assert reading.num_unused == {"prompt": 1}
+
+
+def test_rejected_file_may_label_its_answers_as_bad():
+    rejected = source({**QA, "label": False})
+    pairs = join_chosen_rejected(
+        source({**QA, "completion": "good", "label": True, "id": 1}), rejected, reading := Reading()
+    )
+    assert (pairs.rows[0]["rejected"], reading.num_unused) == ([assistant("A")], {"id": 1})
 
 
 def test_fields_of_messages_not_used_are_listed():

@@ -42,7 +42,7 @@ def test_dpo(tokenizer, limit):
     report = answers_cut(ROWS, tokenizer, limit, "dpo")
     assert report == CutReport("dpo", limit, 4, Count(2, "f:2"), 3, Count(1, "f:2"), Count(1, "f:4"))
     assert line(report) == (
-        f"max_length={limit}: cuts 3 answers in 2 of 4 pairs (first: f:2); 1 pairs have the same tokens for chosen and "
+        f"max_length={limit}: cuts 3 answers in 2 of 4 pairs (first: f:2); 1 of 4 pairs have the same tokens for chosen and "
         "rejected (first: f:2); 1 of 4 pairs are left out, since the prompt alone fills it (first: f:4)"
     )
 

@@ -82,7 +82,7 @@ def test_line_names_first_places_and_columns():
     rows = [pair(id=1), pair(id=2), pair(chosen="bad", rejected="right", source="web"), pair(chosen="")]
     summary = summary_of(*rows)
     assert line(summary) == (
-        "3 pairs: 1 duplicates (first: f:2), 1 contradict an earlier pair (first: f:3), chosen longer in 67%, template "
+        "3 pairs: 1 duplicate (first: f:2), 1 contradict an earlier pair (first: f:3), chosen longer in 67%, template "
         "markers in 0, prompt repeated in the answers in 0; columns not used: id, source"
     )
     assert summary.skipped == 1
@@ -107,7 +107,7 @@ def test_line_says_that_repeated_prompts_were_cut_off():
 def test_sft_rows_have_no_contradictions(row):
     summary = summary_of(row, row, convert=sft_rows)
     assert line(summary) == (
-        "2 rows: 1 duplicates (first: f:2), template markers in 0, prompt repeated in the answer in 0"
+        "2 rows: 1 duplicate (first: f:2), template markers in 0, prompt repeated in the answer in 0"
     )
 
 
@@ -147,7 +147,7 @@ def test_check_stops_at_the_first_bad_row(data, recipe, tmp_path, capsys):
     assert main(["dpo", path, "--check"]) == 2
     assert capsys.readouterr().err == (
         f"rlhf: {data}:2: 'chosen' and 'rejected' differ before the last answer, in message 1 (user); expected the same "
-        f"dialogue up to there; 1 more rows can't be used (next: {data}:4); `bad_rows: skip` leaves such rows out\n"
+        f"dialogue up to there; 1 more row can't be used (next: {data}:4); `bad_rows: skip` leaves such rows out\n"
     )
 
 

@@ -69,7 +69,13 @@ def join_chosen_rejected(chosen: Source, rejected: Source, reading: Reading | No
     """
     waiting: dict[str, list[int]] = {}
     sides = [Reading(), Reading()]
-    rejected_rows = each(rejected, _sft_row, sides[1])
+
+    def rejected_row(row: dict, used: set[str]) -> dict[str, Any]:
+        new = _sft_row({**row, "label": None}, used)  # `label: false` is right here
+        used.add("label")
+        return new
+
+    rejected_rows = each(rejected, rejected_row, sides[1])
     for index, row in enumerate(rejected_rows):
         waiting.setdefault(repr(row.get("prompt")), []).append(index)
     pairs = []
@@ -129,6 +135,7 @@ def _sft_row(row: dict, used: set[str]) -> dict[str, Any]:
         prompt, answer = _answer(row[answer_key], answer_key, prompt)
         return {"prompt": prompt, "completion": answer}
     if has(row, "text"):
+        used.clear()
         used.add("text")
         for key in (*columns.SYSTEM, "history"):
             if not is_empty(row.get(key)):

@@ -51,9 +51,8 @@ class Reading:
         if self.bad_rows == "skip" and num_bad == num_rows:
             raise UserError(f"{source.name}: none of {num_rows:,} rows can be used; {message}")
         if self.bad_rows != "skip":
-            more = (
-                f"; {num_bad - 1:,} more rows can't be used (next: {self.skipped[1]['place']})" if num_bad > 1 else ""
-            )
+            rows = f"{num_bad - 1:,} more row{'s' if num_bad > 2 else ''}"
+            more = f"; {rows} can't be used (next: {self.skipped[1]['place']})" if num_bad > 1 else ""
             fix = "; `bad_rows: skip` leaves such rows out" if self.can_skip and num_bad < num_rows else ""
             raise UserError(message + more + fix)
 

@@ -180,7 +180,7 @@ def line(summary: DataSummary) -> str:
     """
     pairs = summary.kind == "pairs"
     first = lambda count: f" (first: {count.first})" if count.rows else ""  # noqa: E731
-    parts = [f"{summary.duplicates.rows:,} duplicates{first(summary.duplicates)}"]
+    parts = [f"{summary.duplicates.rows:,} duplicate{'s' * (summary.duplicates.rows != 1)}{first(summary.duplicates)}"]
     if pairs:
         parts.append(f"{summary.contradictions.rows:,} contradict an earlier pair{first(summary.contradictions)}")
         parts.append(f"chosen longer in {summary.chosen_longer:.0%}")
