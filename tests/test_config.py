@@ -282,7 +282,10 @@ def test_value_is_read_in_the_type_of_its_key(tmp_path, line, value):
         ("lora_target_modules: [q, 3]", "'lora_target_modules' is ['q', 3]; expected a list or null"),
         ("lr_scheduler_kwargs: [1]", "'lr_scheduler_kwargs' is [1]; expected a mapping or null"),
         ("lora_r: 0", "'lora_r' is 0; expected a whole number from 1 to 16384"),
-        ("learning_rate: -1.0", "'learning_rate' is -1.0; expected a number above 0 and at most 1 (1e-6 to 1e-3 is usual)"),
+        (
+            "learning_rate: -1.0",
+            "'learning_rate' is -1.0; expected a number above 0 and at most 1 (1e-6 to 1e-3 is usual)",
+        ),
     ],
 )
 def test_wrong_value(tmp_path, line, message):
