@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NODES, PREFIX, SCRIPT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlhf.progress import read_metrics
 
@@ -249,10 +249,12 @@ def test_pipeline(cluster, recipe, few_pairs, tmp_path):
         assert loss == pytest.approx(alone, abs=5e-6)
 
 
-def test_a_failed_stage_stops_the_chain(cluster, recipe, tmp_path):
+def test_a_failed_stage_stops_the_chain(cluster, recipe, tiny_llama, tmp_path):
     """A loss that is not finite is the run's own error: told with the node's log, not requeued, nothing after it runs. Before
     that, the preflight of both nodes."""
-    recipe("sft", learning_rate=1e38, lr_scheduler_type="constant", max_steps=5)
+    broken = shutil.copytree(tiny_llama, tmp_path / "broken") / "model.safetensors"
+    save_file({name: w * float("nan") for name, w in load_file(broken).items()}, broken, {"format": "pt"})
+    recipe("sft", model_name_or_path=str(broken.parent), max_steps=5)
     recipe("reward", model_name_or_path=str(tmp_path / "sft"))
     jobs = jobs_of(cluster.run(ROOT / "slurm" / "pipeline.sh", tmp_path / "recipes", "--nodes", "2"))
     state, code = cluster.wait(jobs["sft"])
