@@ -7,6 +7,7 @@ import os
 import sys
 
 from rlhf import __version__
+from rlhf.bars import ended_bars, plain_bars
 from rlhf.config import UserError
 from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
@@ -92,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy: the same answer each time")
     chat.add_argument(
-        "--top_p", type=float, default=0.95, help="with a temperature: the likeliest tokens to choose from"
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="with a temperature: sample from the likeliest tokens that have this probability together (0.95)",
     )
     chat.add_argument("--seed", type=int, default=0, help="with a temperature: the same seed, the same answers")
     status = commands.add_parser("status", description="A table of where the stages stand.")
@@ -123,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         top.error(f"unknown argument '{rest[0]}'; see `rlhf {options.command} --help`")
     _quiet_environment()
     try:
-        return run(options, rest) or 0
+        with ended_bars():
+            return run(options, rest) or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rlhf: {error}", file=sys.stderr)
@@ -196,7 +201,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
     elif options.command == "fetch":
-        from rlhf.bars import plain_bars
         from rlhf.embedded import fetch
 
         plain_bars()
