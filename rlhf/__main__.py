@@ -7,6 +7,7 @@ import os
 import sys
 
 from rlhf import __version__
+from rlhf.bars import ended_bars, plain_bars
 from rlhf.errors import RankFailed, RunFailed, UserError, quote
 from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
@@ -131,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "--top_p",
         type=number(float, 1e-6, 1),
         default=0.95,
-        help="with a temperature: the likeliest tokens to choose from",
+        help="with a temperature: sample from the likeliest tokens that have this probability together (0.95)",
     )
     chat.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="with a temperature: the same seed, the same answers"
@@ -164,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         top.error(f"unknown argument {quote(rest[0])}; see `rlhf {options.command} --help`")
     _quiet_environment()
     try:
-        return run(options, rest) or 0
+        with ended_bars():
+            return run(options, rest) or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"rlhf: {error}", file=sys.stderr)
@@ -239,7 +241,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
     elif options.command == "fetch":
-        from rlhf.bars import plain_bars
         from rlhf.embedded import fetch
 
         plain_bars()

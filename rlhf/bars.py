@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -146,6 +147,17 @@ def plain_bars() -> None:
     tqdm.display, tqdm.close = tell_now_and_then, tell_at_the_end
     tqdm.clear, tqdm.moveto = only_in_terminals(clear), only_in_terminals(moveto)
     tqdm._plain_in_files = True
+
+
+@contextlib.contextmanager
+def ended_bars():
+    """End bars that an error or Ctrl-C leaves open, so that what is printed next has a line of its own."""
+    try:
+        yield
+    finally:
+        tqdm = sys.modules.get("tqdm.std")
+        for bar in list(getattr(tqdm.tqdm, "_instances", [])) if tqdm else []:
+            bar.close()
 
 
 def _tell(bar) -> None:

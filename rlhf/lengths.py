@@ -55,6 +55,21 @@ def answers_cut(
     return CutReport(stage, max_length, looked_at, answers=answers, **counts)
 
 
+def cost(tokenizer, row: dict[str, Any], max_length: int | None, stage: str, padded: bool) -> int:
+    """Tokens that a row takes of max_tokens_per_device, as trainer.count_tokens has it once rows are tokenised."""
+    from rlhf.trainer import count_tokens
+
+    prompt, answers = _tokens(tokenizer, row)
+    if len(answers) == 1:
+        return count_tokens({"input_ids": [0] * prompt + answers[0]}, max_length, padded)
+    start = [0] * prompt
+    if stage == "reward":
+        rows = {"chosen_ids": start + answers[0], "rejected_ids": start + answers[1]}
+    else:
+        rows = {"prompt_ids": start, "chosen_ids": answers[0], "rejected_ids": answers[1]}
+    return count_tokens(rows, max_length, padded)
+
+
 def _effect(tokenizer, row: dict, max_length: int | None, stage: str, mode: str) -> tuple[list[str], int]:
     """(which of cut, same and left_out hold for a row, how many of its answers lose tokens)."""
     prompt, answers = _tokens(tokenizer, row)

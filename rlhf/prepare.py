@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from rlhf.stage import Context, Stage, StageData, maker_of, waits_for
 from rlhf.stop import Stopper
 
 STILL_TO_WRITE = "what is still to be written (a checkpoint beside the last one, and the finished model)"
+
+MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # rows that are tokenised before a start: about 3 s
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def prepare(
     merge = check_merge(context)
     stage.check(context)
     tokenizer = load_stage_tokenizer(stage, context)
-    check_modules(stage, context, tokenizer)
-    check_examples(stage, context, tokenizer)
+    packed = check_modules(stage, context)
+    check_examples(stage, context, tokenizer, packed)
     portable = context.stage_args.portable_checkpoints
     return Prepared(context, commit, merge, context.model_args.use_peft if portable is None else portable)
 
@@ -207,8 +210,11 @@ def load_stage_tokenizer(stage: Stage, context: Context):
         ) from None
 
 
-def check_modules(stage: Stage, context: Context, tokenizer) -> None:
+def check_modules(stage: Stage, context: Context) -> bool:
     """Build the architecture on the meta device (no memory), and put LoRA on it: names of modules, attention, sizes.
+
+    Returns:
+        Whether its batches will be packed.
 
     Raises:
         UserError: LoRA's target modules aren't in the model, or it can't be built with this attention.
@@ -219,6 +225,7 @@ def check_modules(stage: Stage, context: Context, tokenizer) -> None:
     from trl import get_peft_config
 
     from rlhf.models import base_of, unsplit
+    from rlhf.packing import why_not
 
     recipe, args, model_args = context.recipe, context.args, context.model_args
     options = {"trust_remote_code": args.trust_remote_code}
@@ -234,8 +241,9 @@ def check_modules(stage: Stage, context: Context, tokenizer) -> None:
     except (ValueError, ImportError) as error:
         key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
         raise UserError(f"{recipe.where(key)}: {context.model_name} can't be built: {_sentence(error)}") from None
+    packed = context.stage_args.packing and why_not(model) is None
     if not model_args.use_peft or stage.goes_on(context):
-        return
+        return packed
     named, linear = model_args.lora_target_modules, _linear_layers(model)
     missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
     reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
@@ -258,6 +266,7 @@ def check_modules(stage: Stage, context: Context, tokenizer) -> None:
             f"{recipe.where(key)}: {reason.removesuffix('.')}; its linear layers are {', '.join(linear)}. "
             "With lora_target_modules `all-linear` is right for any model"
         )
+    return packed
 
 
 def _matches(model, name: str) -> bool:
@@ -275,8 +284,50 @@ def packed_attention(name: str | None) -> str | None:
     return None if name is None or "flash" in name or "/" in name else name
 
 
-def check_examples(stage: Stage, context: Context, tokenizer) -> None:
-    """Hooked up below: lengths against max_length and max_tokens_per_device."""
+def check_examples(stage: Stage, context: Context, tokenizer, packed: bool) -> None:
+    """Report what max_length cuts, and refuse what the start would refuse once all rows are tokenised.
+
+    Of many rows every n-th is looked at, and those with the longest texts: some seconds, whatever their number.
+
+    Raises:
+        UserError: no example is left, or one is longer than max_tokens_per_device.
+    """
+    from rlhf.lengths import answers_cut, cost, line
+
+    args, stage_args, recipe, rows = context.args, context.stage_args, context.recipe, context.data.train
+    report = answers_cut(
+        rows, tokenizer, args.max_length, stage.name, getattr(args, "truncation_mode", "keep_start"), MOST_ROWS
+    )
+    if report.left_out.rows == len(rows):
+        raise UserError(
+            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example: {line(report)}; raise it"
+        )
+    if text := line(report):
+        say(f"note: {text}")
+    if stage_args.global_batch_size is None:
+        return
+    longest = heapq.nlargest(MOST_LONG_ROWS, rows, key=lambda row: sum(map(len, _texts(row))))
+    tokens, place = max(
+        (cost(tokenizer, row, args.max_length, stage.name, not packed), row["place"]) for row in longest
+    )
+    if tokens > stage_args.max_tokens_per_device:
+        raise too_long(recipe, place, tokens, stage_args.max_tokens_per_device)
+
+
+def too_long(recipe: Recipe, place: str, tokens: int, most: int) -> UserError:
+    """An example alone takes more than a device's tokens."""
+    return UserError(
+        f"{recipe.where('max_tokens_per_device')}: the longest example, {place}, takes {tokens} tokens, more than "
+        f"max_tokens_per_device={most}; raise it to {tokens}, lower max_length, or remove the example"
+    )
+
+
+def _texts(row: dict) -> list[str]:
+    if "text" in row:
+        return [row["text"]]
+    return [
+        m["content"] for key in ("prompt", "completion", "chosen", "rejected", "messages") for m in row.get(key, ())
+    ]
 
 
 def _sentence(error: BaseException) -> str:

@@ -366,11 +366,8 @@ def use_global_batches(trainer, context: Context, packed: bool) -> None:
     num_tokens = [count_tokens(row, args.max_length, not packed) for row in rows]
     longest = max(num_tokens, default=0)
     if longest > stage_args.max_tokens_per_device:
-        raise UserError(
-            f"{recipe.where('max_tokens_per_device')}: the longest example, {rows[num_tokens.index(longest)]['place']}, "
-            f"takes {longest} tokens, more than max_tokens_per_device={stage_args.max_tokens_per_device}; raise it to "
-            f"{longest}, lower max_length, or remove the example"
-        )
+        place = rows[num_tokens.index(longest)]["place"]
+        raise prepare.too_long(recipe, place, longest, stage_args.max_tokens_per_device)
     trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)
 
 

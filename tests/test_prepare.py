@@ -32,6 +32,8 @@ CASES = {
     "scheduler without arguments": ("sft", {"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type", "decay"),
     "optimizer's package": ("sft", {"optim": "adamw_torch_8bit"}, "optim", "torchao"),
     "push without login": ("sft", {"push_to_hub": True}, "push_to_hub", "hf auth login"),
+    "no example is short enough": ("dpo", {"max_length": 8}, "max_length", "leaves no training example"),
+    "an example longer than a device's tokens": ("dpo", {"max_length": 256, "global_batch_size": 4, "max_tokens_per_device": 64}, "max_tokens_per_device", "the longest example, "),
     "moving reference": ("dpo", LORA | {"sync_ref_model": True}, "sync_ref_model", "remove `use_peft`"),
     "reference model": ("dpo", {"reference_model": "x"}, "reference_model", "no effect without `reference: nf4`"),
 }  # fmt: skip
@@ -41,7 +43,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_refused_alike_before_weights(case, check, recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):
     stage, values, key, words = CASES[case]
-    more = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")} | values
+    more = {"per_device_train_batch_size": None} if "global_batch_size" in values else {}
+    more |= {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")} | values
     file = recipe(stage, **more)
     assert main([stage, file, *check]) == 2
     error = capsys.readouterr().err

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.bars import bar_line, log_line, metrics, plain_bars
+from rlhf.bars import bar_line, log_line, metrics, plain_bars, training_bar
+from rlhf.config import UserError
 from rlhf.progress import duration
 
 DPO_LOGS = {
@@ -164,6 +165,22 @@ def test_a_bar_in_a_terminal_fits_and_keeps_its_metrics(training, columns, monke
     assert told and all(re.search(r"loss \d\.\d{3}, (pair )?acc \d\.\d{3}, [\d,.k]+ tok", line) for line in told), drawn
     finished = [line.split("\r")[-1] for line in text.split("\r\n") if "3/3  in " in line]
     assert len(finished) == 1 and "loss 0." in finished[0] and "acc" in finished[0], text
+
+
+def test_an_error_has_a_line_of_its_own(monkeypatch):
+    """A bar is open when training ends with an error."""
+    terminal = Pty(80)
+    bars = []
+
+    def run(options, rest):
+        bars.append(training_bar("DPO", 3, 0))
+        raise UserError("the loss is not a finite number")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal.file)
+        patch.setattr("rlhf.__main__.run", run)
+        assert main(["dpo", "x.yaml"]) == 2
+    assert terminal.text().endswith("\r\nrlhf: the loss is not a finite number\r\n")
 
 
 @pytest.mark.slow

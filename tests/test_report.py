@@ -127,7 +127,7 @@ def test_it_shows_every_part(run, capsys):
     text = (run / "report.html").read_text()
     for part in (
         "Lineage",
-        "Results on 2 held-out pairs",
+        "Results on 2 pairs (whether a model was trained on them was not looked up)",
         "Training",
         "Answers side by side",
         "Data",
