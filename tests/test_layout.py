@@ -30,6 +30,7 @@ LEVELS = (
     {"rlhf.data.formats"},
     {"rlhf.data.pairs"},
     {"rlhf.embedded"},
+    {"rlhf.precision"},
     {"rlhf.models"},
     {"rlhf.packing.layout"},
     {"rlhf.packing.attention"},

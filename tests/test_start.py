@@ -14,8 +14,9 @@ from rlhf.config import build_configs, load_recipe
 from rlhf.dpo import DPO
 from rlhf.errors import UserError
 from rlhf.models import load_nf4, load_tokenizer
+from rlhf.precision import compute_dtype
 from rlhf.stage import Context, read_data
-from rlhf.start import Start, check_start, compute_dtype, expected_loss, other_shape, refuse_wrong_start, starts
+from rlhf.start import Start, check_start, expected_loss, other_shape, refuse_wrong_start, starts
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 DTYPES = ["float32", "bfloat16", "float16"]
