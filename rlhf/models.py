@@ -16,6 +16,7 @@ from trl.data_utils import common_prefix_length
 from rlhf import embedded
 from rlhf.errors import RunFailed, UserError
 from rlhf.model_folder import check_model_folder
+from rlhf.precision import compute_dtype
 from rlhf.run_files import read_json
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -401,7 +402,7 @@ def save_finished(
         folder: where the files go; they appear there only after the comparison.
         probe: rows of token ids on which the written and the trained model must agree.
         expected: the trained model's logits on them, if they were taken from a model that is split over processes.
-        exact: whether they were computed in the dtype that the model is written in.
+        exact: whether `expected` was computed in the dtype of the weights, without autocast.
 
     Returns:
         {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float,
@@ -410,6 +411,7 @@ def save_finished(
     Raises:
         RunFailed: the written model disagrees with the trained one.
     """
+    exact = exact and compute_dtype(model) == torch.float32
     expected = probe_logits(model, probe) if expected is None else expected
     device = next(model.parameters()).device
     is_peft = hasattr(model, "peft_config")
@@ -428,7 +430,8 @@ def save_finished(
     tokenizer.save_pretrained(partial)
     model.cpu()
     quantised = None if merge else getattr(model.config, "quantization_config", None)
-    again, _ = load_finished(str(partial), reward=reward, device=device, quantization_config=quantised)
+    dtype = str(model.dtype).removeprefix("torch.")  # an adapter's base may be stored in another
+    again, _ = load_finished(str(partial), reward=reward, dtype=dtype, device=device, quantization_config=quantised)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, probe_logits(again, probe), strict=True))
     largest = max(float(a.abs().max()) for a in expected)
     exact = (

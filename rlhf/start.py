@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.errors import UserError
+from rlhf.precision import compute_dtype
 from rlhf.progress import say
 
 PAIRS = 8  # of the first micro-batch, at most
@@ -160,18 +161,6 @@ def other_shape(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: torch.cat([*[side] * times, *[other] * times]) for name, x in half.items() for other, side in [x.chunk(2)]
     }
-
-
-def compute_dtype(model, mixed_precision: str | None = None) -> torch.dtype:
-    """The least precise dtype in which a model computes: of its weights (LoRA's left out), of 4-bit layers, of autocast.
-
-    Args:
-        mixed_precision: accelerate's `no`, `bf16` or `fp16`.
-    """
-    found = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name]
-    found += [m.compute_dtype for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)]
-    found += [{"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "no", torch.float32)]
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
