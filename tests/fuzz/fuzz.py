@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import os
 import re
 import resource
@@ -56,6 +57,7 @@ class Outcome:
 def import_all() -> None:
     """What `--check` needs, so that a forked child starts at once; torch is not among it."""
     import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401  its list of fonts too: made again for another HOME, it takes seconds
     import pyarrow.parquet  # noqa: F401
     import rich.table  # noqa: F401
 
@@ -67,8 +69,9 @@ def import_all() -> None:
     import rlhf.reward
     import rlhf.run
     import rlhf.sft
-    import rlhf.status  # noqa: F401
+    import rlhf.status
 
+    gc.freeze()  # or each child's first collection copies all of it
     for stage in ("sft", "reward", "dpo"):
         rlhf.config.allowed_keys(stage)  # parses the source of three libraries
 
