@@ -22,7 +22,7 @@ def imported():
 def wrong(cases, place):
     results = fuzz.run_cases(cases, place)
     print(fuzz.table(results))
-    return fuzz.failures(results, place, small=False)
+    return list(fuzz.failures(results, place, small=False))
 
 
 @pytest.mark.parametrize("area", AREAS)
