@@ -5,6 +5,7 @@
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
 # make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
 # make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
+# make fuzz        N odd inputs (3000): recipes, command lines, data, run folders, ...; a table and what went wrong
 # make lock        resolve requirements.lock anew
 
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint bench scale-proof faults lock
+.PHONY: setup quickstart test lint bench scale-proof faults fuzz lock
 setup: $(VENV)/.core
 
 $(VENV)/.core: requirements.lock pyproject.toml
@@ -53,6 +54,9 @@ scale-proof: $(VENV)/.dev
 
 faults: $(VENV)/.dev
 	$(BIN)/python tests/faults/faults.py --count $(or $(N),27) --seed $(or $(SEED),0)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz/fuzz.py --count $(or $(N),3000) --seed $(or $(SEED),1)
 
 lock:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -111,7 +111,10 @@ def check_length(context: Context) -> str | None:
 def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
     """Room for a checkpoint (as large as the last one; else of full fine-tuning: the weights twice and Adam's moments) and for
     the finished model (an adapter is small)."""
-    weights = sum(f.stat().st_size for f in Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else 0
+    files = Path(model_name).glob("*.safetensors") if os.path.isdir(model_name) else []
+    weights = sum(
+        f.stat().st_size for f in files if f.is_file()
+    )  # a link to what is gone is refused where it is loaded
     finished = 0 if use_peft and not merge else 1.2 * weights
     if resume_from:
         checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())

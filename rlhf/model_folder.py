@@ -30,7 +30,7 @@ def check_model_folder(folder: Path, asked_by: str, made_by: str = "") -> None:
         hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
         raise UserError(f"{asked_by}: {folder} holds no finished model (no config.json or adapter_config.json){hint}")
     values = read_json(folder / config)
-    again = f"run: {made_by}" if made_by else "copy it again from where the model comes from"
+    again = f"run: {made_by}" if made_by else "write or copy the model again, with safetensors"
     if values is None:
         raise UserError(f"{asked_by}: {folder / config} can't be read as a JSON object; {again}")
     base = values.get("base_model_name_or_path")
@@ -62,10 +62,7 @@ def weights_damage(folder: Path, stem: str) -> str:
         what = f"has no {stem}.safetensors"
         if not pickled:
             return f"{folder} {what}"
-        return (
-            f"{folder} {what}, only {quote(pickled[0])}: pickled weights are not read, since a pickle can run any code "
-            "(safetensors only; convert it with `save_pretrained(folder, safe_serialization=True)`)"
-        )
+        return f"{folder} {what}; pickled weights are not read ({quote(pickled[0])}: a pickle can run any code, safetensors can't)"
     found = (safetensors_damage(folder / name) for name in names)
     return next(filter(None, found), "") or ("" if names else f"{index} names no file")
 

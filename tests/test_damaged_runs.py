@@ -9,6 +9,7 @@ import yaml
 
 from rlhf import embedded
 from rlhf.checkpoint import checkpoint_damage, fresh_folder, model_digest, newest_checkpoint, open_run
+from rlhf.checks import bytes_needed
 from rlhf.config import Recipe, UserError
 from rlhf.model_folder import check_model_folder
 from rlhf.progress import read_metrics
@@ -224,6 +225,11 @@ def test_digest_of_a_model_with_a_dangling_link(tmp_path):
     assert model_digest("a" * 300) == "a" * 300
 
 
+def test_room_for_a_model_whose_weights_are_gone(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    assert bytes_needed(str(tmp_path), False, False, None) == 20_000_000
+
+
 def weights(path, cut=None):
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     path.write_bytes((struct.pack("<Q", len(header)) + header + bytes(8))[:cut])
@@ -240,7 +246,7 @@ def weights(path, cut=None):
         (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "is cut short or is no safetensors"),
         (lambda f: os.unlink(f / "model.safetensors"), "has no model.safetensors"),
         (lambda f: (os.unlink(f / "model.safetensors"), (f / "model.safetensors").symlink_to("gone")), "is missing (a link"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only 'pytorch_model.bin': pickled weights are"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are not read ('pytorch_model.bin'"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "'base_model_name_or_path' is None, expected a text"),
     ],
 )  # fmt: skip

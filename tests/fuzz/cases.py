@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass, field
 
 AREAS = ("recipes", "command line", "data", "run folders", "launch", "models")
-FOLDER, PREFIX = object(), "-> "  # as a file's content: an empty folder; a text that starts so is a link
+FOLDER, PREFIX = ("a folder",), "-> "  # as a file's content: an empty folder; a text that starts so is a link
 
 
 @dataclass
@@ -259,7 +259,13 @@ def _run_folders():
     for number, (name, junk) in enumerate(damage):
         files = without(run_box(complete=number % 2 == 1), f"out/{name}") | {f"out/{name}": junk}
         words = RUN_COMMANDS[number % len(RUN_COMMANDS)] if name != "complete.json" else RUN_COMMANDS[number % 4]
-        yield Case("run folders", f"{name}: {str(junk)[:30]}: {' '.join(words)}", files, words, ("out/report.html",))
+        yield Case(
+            "run folders",
+            f"{name}: {str(junk)[:30]}: {' '.join(words)}",
+            files,
+            words,
+            ("out/report.html", "report.html"),
+        )
     for name, content in {"dangling": "-> gone", "itself": "-> out", "a file": b"x", "other files": None}.items():
         files = without(box(), "out") | (
             {"out": content} if content else {"out/mine.txt": b"x", "out/\x1b[31m\n": b"x"}
@@ -286,7 +292,7 @@ def _run_folders():
                 f"{name}: {str(junk)[:30]}: {words[0]}",
                 evaluation | {f"out/{name}": junk},
                 words,
-                ("out/report.html",),
+                ("out/report.html", "report.html"),
             )
     for text in (
         b"\xff\xfe",

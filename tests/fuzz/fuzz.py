@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import os
 import re
 import resource
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +58,7 @@ class Outcome:
 def import_all() -> None:
     """What `--check` needs, so that a forked child starts at once; torch is not among it."""
     import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401  its list of fonts too: made again for another HOME, it takes seconds
     import pyarrow.parquet  # noqa: F401
     import rich.table  # noqa: F401
 
@@ -69,6 +72,7 @@ def import_all() -> None:
     import rlhf.sft
     import rlhf.status
 
+    gc.freeze()  # or each child's first collection copies all of it
     for stage in ("sft", "reward", "dpo"):
         rlhf.config.allowed_keys(stage)  # parses the source of three libraries
 
@@ -220,7 +224,7 @@ def run_cases(cases: list[Case], place: Path, tell=lambda text: None) -> list[tu
     return found
 
 
-def shrink(case: Case, outcome: Outcome, place: Path, most: int = 60) -> Case:
+def shrink(case: Case, outcome: Outcome, place: Path, most: int = 40) -> Case:
     """A smaller case that fails alike: fewer words, then fewer lines, then fewer bytes."""
     left = most if outcome.kind != "hang" else 0
 
@@ -284,21 +288,21 @@ def table(results: list[tuple[Case, Outcome]]) -> str:
     return "\n".join([*lines, f"{'all':14}{total}"])
 
 
-def failures(results: list[tuple[Case, Outcome]], place: Path, small: bool = True) -> list[str]:
+def failures(results: list[tuple[Case, Outcome]], place: Path, small: bool = True) -> Iterator[str]:
     """A text about each kind of failure: how often, where, and the smallest case of the first."""
     groups: dict[tuple[str, str, str], list] = {}
     for case, outcome in results:
         if not outcome.right:
             groups.setdefault((case.area, outcome.kind, outcome.where), []).append((case, outcome))
-    told = []
     for (area, kind, where), members in groups.items():
-        case, outcome = min(
-            members, key=lambda m: sum(len(c) for c in m[0].files.values() if isinstance(c, (bytes, str)))
-        )
+        case, outcome = min(members, key=lambda member: _size(member[0]))
         last = (outcome.said.strip().splitlines() or [""])[-1][:160]
         shown = reproducer(shrink(case, outcome, place) if small else case)
-        told.append(f"{area}: {kind} x{len(members)} at {where}\n    {last!r}\n    [{case.name[:80]!r}] {shown}")
-    return told
+        yield f"{area}: {kind} x{len(members)} at {where}\n    {last!r}\n    [{case.name[:80]!r}] {shown}"
+
+
+def _size(case: Case) -> int:
+    return sum(len(c) for c in (*case.files.values(), *case.words) if isinstance(c, (bytes, str)))
 
 
 def main() -> int:
@@ -317,8 +321,11 @@ def main() -> int:
         print(
             f"{len(results)} inputs (seed {given.seed}) in {time.time() - started:.0f} s\n{table(results)}", flush=True
         )
-        wrong = failures(results, Path(place))
-    print("\n".join(wrong) if wrong else "no failure")
+        wrong = 0
+        for text in failures(results, Path(place)):
+            print(text, flush=True)
+            wrong += 1
+    print(f"{wrong} kinds of failure")
     return 1 if wrong else 0
 
 

@@ -185,7 +185,7 @@ def _run_folder(rng: random.Random) -> Case:
         parent = files.get(f"out/{name}".rpartition("/")[0])
         if parent is not None:  # a file can't lie below what is none
             files.pop(f"out/{name}".rpartition("/")[0])
-    return Case("", "run", files, rng.choice(cases.RUN_COMMANDS), ("out/report.html",))
+    return Case("", "run", files, rng.choice(cases.RUN_COMMANDS), ("out/report.html", "report.html"))
 
 
 def _launch(rng: random.Random) -> Case:
