@@ -31,26 +31,31 @@ TIES = "rewards/accuracies"
 def points_of(stage: dict[str, Any], metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric.
 
-    DPO's accuracy at step 1 is left out: the policy is still its reference, so all pairs are ties, which TRL 1.16 counts
-    as losses.
+    DPO's accuracy is left out while the policy is still its reference (at step 1, and as long as a warm-up keeps the
+    learning rate at 0): all pairs are ties, of which TRL 1.16 counts the exact ones as losses and rounding decides the rest.
     """
-    first = 2 if metric == TIES else 0
-    return [
-        (m["step"], m[metric])
-        for m in stage["metrics"]
-        if isinstance(m.get(metric), (int, float)) and m["step"] >= first
-    ]
+    rows = [m for m in stage["metrics"] if isinstance(m.get(metric), (int, float))]
+    return [(m["step"], m[metric]) for m in rows if metric != TIES or not all_ties(m)]
+
+
+def all_ties(row: dict[str, Any]) -> bool:
+    """Whether a line of DPO's metrics is of a policy that is still its reference: implicit rewards of 0 to rounding."""
+    rewards = [row[key] for key in ("rewards/chosen", "rewards/rejected", "rewards/margins") if key in row]
+    return bool(rewards) and all(abs(value) < 1e-4 for value in rewards)
 
 
 def ties_note(stage: dict[str, Any]) -> str:
-    """What was done about the ties of step 1; '' where there is no such curve."""
-    steps = [m["step"] for m in stage["metrics"] if TIES in m]
-    if not steps:
+    """What was done about the ties of the first steps; '' where there is no such curve."""
+    rows = [m for m in stage["metrics"] if TIES in m]
+    if not rows:
         return ""
-    why = "at step 1 the policy is still its reference, so every pair is a tie, which TRL counts as a loss"
-    if min(steps) == 1:
-        return f"DPO's accuracy is drawn from step 2: {why}."
-    return f"DPO's first accuracy, of steps 1 to {min(steps)}, is too low by the share of step 1: {why}."
+    why = "while the policy is still its reference every pair is a tie, which TRL counts as a loss"
+    if all_ties(rows[0]):
+        drawn = next((m["step"] for m in rows if not all_ties(m)), None)
+        return f"DPO's accuracy is {f'drawn from step {drawn}' if drawn else 'not drawn'}: {why}."
+    if rows[0]["step"] > 1:
+        return f"DPO's first accuracy, of steps 1 to {rows[0]['step']}, is too low by the share of step 1: {why}."
+    return ""
 
 
 def draw(stage: dict[str, Any]) -> list[str]:

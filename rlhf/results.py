@@ -27,7 +27,7 @@ class Row(NamedTuple):
     note: str
 
 
-COLUMNS = Row("measure", "before", "after", "change", "unit, models, interval")
+COLUMNS = Row("measure", "before", "after", "change", "unit or 95%")
 
 
 # --- who was measured ------------------------------------------------------------------------------------------------
@@ -145,22 +145,21 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
     labels, policies = labels_of(results), results["policies"]
     rows = []
     if "base" in policies and "sft" in policies:
-        note = f"nats per token; {labels['base']} → {labels['sft']}"
         losses = [policies[policy]["chosen_loss"] for policy in ("base", "sft")]
-        rows.append(_number(f"{labels['sft']} loss on chosen answers", *losses, note))
+        rows.append(_number(f"{labels['sft']} loss on chosen answers", *losses, "nats/token"))
     if "reward" in results:
         reward = results["reward"]
-        rows.append(_number("Reward model loss", math.log(2), reward["loss_after"], "nats per pair; ln 2 is guessing"))
-        rows.append(_share("Reward model accuracy", 0.5, reward["accuracy"], "before: guessing"))
+        rows.append(_number("Reward model loss", math.log(2), reward["loss_after"], "nats/pair"))
+        rows.append(_share("Reward model accuracy", 0.5, reward["accuracy"]))
     if "dpo" in results:
         dpo, name = results["dpo"], labels["dpo"]
-        beta = f"nats per pair; beta {results['beta']:g}{'' if _beta_is_known(results) else ' (assumed)'}"
-        rows.append(_number(f"{name} loss", dpo["loss_before"], dpo["loss_after"], f"{beta}; before: ln 2"))
-        rows.append(_share(f"{name} implicit-reward accuracy", 0.5, dpo["accuracy"], "before: guessing"))
+        beta = f"beta {results['beta']:g}{'' if _beta_is_known(results) else ', assumed'}"
+        rows.append(_number(f"{name} loss ({beta})", dpo["loss_before"], dpo["loss_after"], "nats/pair"))
+        rows.append(_share(f"{name} implicit-reward accuracy", 0.5, dpo["accuracy"]))
         rows += _policy_rows(results)
     if "win_rate" in results:
         measure = f"{labels['dpo']} answer beats {labels['sft']} answer"
-        rows.append(_share(measure, 0.5, results["win_rate"], "before: equal; judged by the reward model"))
+        rows.append(_share(measure, 0.5, results["win_rate"]))
     return rows
 
 
@@ -176,22 +175,21 @@ def _policy_rows(results: dict[str, Any]) -> list[Row]:
     """What DPO made of the chosen and the rejected answers themselves."""
     labels, policies = labels_of(results), results["policies"]
     name, a, b = labels["dpo"], policies["sft"], policies["dpo"]
-    who = f"{labels['sft']} → {name}"
     rows = [
-        _number(f"{name} loss on chosen answers", a["chosen_loss"], b["chosen_loss"], f"nats per token; {who}"),
+        _number(f"{name} loss on chosen answers", a["chosen_loss"], b["chosen_loss"], "nats/token"),
     ]
     for key, measure, unit, lower in (
-        ("rejected_loss", "loss on rejected answers", "nats per token; higher is the aim", False),
-        ("chosen_logp", "log-probability of a chosen answer", "nats per answer", False),
-        ("rejected_logp", "log-probability of a rejected answer", "nats per answer; lower is the aim", True),
+        ("rejected_loss", "loss on rejected answers", "nats/token", False),
+        ("chosen_logp", "log-prob. of a chosen answer", "nats/answer", False),
+        ("rejected_logp", "log-prob. of a rejected answer", "nats/answer", True),
     ):
         if key in a and key in b:  # results of an older version lack them
-            rows.append(_number(f"{name} {measure}", a[key], b[key], f"{unit}; {who}", lower_is_better=lower))
+            rows.append(_number(f"{name} {measure}", a[key], b[key], unit, lower_is_better=lower))
     for key, measure in (
-        ("prefers_chosen", "finds chosen likelier than rejected"),
+        ("prefers_chosen", "finds chosen likelier"),
         ("prefers_chosen_per_token", "finds chosen likelier per token"),
     ):
-        rows.append(_share(f"{name} {measure}", a[key]["share"], b[key], who))
+        rows.append(_share(f"{name} {measure}", a[key]["share"], b[key]))
     return rows
 
 
@@ -204,13 +202,13 @@ def _number(measure: str, before: float, after: float, note: str, lower_is_bette
     return Row(measure, *texts, change, note)
 
 
-def _share(measure: str, before: float, found: dict[str, Any], note: str) -> Row:
-    interval = f"{found['low']:.0%} to {found['high']:.0%} (95%)"
+def _share(measure: str, before: float, found: dict[str, Any]) -> Row:
+    interval = f"{found['low']:.0%} to {found['high']:.0%}"
     if found["low"] <= before <= found["high"]:
         change = UNCLEAR
     else:
         change = BETTER if found["share"] > before else WORSE
-    return Row(measure, f"{before:.0%}", f"{found['share']:.0%}", change, f"{interval}; {note}")
+    return Row(measure, f"{before:.0%}", f"{found['share']:.0%}", change, interval)
 
 
 def _beta_is_known(results: dict[str, Any]) -> bool:
@@ -241,10 +239,24 @@ def cut_sentence(results: dict[str, Any]) -> str:
     return f"Answers cut at {at} and marked with …: {', '.join(counted)}." if counted else ""
 
 
+def how_to_read(results: dict[str, Any]) -> str:
+    """What the table's columns mean, for the models that it is about."""
+    labels, policies = labels_of(results), results["policies"]
+    before = [f"{labels['base']} for {labels['sft']}"] if {"base", "sft"} <= set(policies) else []
+    if "dpo" in results:
+        before.append(f"{labels['sft']} for what {labels['dpo']} does to answers")
+    aim = f" {labels['dpo']} is to make rejected answers less likely, not chosen ones." if "dpo" in results else ""
+    return (
+        f"Before is {', '.join([*before, 'guessing (ln 2, 50%) elsewhere'])}. Likelier: than the rejected answer.{aim}"
+    )
+
+
 def sentences(results: dict[str, Any]) -> list[str]:
     """What stands below the table, on the screen and in the report."""
     found = [what_got_worse(table_rows(results)), models_line(results), judge_sentence(results)]
-    return [s for s in [*found, reference_note(results), cut_sentence(results)] if s]
+    return [
+        s for s in [found[0], how_to_read(results), *found[1:], reference_note(results), cut_sentence(results)] if s
+    ]
 
 
 def shown_text(answer: dict[str, Any], policy: str) -> str:
