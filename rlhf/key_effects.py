@@ -172,9 +172,6 @@ ONLY_WITH = {
     ),
     # optimizer
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _ADAM),
-    "num_train_epochs": Needs(
-        ("max_steps",), lambda values: (values.get("max_steps") or -1) < 0, "with max_steps, which ends the run",
-    ),
     "warmup_steps": Needs(
         ("lr_scheduler_type",), lambda values: values.get("lr_scheduler_type") not in _NO_WARM_UP,
         f"with a scheduler that does not warm up ({', '.join(_NO_WARM_UP)}); constant_with_warmup does",
@@ -215,7 +212,7 @@ EFFECTIVE = frozenset(
     "router_aux_loss_coef label_smoothing_factor "
     # optimizer
     "learning_rate lr_scheduler_type lr_scheduler_kwargs optim optim_args weight_decay max_grad_norm "
-    "max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
     # evaluating, logging, saving
     "output_dir eval_strategy eval_on_start load_best_model_at_end logging_strategy logging_first_step log_on_each_node "
     "log_level log_level_replica disable_tqdm report_to run_name save_strategy save_total_limit push_to_hub "

@@ -420,6 +420,8 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
     say(f"  data     {len(trainer.train_dataset)} examples{heldout}")
     say(f"  steps    {steps:g} of {batch} examples ({world} process{'es' if world > 1 else ''} on {args.device.type})")
     say(f"  output   {run.folder}")
+    if args.max_steps > 0 and context.recipe.get("num_train_epochs"):
+        say(f"note: max_steps={args.max_steps} ends the run, and num_train_epochs has no effect")
     dropped = len(data.train) - len(trainer.train_dataset)
     if dropped:
         kept = set(trainer.train_dataset["place"])

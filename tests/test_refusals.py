@@ -317,7 +317,6 @@ NO_EFFECT = (
     ("dpo", "ref_model_sync_steps: 8", "without `sync_ref_model: true`"),
     ("dpo", "neftune_noise_alpha: 5", "without `packing: false`"),
     ("dpo", "optim: sgd\nadam_beta1: 0.9", "#:6: 'adam_beta1' has no effect with this `optim`, which is no Adam"),
-    ("dpo", "max_steps: 9\nnum_train_epochs: 3", "#:6: 'num_train_epochs' has no effect with max_steps, which ends the run"),
     ("dpo", "lr_scheduler_type: constant\nwarmup_steps: 3", "#:6: 'warmup_steps' has no effect with a scheduler that does not"),
     ("dpo", "pad_to_multiple_of: 8", "without `packing: false`: packed rows have no padding"),
     ("dpo", "gradient_checkpointing: false\ngradient_checkpointing_kwargs: {use_reentrant: true}", "#:6: 'gradient_checkpointing_kwargs' has no effect without `gradient_checkpointing: true`"),
