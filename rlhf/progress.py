@@ -48,6 +48,38 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
     """Our progress bar, or lines where there is no terminal, in place of the trainer's printed dicts; and metrics.jsonl."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+    class Metrics(TrainerCallback):
+        path = run_folder / "metrics.jsonl"
+        waiting = ""  # lines that a full disk has kept back
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                kept = [m for m in read_metrics(run_folder) if m["step"] <= state.global_step and state.global_step > 0]
+                kept = [m for m in kept if "train_runtime" not in m]  # the summary of a run that was stopped
+                write_file(self.path, "".join(json.dumps(m) + "\n" for m in kept))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs:
+                line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
+                line |= {
+                    k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v
+                    for k, v in logs.items()
+                    if k != "epoch"
+                }
+                self.waiting += json.dumps(line) + "\n"
+                if append(self.path, self.waiting):
+                    self.waiting = ""
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in ([] if trainer.args.disable_tqdm else [_progress(title)]) + [Metrics]:
+        trainer.add_callback(callback)
+
+
+def _progress(title: str) -> type:
+    """The callback that shows how far a run is: a bar in a terminal, lines in a log file."""
+    from transformers import ProgressCallback
+
     class Progress(ProgressCallback):
         """The trainer's own, with our bar."""
 
@@ -85,33 +117,7 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
         def on_train_end(self, args, state, control, **kwargs):
             pass
 
-    class Metrics(TrainerCallback):
-        path = run_folder / "metrics.jsonl"
-        waiting = ""  # lines that a full disk has kept back
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                kept = [m for m in read_metrics(run_folder) if m["step"] <= state.global_step and state.global_step > 0]
-                kept = [m for m in kept if "train_runtime" not in m]  # the summary of a run that was stopped
-                write_file(self.path, "".join(json.dumps(m) + "\n" for m in kept))
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.is_world_process_zero and logs:
-                line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
-                line |= {
-                    k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v
-                    for k, v in logs.items()
-                    if k != "epoch"
-                }
-                self.waiting += json.dumps(line) + "\n"
-                if append(self.path, self.waiting):
-                    self.waiting = ""
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    shown = Progress if sys.stderr.isatty() else Lines
-    for callback in ([] if trainer.args.disable_tqdm else [shown]) + [Metrics]:
-        trainer.add_callback(callback)
+    return Progress if sys.stderr.isatty() else Lines
 
 
 def append(path: Path, text: str) -> bool:
