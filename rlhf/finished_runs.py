@@ -159,7 +159,7 @@ def why_stale(name: str, run: dict[str, Any] | None, measured: str | None) -> st
         return f"{folder} is being trained again since it was evaluated"
     now = model_digest(folder)
     if now != measured:
-        return f"{folder} was trained again since it was evaluated (weights {now[:16]}, measured were {measured[:16]})"
+        return f"{folder} was trained again since it was evaluated (its weights are {now[:16]}; {measured[:16]} were measured)"
     return ""
 
 

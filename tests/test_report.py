@@ -25,6 +25,16 @@ def pair(row, sft, dpo, reward):
             "reward": dict(zip(("chosen", "rejected"), reward, strict=True))}  # fmt: skip
 
 
+WITH_PLOTS = ("test_it_shows_every_part", "test_nothing_is_loaded_from_anywhere", "test_hostile_text_stays_text")
+
+
+@pytest.fixture(autouse=True)
+def plots_only_where_they_are_looked_at(request, monkeypatch):
+    """matplotlib takes half a second a report."""
+    if request.node.name not in WITH_PLOTS:
+        monkeypatch.setattr("rlhf.report.draw", lambda stage: ["<svg></svg>"])
+
+
 def write_run(folder, stage, recipe=None, inputs=None, digest=None, **provenance):
     """The files of a finished run with hostile text in every place that is shown."""
     folder.mkdir(parents=True)
