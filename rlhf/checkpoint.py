@@ -37,7 +37,7 @@ from rlhf.command import command_of, launcher_of, shell_line
 from rlhf.config import HARMLESS, Recipe
 from rlhf.defaults import describe, effective
 from rlhf.errors import UserError, quote
-from rlhf.run_files import checkpoints, read_complete, read_json, read_recipe, whole_number
+from rlhf.run_files import checkpoints, look_at_complete, read_complete, read_json, read_recipe, whole_number
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
 
@@ -402,7 +402,13 @@ def model_digest(name: str) -> str:
     folder = Path(name)
     if not os.path.isdir(folder):
         return name
-    recorded = (read_complete(folder) or {}).get("weights_sha256")
+    summary, damage = look_at_complete(folder)
+    if damage:
+        raise UserError(
+            f"{folder / 'complete.json'} is damaged ({damage}), so it can't be told which model this is; if the weights beside it "
+            "are right, remove that file, else write or copy the model again"
+        )
+    recorded = (summary or {}).get("weights_sha256")
     weights = [w for w in sorted(folder.glob("*.safetensors")) if os.path.isfile(w)]  # not links to what is gone
     return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in weights)
 

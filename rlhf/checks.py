@@ -9,8 +9,10 @@ from pathlib import Path
 from rlhf.config import Recipe, UserError
 from rlhf.errors import pip_install
 from rlhf.launch import check_quantised
+from rlhf.model_folder import check_model_folder
 from rlhf.progress import say
-from rlhf.stage import Context
+from rlhf.run_files import read_complete
+from rlhf.stage import Context, maker_of, waits_for
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -33,6 +35,20 @@ def check_extras(recipe: Recipe) -> None:
             raise UserError(
                 f"{recipe.where('report_to')}: report_to {name} needs the package; run: {pip_install(name)}"
             )
+
+
+def refuse_damaged(recipe: Recipe, model_keys: tuple[str, ...]) -> None:
+    """Refuse local models that can't be loaded, and a run folder whose complete.json is damaged.
+
+    Raises:
+        UserError: names the file.
+    """
+    for key in model_keys:
+        name = recipe.get(key)
+        if name and os.path.isdir(folder := Path(name).expanduser()) and not waits_for(recipe, name):
+            check_model_folder(folder, recipe.where(key), maker_of(recipe, name))
+    if recipe.get("output_dir"):
+        read_complete(Path(recipe.get("output_dir")))
 
 
 def on_cpu(recipe: Recipe) -> bool:

@@ -93,31 +93,37 @@ def complete_damage(summary: Any) -> str:
     return ""
 
 
+def look_at_complete(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """(what complete.json says, ''); (None, what is wrong with it); or (None, '') where there is none."""
+    path = folder / "complete.json"
+    if not os.path.lexists(path):
+        return None, ""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return None, error.strerror or type(error).__name__
+    except UnicodeDecodeError as error:
+        return None, f"byte {error.start} is not UTF-8"
+    except (ValueError, RecursionError) as error:  # no JSON; a number of 5,000 digits; 1,000 levels
+        return None, f"not valid JSON: {' '.join(str(error).split())[:80]}"
+    damage = complete_damage(found)
+    return (None, damage) if damage else (found, "")
+
+
 def read_complete(folder: Path) -> dict[str, Any] | None:
     """What complete.json says of a finished run; None if the run is not finished.
 
     Raises:
         UserError: the file is there and damaged. Taken for absent, the run would be resumed over its finished model.
     """
-    path = folder / "complete.json"
-    if not os.path.lexists(path):
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        damage = complete_damage(json.loads(text))
-    except OSError as error:
-        damage = error.strerror or type(error).__name__
-    except UnicodeDecodeError as error:
-        damage = f"byte {error.start} is not UTF-8"
-    except (ValueError, RecursionError) as error:  # no JSON; a number of 5,000 digits; 1,000 levels
-        damage = f"not valid JSON: {' '.join(str(error).split())[:80]}"
+    summary, damage = look_at_complete(folder)
     if not damage:
-        return json.loads(text)
+        return summary
     found = checkpoints(folder)
-    resume = f"the same command resume from {folder / f'checkpoint-{max(found)}'}" if found else (
-        "the same command train again, as there is no checkpoint"
-    )  # fmt: skip
+    resume = "the same command train again, as there is no checkpoint"
+    if found:
+        resume = f"the same command resume from {folder / f'checkpoint-{max(found)}'}"
     raise UserError(
-        f"{path} is damaged ({damage}), so it can't be told whether the model beside it is finished; nothing was changed: "
-        f"move the file away to let {resume}, or give --fresh to train in a new folder"
+        f"{folder / 'complete.json'} is damaged ({damage}), so it can't be told whether the model beside it is finished; "
+        f"nothing was changed: move the file away to let {resume}, or give --fresh to train in a new folder"
     )

@@ -9,7 +9,7 @@ import yaml
 
 from rlhf import embedded
 from rlhf.checkpoint import checkpoint_damage, fresh_folder, model_digest, newest_checkpoint, open_run
-from rlhf.checks import bytes_needed
+from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config import Recipe, UserError
 from rlhf.model_folder import check_model_folder
 from rlhf.progress import read_metrics
@@ -223,6 +223,32 @@ def test_digest_of_a_model_with_a_dangling_link(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("nowhere")
     assert model_digest(str(tmp_path)) == "a.safetensors:1"
     assert model_digest("a" * 300) == "a" * 300
+
+
+def test_an_input_model_whose_complete_json_is_damaged(tmp_path):
+    (tmp_path / "complete.json").write_text("[1]")
+    with pytest.raises(UserError) as error:
+        model_digest(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path}/complete.json is damaged (it holds [1], expected a JSON object), so it can't be told which model this is; "
+        "if the weights beside it are right, remove that file, else write or copy the model again"
+    )
+
+
+def test_preflight_refuses_what_is_damaged(tmp_path):
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    recipe = Recipe(
+        "dpo", str(tmp_path / "dpo.yaml"), {"model_name_or_path": str(model), "output_dir": str(tmp_path)}, {}
+    )
+    with pytest.raises(UserError, match="m has no model.safetensors"):
+        refuse_damaged(recipe, ("model_name_or_path",))
+    weights(model / "model.safetensors")
+    refuse_damaged(recipe, ("model_name_or_path",))
+    (tmp_path / "complete.json").write_text("[1]")
+    with pytest.raises(UserError, match="complete.json is damaged"):
+        refuse_damaged(recipe, ("model_name_or_path",))
 
 
 def test_room_for_a_model_whose_weights_are_gone(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import newest_checkpoint
-from rlhf.checks import bytes_needed
+from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config import TRAINING_STAGES, Recipe, UserError, load_recipe, stage_of
 from rlhf.embedded import cache_dir
 from rlhf.launch import layout_of_environment
@@ -23,6 +23,7 @@ from rlhf.preflight.findings import Row, host_rows, judge_devices, judge_nodes, 
 from rlhf.preflight.network import judge_clocks, judge_collectives, judge_interfaces
 from rlhf.preflight.places import judge_folder, judge_memory, judge_paths, judge_write
 from rlhf.preflight.probes import (
+    MODEL_KEYS,
     describe,
     disk_facts,
     look_at_paths,
@@ -103,7 +104,9 @@ def _read(recipe_path: str | None, overrides: list[str], output_dir: str | None)
         return None, ""
     more = ["--output_dir", output_dir] if output_dir else []
     try:
-        return load_recipe(recipe_path, stage_of(recipe_path), overrides + more), ""
+        recipe = load_recipe(recipe_path, stage_of(recipe_path), overrides + more)
+        refuse_damaged(recipe, MODEL_KEYS)
+        return recipe, ""
     except UserError as error:
         return None, str(error)
 
