@@ -19,6 +19,7 @@ from typing import Any
 from rlhf.config import STAGES, UserError
 from rlhf.data.formats import preference_rows
 from rlhf.data.sources import load_source
+from rlhf.errors import quote
 from rlhf.evaluate import read_answers, read_results, shown_answers, table_rows
 from rlhf.progress import read_metrics, say
 from rlhf.run_files import read_complete, read_json, read_recipe
@@ -77,8 +78,8 @@ def write_report(target: str, output: str | None = None) -> Path:
 
 def find_stages(target: Path) -> dict[str, dict[str, Any]]:
     """The stages that have run, by name and in order, each with its folder, recipe, provenance, summary and metrics."""
-    if not target.is_dir():
-        raise UserError(f"no folder at {target}; give a run folder such as runs/quickstart")
+    if not os.path.isdir(target):  # False too for a name that is too long
+        raise UserError(f"no folder at {quote(str(target))[1:-1]}; give a run folder such as runs/quickstart")
     folders = []
     for stage in STAGES:
         recipe = target / f"{stage}.yaml"
