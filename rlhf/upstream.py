@@ -112,8 +112,8 @@ TRANSFORMERS = [
     *_of("transformers.trainer", "Trainer", "portable.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
     *_of("transformers.trainer", "Trainer", "dpo.py", {
         "_prepare_inputs inputs": "exact reference log-probabilities under DeepSpeed with bf16",
-        "compute_loss_context_manager": "the check of DPO's start",
     }),
+    *_of("transformers.trainer", "Trainer", "start.py", {"compute_loss_context_manager": "the check of DPO's start"}),
     *_of("transformers.integrations.deepspeed", "", "models.py", {
         "_hf_deepspeed_config_weak_ref": "merging an adapter under ZeRO-3",
         "unset_hf_deepspeed_config": "merging an adapter under ZeRO-3",
@@ -153,6 +153,10 @@ TRL = [
     }, only="dpo"),
     *_of("trl.trainer.dpo_trainer", "DPOTrainer", "dpo.py", {
         "ref": "the frozen copy of an adapter that DPO continues",  # the adapter's name
+    }, in_code=True, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "start.py", {
+        name: "the check of DPO's start"
+        for name in ("loss_types", "loss_weights", "label_smoothing", "use_weighting", "ref_model", "precompute_ref_logps")
     }, in_code=True, only="dpo"),
     *_of("trl.trainer.dpo_config", "DPOConfig", "dpo.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
     *_of("trl.trainer.dpo_trainer", "DPOTrainer", "reference.py", {
