@@ -31,9 +31,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     """
     recipe = load_recipe(recipe_path, "evaluate", overrides)
     config = EvaluateConfig(**recipe.values)
-    source = load_source(
-        config.dataset_name, config.dataset_test_split, config.dataset_config, recipe.where("dataset_name")
-    )
+    asked, place = recipe.get("dataset_test_split"), recipe.where("dataset_name")
+    source = load_source(config.dataset_name, asked, config.dataset_config, place, config.dataset_test_split)
     rows = preference_rows(source.head(config.max_eval_examples))
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     waiting = {key: waits_for(recipe, name) for key, name in names.items()}

@@ -85,7 +85,7 @@ def waits_for(recipe: Recipe, name: str) -> str:
 def read_data(stage: Stage, recipe: Recipe) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe."""
     where = recipe.where
-    train_split, test_split = recipe.get("dataset_train_split", "train"), recipe.get("dataset_test_split")
+    train_split, test_split = recipe.get("dataset_train_split"), recipe.get("dataset_test_split")
     digests = {}
     if recipe.get("chosen_dataset_name"):
         sides = [load_source(recipe.get(k), train_split, None, where(k)) for k in _SIDES]
@@ -97,7 +97,7 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
         digests["dataset_name"] = source.digest
     heldout = None
     if recipe.get("eval_dataset_name"):
-        heldout = load_source(recipe.get("eval_dataset_name"), test_split or "train", None, where("eval_dataset_name"))
+        heldout = load_source(recipe.get("eval_dataset_name"), test_split, None, where("eval_dataset_name"))
     elif test_split:
         heldout = load_source(
             recipe.get("dataset_name"), test_split, recipe.get("dataset_config"), where("dataset_test_split")

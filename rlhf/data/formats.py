@@ -6,11 +6,12 @@ reward modelling, DPO, evaluation and chat.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-from rlhf.config import UserError
 from rlhf.data.sources import Source
+from rlhf.errors import UserError, quote
 
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
@@ -144,8 +145,18 @@ def _preference_row(row: dict) -> dict[str, Any]:
         raise RowError("'chosen' and 'rejected' are the same; a pair without a difference teaches nothing: remove it")
     pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
     if isinstance(row.get("margin"), (int, float)):
-        pair["margin"] = float(row["margin"])
+        pair["margin"] = _margin(row["margin"])
     return pair
+
+
+def _margin(value: float) -> float:
+    try:
+        margin = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        margin = math.inf
+    if not math.isfinite(margin):
+        raise RowError(f"'margin' is {quote(value)}; expected a finite number")
+    return margin
 
 
 def _prompt(row: dict) -> Messages | None:
