@@ -55,9 +55,9 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         raise JsonError(f"not valid JSON: {error.msg}", error.pos) from None
     except _DuplicateKey as error:
-        key = str(error)
-        second = [m.start() for m in re.finditer(re.escape(json.dumps(key)) + r"\s*:", text[start:])][1:2]
-        raise JsonError(f"key {quote(key)} stands twice in one object; keep one", start + (second or [0])[0]) from None
+        key = json.dumps(str(error), ensure_ascii=False)
+        second = max(start, text.find(key, text.find(key, start) + len(key)))  # its column, if it is written so
+        raise JsonError(f"key {quote(str(error))} stands twice in one object; keep one", second) from None
     except RecursionError:
         raise JsonError(_TOO_DEEP, start) from None
     except OverflowError as error:
@@ -124,7 +124,7 @@ def _line_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
     rows, lines = [], []
     for number, line in enumerate(io.BytesIO(raw.data), 1):  # no copy of the whole text
         try:
-            text = line.decode("utf-8")
+            text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             text_of(raw)  # raises, with the byte's place in the file
             raise
@@ -136,7 +136,7 @@ def _line_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
             if rest < len(text):
                 raise JsonError("not valid JSON: Extra data", rest)
         except JsonError as error:
-            message = str(error) if text.strip("\x00\r\n") else _ZEROS
+            message = str(error) if text.strip("\x00") else _ZEROS
             raise UserError(f"{raw.path}:{number}:{error.at + 1}: {message}") from None
         if not isinstance(row, dict):
             raise UserError(f"{raw.path}:{number}: expected a JSON object, found {type(row).__name__}")
