@@ -342,6 +342,12 @@ def test_large_folder_is_not_walked(tmp_path, monkeypatch, datasets_cache, circl
     assert "more than 30 files and folders" in message and "expected a file named after the split" in message
 
 
+def test_folder_with_a_link_that_can_not_be_followed(tmp_path):
+    """As /proc/1/cwd is for a user; asking whether it is a folder raises."""
+    (tmp_path / "a").symlink_to("a")
+    assert "found 1 no suffix; expected" in error_of(tmp_path)
+
+
 def test_folder_of_other_files_is_not_walked(tmp_path, monkeypatch, datasets_cache):
     monkeypatch.setattr(datasets_cache, "load_dataset", never)
     write(tmp_path, "a.py", "raise SystemExit(9)")

@@ -129,7 +129,7 @@ def _survey(folder: Path, prefix: str) -> None:
                     f"{prefix}{folder} holds more than {MAX_ENTRIES} files and folders ({_most(types)}); {EXPECTED}: "
                     "name the folder of the data"
                 )
-            if entry.is_dir():  # follows links, as `datasets` does; a circle ends at MAX_ENTRIES
+            if _is_folder(entry):
                 folders.append(Path(entry.path))
             else:
                 types[_type(entry.name)] += 1
@@ -146,6 +146,14 @@ def _entries(folder: Path) -> list[os.DirEntry]:
             return [entry for entry, _ in zip(found, range(MAX_ENTRIES + 1), strict=False)]
     except OSError:  # no permission: `datasets` passes it over too
         return []
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Links are followed, as `datasets` does; a circle of them ends at MAX_ENTRIES."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where we may not look
+        return False
 
 
 def _type(name: str) -> str:
