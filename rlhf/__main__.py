@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", help="default: RUN_DIR/report.html")
     pairs = commands.add_parser("pairs", description="Write the classic's three data files from any preference data.")
     pairs.add_argument("dataset", metavar="DATASET", help="embedded:sample, a file, a folder or a hub id")
-    pairs.add_argument("--split", default="train")
+    pairs.add_argument("--split", help="which split, where there are several (default: train)")
     pairs.add_argument("--limit", type=number(int, 1, 1e12), help="only the first N pairs")
     pairs.add_argument("--output_dir", default="data/processed")
     fetch = commands.add_parser("fetch", description="Fetch the embedded model into the cache (RLHF_CACHE).")

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlhf.checkpoint import model_digest, read_json
+from rlhf.checkpoint import model_digest
 from rlhf.config import HARMLESS, STAGES, TRAINING_STAGES, UserError, quote
 from rlhf.progress import read_metrics
 from rlhf.results import describe_models
+from rlhf.run_files import read_complete, read_json, read_recipe
+from rlhf.yaml_reader import read_flat
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 EVALUATED = ("sft_model", "reward_model", "dpo_model", "base_model")
@@ -44,22 +44,31 @@ class Selection:
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """A stage's folder: recipe, provenance, summary and metrics; None where no run can be read."""
-    provenance = read_json(folder / "provenance.json")
-    try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    if not all(os.path.isfile(folder / name) for name in ("recipe.yaml", "provenance.json")):
         return None
-    if not isinstance(provenance, dict) or provenance.get("stage") not in STAGES or not isinstance(recipe, dict):
-        return None
+    provenance, recipe = read_json(folder / "provenance.json"), read_recipe(folder / "recipe.yaml")
+    if recipe is None or not _is_provenance(provenance):
+        damaged = "recipe.yaml" if recipe is None else "provenance.json"
+        raise UserError(f"{folder / damaged} is damaged; the report needs it: restore it, or move {folder} away")
     return {
         "name": provenance["stage"],
         "title": TITLES[provenance["stage"]],
         "folder": str(folder),
         "recipe": recipe,
         "provenance": provenance,
-        "complete": read_json(folder / "complete.json"),
+        "complete": read_complete(folder),
         "metrics": read_metrics(folder),
     }
+
+
+def _is_provenance(found: dict[str, Any] | None) -> bool:
+    """Whether provenance.json holds what the report shows of it."""
+    shown = {"stage": str, "recipe": str, "command": list, "versions": dict, "hardware": dict}
+    if found is None or not all(isinstance(found.get(key), kind) for key, kind in shown.items()):
+        return False
+    return (
+        found["stage"] in STAGES and all(isinstance(word, str) for word in found["command"]) and "git_commit" in found
+    )
 
 
 def select_runs(target: Path) -> Selection:
@@ -108,13 +117,9 @@ def recipe_outputs(target: Path) -> list[Path]:
     for stage in STAGES:
         recipe = target / f"{stage}.yaml"
         if recipe.is_file():
-            try:
-                found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            except (ValueError, yaml.YAMLError) as error:
-                raise UserError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
-            output = found.get("output_dir") if isinstance(found, dict) else None
-            if output:
-                folders.append(Path(str(output)))
+            output = read_flat(str(recipe))[0].get("output_dir")
+            if isinstance(output, str) and output:
+                folders.append(Path(output).expanduser())
     return folders
 
 

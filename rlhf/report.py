@@ -20,7 +20,7 @@ from rlhf.command import is_complete, shell_line
 from rlhf.config import TRAINING_STAGES, UserError, quote
 from rlhf.data.formats import preference_rows
 from rlhf.data.reading import Reading
-from rlhf.data.sources import load_source
+from rlhf.data.sources import SAMPLE_NAME, WHOLE, load_source
 from rlhf.evaluate import read_answers, shown_answers
 from rlhf.finished_runs import (
     TITLES,
@@ -206,7 +206,9 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
         return []
     recipe, found = stage["recipe"], []
     inputs = stage.get("provenance", {}).get("inputs") or {}
-    train = recipe.get("dataset_train_split", None if recipe.get("heldout") else "train")
+    train = recipe.get("dataset_train_split", "train")
+    if recipe.get("heldout") and recipe["dataset_name"] == SAMPLE_NAME:
+        train = WHOLE
     splits = [(train, "dataset_name", None if recipe.get("heldout") else "max_train_examples")]
     if recipe.get("dataset_test_split") and not recipe.get("eval_dataset_name"):
         splits.append((recipe["dataset_test_split"], "heldout", "max_eval_examples"))
@@ -215,13 +217,13 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
             source = load_source(recipe["dataset_name"], split, recipe.get("dataset_config"))
             rows = preference_rows(source.head(recipe.get(most or "")), Reading(recipe.get("bad_rows", "error")))
         except UserError:
-            found.append({"split": split or "all rows", "gone": "can't be read any more"})
+            found.append({"split": split, "gone": "can't be read any more"})
             continue
         if inputs.get(key) not in (None, source.digest):
-            found.append({"split": split or "all rows", "gone": "has changed since the run read it"})
+            found.append({"split": split, "gone": "has changed since the run read it"})
             continue
         found.append(
-            {"split": split or "all rows", "gone": "", "digest": source.digest}
+            {"split": split, "gone": "", "digest": source.digest}
             | _count(rows, source.head(recipe.get(most or "")).rows)
         )
     return found

@@ -36,7 +36,7 @@ from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.model_folder import check_model_folder
 from rlhf.prepare import Prepared
-from rlhf.progress import add_callbacks, duration, is_main, quiet_libraries, say
+from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
 

@@ -12,7 +12,7 @@ from rlhf.config import TRAINING_STAGES, Recipe, UserError
 from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
-from rlhf.data.sources import Source, load_source
+from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
 from rlhf.run_files import read_recipe
 from rlhf.stop import Stopper
@@ -145,7 +145,9 @@ def read_data(stage: Stage, recipe: Recipe) -> StageData:
 
 def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
     """(the source of the training rows, the digests of its files by key)"""
-    split = recipe.get("dataset_train_split", None if recipe.get("heldout") else "train")
+    split = recipe.get("dataset_train_split")
+    if split is None and recipe.get("heldout") and recipe.get("dataset_name") == SAMPLE_NAME:
+        split = WHOLE
     if recipe.get("chosen_dataset_name"):
         sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
         return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}

@@ -80,8 +80,8 @@ def test_a_share_does_not_move_prompts_when_rows_are_added_and_a_count_is_exact(
         ({"heldout": 12}, "heldout", "leaves no row of"),
         ({"heldout": 1.5}, "heldout", "neither a share below 1 nor a whole number"),
         ({"heldout": -1}, "heldout", "heldout"),
-        ({"dataset_test_split": "heldout"}, "dataset_test_split", "is a single file and has no split 'heldout'; use `heldout: 0.05`"),
-        ({"dataset_train_split": "other"}, "dataset_name", "is a single file and has no split 'other'"),
+        ({"dataset_test_split": "heldout"}, "dataset_test_split", "has no split 'heldout': a single file has one split; use `heldout: 0.05`"),
+        ({"dataset_train_split": "other"}, "dataset_name", "has no split 'other'"),
     ],
 )  # fmt: skip
 def test_refused_with_the_fix(values, key, words, recipe, tiny_llama, few_pairs, tmp_path, capsys):
@@ -160,4 +160,4 @@ def test_the_quickstart_copied_for_one_csv(tiny_llama, tmp_path, monkeypatch, ca
 
 
 def test_the_sample_as_a_whole_and_its_splits():
-    assert [len(load_source("embedded:sample", split).rows) for split in (None, "train", "heldout")] == [250, 200, 50]
+    assert [len(load_source("embedded:sample", split).rows) for split in ("all", "train", "heldout")] == [250, 200, 50]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
-from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
+from rlhf.data.raw import find
 from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
 from rlhf.data.summary import line, summarise
+from rlhf.errors import UserError
 
 FILES = ("accepted_data.jsonl", "rejected_data.jsonl", "preference_data.jsonl")
 
 
-def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", limit: int | None = None) -> int:
+def write_pair_files(dataset_name: str, output_dir: str, split: str | None = None, limit: int | None = None) -> int:
     """Write accepted_data.jsonl, rejected_data.jsonl (prompt, response) and preference_data.jsonl from any preference data,
     and print what the data is like.
 
@@ -29,13 +31,7 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", l
         raise UserError(f"--limit is {limit}; expected a number of pairs above 0")
     reading = Reading()
     pairs = preference_rows(load_source(dataset_name, split).head(limit), reading)
-    folder = Path(output_dir)
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name a folder as --output_dir")
-    for name in FILES:
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} is already there; move it away or name another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _output_folder(output_dir)
     rows = {
         FILES[0]: [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs],
         FILES[1]: [{"prompt": p["prompt"], "response": p["rejected"]} for p in pairs],
@@ -47,3 +43,18 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str = "train", l
         os.replace(partial, folder / name)
     print(f"{dataset_name}: {line(summarise(pairs, reading))}")
     return len(pairs)
+
+
+def _output_folder(output_dir: str) -> Path:
+    """The folder, made if it isn't there, with none of our files in it."""
+    folder, status = find(output_dir, "--output_dir: ")
+    if status and not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{folder} is a file; name a folder as --output_dir")
+    for name in FILES if status else ():
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder / name} is already there; move it away or name another --output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made: {error.strerror}; name another --output_dir") from None
+    return folder

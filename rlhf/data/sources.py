@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
 import socket
+import stat
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.folders import data_files, is_data_name, open_folder, split_file
+from rlhf.data.json_reader import json_rows
+from rlhf.data.raw import find, read_raw
+from rlhf.data.table_readers import csv_rows, first_line, table_rows
 from rlhf.errors import UserError, quote
 
 SAMPLE_NAME = "embedded:sample"
+WHOLE = "all"  # a split of the embedded sample: what is held out of it is decided by `heldout`
 SAMPLE_DIR = Path(__file__).parent / "sample"
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass
@@ -47,46 +50,45 @@ class Source:
 
 
 def load_source(
-    name: str, split: str | None = "train", config: str | None = None, asked_by: str = "", default: str = "train"
+    name: str, split: str | None = None, config: str | None = None, asked_by: str = "", default_split: str = "train"
 ) -> Source:
     """Read one split of a data set.
 
     Args:
-        name: `embedded:sample`; a .jsonl, .json, .csv or .parquet file; a directory (made by `save_to_disk`, or with a
-            file named after the split, such as train.jsonl); or a hub id.
-        split: which split, where there are several; a file has one, named `train`. None: all of a file or of the embedded
-            sample, else `default`.
+        name: `embedded:sample`; a .jsonl, .json, .csv or .parquet file (or one of them as .gz, .bz2, .xz, .zst); a
+            directory (made by `save_to_disk`, or with a file named after the split, such as train.jsonl); or a hub id.
+        split: the split that was asked for. A single file has one split, 'train': any other is refused.
         config: the configuration's name of a hub data set.
         asked_by: where the name was given (`recipe:line`), for messages.
+        default_split: with no split asked for: which one, where there are several. A single file is read as it is.
 
     Raises:
         UserError: nothing there, no such split, a line that can't be read (file, line and column), or no rows.
     """
     prefix = f"{asked_by}: " if asked_by else ""
-    if name == SAMPLE_NAME and split is None:
+    if (name, split) == (SAMPLE_NAME, WHOLE):
         parts = [load_source(name, part) for part in ("train", "heldout")]
-        return Source(
-            SAMPLE_NAME, [row for part in parts for row in part.rows], None, parts[0].digest[:32] + parts[1].digest[:32]
-        )
-    if name == SAMPLE_NAME:
-        name = str(SAMPLE_DIR)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        source = _from_directory(path, split or default, prefix)
-    elif path.is_file():
+        rows = [row for part in parts for row in part.rows]
+        return Source(SAMPLE_NAME, rows, None, hashlib.sha256("".join(p.digest for p in parts).encode()).hexdigest())
+    path, status = find(str(SAMPLE_DIR) if name == SAMPLE_NAME else name, prefix)
+    if status and stat.S_ISDIR(status.st_mode):
+        source = _from_directory(path, split, default_split, prefix)
+    elif status:
         if split not in (None, "train"):
-            raise UserError(
-                f"{prefix}{name} is a single file and has no split {quote(split)}; use `heldout: 0.05` to hold out a part of it in "
-                "every stage, or name another file with eval_dataset_name (or, to evaluate, with dataset_name alone)"
-            )
-        source = _from_file(path, prefix)
-    elif path.suffix in FILE_TYPES or name.startswith((".", "/", "~")):
+            raise UserError(f"{prefix}{path} has no split {quote(split)}: {_ONE_SPLIT}")
+        source = _from_file(path, status, prefix)
+    elif is_data_name(path.name) or name.startswith((".", "/", "~")):
         raise UserError(f"{prefix}no data file at {name}{_near_files(path)}")
     else:
-        source = _from_hub(name, split or default, config, prefix)
+        source = _from_hub(name, split or default_split, config, prefix)
     if not source.rows:
         raise UserError(f"{prefix}{source.name} has no rows; expected one example a line")
     return source
+
+
+_ONE_SPLIT = (
+    "a single file has one split; use `heldout: 0.05` to hold out a part of it, or eval_dataset_name for another file"
+)
 
 
 def _near_files(path: Path) -> str:
@@ -94,30 +96,18 @@ def _near_files(path: Path) -> str:
         return (
             f"; write it with `rlhf pairs DATASET --output_dir {path.parent}` (DATASET: embedded:sample, or your pairs)"
         )
-    found = sorted(p.name for p in path.parent.glob("*") if p.suffix in FILE_TYPES) if path.parent.is_dir() else []
+    found = data_files(path.parent) if path.parent.is_dir() else []
     if found:
         return f"; {path.parent} has {', '.join(found[:6])}"
     return "" if path.parent.is_dir() else f"; the folder {path.parent} does not exist"
 
 
-def _from_directory(path: Path, split: str, prefix: str) -> Source:
-    for suffix in FILE_TYPES:
-        if (path / f"{split}{suffix}").is_file():
-            return _from_file(path / f"{split}{suffix}", prefix)
-    import datasets
-
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{prefix}{path} holds no data set that can be read: {_first_line(error)}") from None
-    if isinstance(loaded, dict):
-        if split not in loaded:
-            raise UserError(f"{prefix}{path} has no split '{split}'; it has {', '.join(map(str, loaded))}")
-        loaded = loaded[split]
-    return _from_rows(f"{path} ({split})", loaded.to_list())
+def _from_directory(path: Path, split: str | None, default_split: str, prefix: str) -> Source:
+    file = split_file(path, split or default_split, prefix)
+    if file:
+        return _from_file(file, file.stat(), prefix)
+    found, rows = open_folder(path, split, default_split, prefix)
+    return _from_rows(f"{path} ({found})", rows)
 
 
 def use_cache_without_network() -> None:
@@ -134,7 +124,7 @@ def use_cache_without_network() -> None:
 
 def _from_hub(name: str, split: str, config: str | None, prefix: str) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{prefix}'{name}' is neither a file, nor a directory, nor a data set's id on the hub")
+        raise UserError(f"{prefix}{quote(name)} is neither a file, nor a directory, nor a data set's id on the hub")
     use_cache_without_network()
     import datasets
 
@@ -142,7 +132,7 @@ def _from_hub(name: str, split: str, config: str | None, prefix: str) -> Source:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub's client raises a dozen kinds: offline, 404, gated, bad split, bad config
         raise UserError(
-            f"{prefix}'{name}' is no local file or directory, and could not be loaded from the hub: {_first_line(error)}"
+            f"{prefix}'{name}' is no local file or directory, and could not be loaded from the hub: {first_line(error)}"
         ) from None
     return _from_rows(f"{name} ({split})", loaded.to_list())
 
@@ -154,71 +144,9 @@ def _from_rows(name: str, rows: list[dict]) -> Source:
     return Source(name, rows, None, digest.hexdigest())
 
 
-def _from_file(path: Path, prefix: str) -> Source:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return Source(str(path), pyarrow.parquet.read_table(path).to_pylist(), None, digest)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{prefix}{path} is not a readable parquet file: {_first_line(error)}") from None
-    try:
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    if path.suffix == ".csv":
-        return _csv_rows(path, text, digest)
-    if path.suffix == ".json" and text.lstrip().startswith("{") and "\n" in text.strip().split("}")[0]:
-        raise UserError(f"{path}:1: one JSON object over several lines; expected a list of rows, or one row a line")
-    if text.lstrip().startswith("["):
-        return Source(str(path), _json_list(path, text), None, digest)
-    return _json_lines(path, text, digest)
-
-
-def _csv_rows(path: Path, text: str, digest: str) -> Source:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header, rows, lines = next(reader, []), [], []
-    for fields in reader:
-        if fields and len(fields) != len(header):
-            raise UserError(
-                f"{path}:{reader.line_num}: {len(fields)} fields, but the header has {len(header)}; "
-                "put a text with commas or line breaks in double quotes"
-            )
-        if fields:
-            rows.append(dict(zip(header, fields, strict=True)))
-            lines.append(reader.line_num)
-    return Source(str(path), rows, lines, digest)
-
-
-def _json_list(path: Path, text: str) -> list[dict]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {index + 1}: expected a JSON object, found {type(row).__name__}")
-    return rows
-
-
-def _json_lines(path: Path, text: str, digest: str) -> Source:
-    rows, lines = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}:{error.colno}: not valid JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-        lines.append(number)
-    return Source(str(path), rows, lines, digest)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _from_file(path: Path, status: os.stat_result, prefix: str) -> Source:
+    raw = read_raw(path, status, prefix)
+    if raw.is_table:
+        return Source(str(path), table_rows(raw, prefix), None, raw.digest)
+    rows, lines = csv_rows(raw) if raw.suffix == ".csv" else json_rows(raw)
+    return Source(str(path), rows, lines, raw.digest)

@@ -23,7 +23,7 @@ import torch
 
 from rlhf.checkpoint import environment
 from rlhf.config import Recipe
-from rlhf.data.sources import FILE_TYPES
+from rlhf.data.folders import is_data_name
 from rlhf.embedded import NAME, PREFIX, cache_dir
 from rlhf.launch import Layout
 from rlhf.run_files import read_recipe
@@ -132,7 +132,7 @@ def look_at(name: str, kind: str, is_output: bool) -> list:
     path = Path(name).expanduser()
     if path.exists():
         return ["there", path_bytes(path)]
-    is_path = is_output or name.startswith((".", "/", "~")) or path.suffix in {*FILE_TYPES, ".jinja"}
+    is_path = is_output or name.startswith((".", "/", "~")) or is_data_name(path.name) or path.suffix == ".jinja"
     if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return ["absent", 0]
     if hub_cache(name, kind):
