@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 # new models: there it is this list that says whether one will do.
 VERIFIED = {
     "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
-    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50",
+    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.67",
 }  # fmt: skip
 
 
@@ -91,7 +91,12 @@ TRANSFORMERS = [
         "on_prediction_step args state control": "stopping during an evaluation",
         "on_save args state control": "the watchdog",
     }),
-    *_of("transformers.trainer_callback", "TrainerCallback", "progress.py", {"on_log args state control": "metrics.jsonl"}),
+    *_of("transformers.trainer_callback", "TrainerCallback", "progress.py", {
+        "on_log args state control": "metrics.jsonl", "on_train_end args state control": "the last line of the progress bar",
+    }),
+    *_of("tqdm.std", "tqdm", "bars.py", {
+        "_instances": "the end of open progress bars before an error", "_decr_instances": "plain lines in log files",
+    }),
     *_of("transformers.training_args", "TrainingArguments", "saving.py", {
         "logging_nan_inf_filter": "a loss of NaN in the log",
     }),

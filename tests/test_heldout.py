@@ -98,13 +98,13 @@ def test_prompts_are_kept_and_found(tmp_path):
     """A dialogue of two answers trains two prompts; 8 bytes each; case and white space don't matter."""
     rows = sft_rows(source([{"messages": user("One?") + assistant("a") + user("Two?") + assistant("b")}]))
     write_train_prompts(tmp_path, rows)
-    assert (tmp_path / "train_prompts.bin").stat().st_size == 16
+    assert (tmp_path / "prompts.hashes").stat().st_size == 16
     wanted = preference_rows(
         source([{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("one?", "Two?", " ONE? ")])
     )
     assert trained_on(tmp_path, wanted) == [True, False, True]
     assert trained_on(tmp_path / "nowhere", wanted) is None
-    (tmp_path / "train_prompts.bin").write_bytes(b"123")
+    (tmp_path / "prompts.hashes").write_bytes(b"123")
     with pytest.raises(UserError, match="damaged"):
         trained_on(tmp_path, wanted)
 

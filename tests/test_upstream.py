@@ -23,7 +23,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((R
 PRIVATE = re.compile(r"_[a-zA-Z]")
 TRAINER_METHODS = set().union(*(dir(getattr(trl, name)) for name in TRAINERS.values()))
 # What we hang on objects of other libraries ourselves.
-HUNG_ON = {"_packing_mode", "_reference_key"}
+HUNG_ON = {"_packing_mode", "_reference_key", "_plain_in_files", "_told_at"}
+PUBLIC = {"_asdict"}  # of a named tuple
 
 
 def owner_of(name):
@@ -143,7 +144,7 @@ def overrides(tree):
     """Methods of trainer mixins and callbacks that stand in for a library's."""
     events = {name for name in dir(TrainerCallback) if name.startswith("on_")}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and node.bases:
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and method.name in TRAINER_METHODS | events:
                     if not method.name.startswith("__"):
@@ -185,7 +186,7 @@ def test_every_override_and_private_name_is_listed(path):
     missing = set(overrides(TREES[path])) - words_of_the_list(path) - HUNG_ON
     # what a mixin above overrides too is listed for that one
     missing -= {name for name in missing if name in LISTED}
-    missing |= set(foreign_private_names(TREES[path], own_names())) - LISTED - HUNG_ON
+    missing |= set(foreign_private_names(TREES[path], own_names())) - LISTED - HUNG_ON - PUBLIC
     assert missing == set(), "list them in rlhf/upstream.py"
 
 

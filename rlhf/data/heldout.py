@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.data.prompts import normalise_prompt, prompt_hash
 from rlhf.errors import UserError, quote
 
-TRAIN_PROMPTS = "train_prompts.bin"  # 8 bytes a prompt, sorted: 80 MB for ten million
+TRAIN_PROMPTS = "prompts.hashes"  # 8 bytes a prompt, sorted: 80 MB for ten million
 BYTES = 8
 
 
