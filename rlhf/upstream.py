@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 # new models: there it is this list that says whether one will do.
 VERIFIED = {
     "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
-    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.67",
+    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
 }  # fmt: skip
 
 

@@ -300,7 +300,7 @@ def test_recipe_with_a_split_that_its_file_does_not_have(tmp_path, recipe, capsy
     assert "'m' is no local folder" in capsys.readouterr().err  # the data is right; the model isn't there
     evaluation = dict(dataset_name=path, sft_model="m", dpo_model="d", output_dir=str(tmp_path / "e"))
     main(["evaluate", recipe("evaluate", **evaluation), "--check"])
-    assert "split" not in capsys.readouterr().err
+    assert "has no split" not in capsys.readouterr().err
 
 
 def test_saved_set_has_one_split(tmp_path, datasets_cache):
