@@ -28,6 +28,7 @@ METRICS = {
     "tokens_per_second": ("tokens/s", "tok/s"), "margin": ("margin", "margin"), "rewards/margins": ("margin", "margin"),
     "mean_token_accuracy": ("token acc", "tok acc"), "mfu": ("MFU", "MFU"),
 }  # fmt: skip
+TIE = 1e-6  # a mean margin below this is rounding
 
 
 def metrics(logs: dict[str, Any]) -> list[tuple[str, str]]:
@@ -41,6 +42,9 @@ def metrics(logs: dict[str, Any]) -> list[tuple[str, str]]:
             if prefix + key not in logs:
                 continue
             value, (name, short) = float(logs[prefix + key]), METRICS[key]
+            if key == "rewards/accuracies" and abs(float(logs.get(f"{prefix}rewards/margins", 1))) < TIE:
+                found.append((f"{before}{name} ties", f"{before}{short} ties"))  # still its reference: TRL counts 0
+                continue
             if key == "tokens_per_second":
                 rounded = f"{value / 1000:,.1f}k" if value >= 10_000 else f"{value:,.0f}"
                 found.append((f"{before}{value:,.0f} {name}", f"{before}{rounded} {short}"))

@@ -158,13 +158,16 @@ def _finish(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float)
 
 
 def _write_model(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float, model, expected, probe) -> None:
-    from rlhf.models import is_adapter, save_finished
+    import torch
 
-    args = prepared.context.args
+    from rlhf.models import is_adapter, save_finished
+    from rlhf.precision import compute_dtype
+
+    exact = compute_dtype(trainer.model, trainer.accelerator.mixed_precision) == torch.float32
     say("Writing the model, loading it again and comparing ...")
     saved = save_finished(
         model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=prepared.merge,
-        probe=probe, expected=expected, exact=expected is None or not (args.bf16 or args.fp16),
+        probe=probe, expected=expected, exact=expected is None or exact,
     )  # fmt: skip
     history = [h for h in trainer.state.log_history if "loss" in h]
     summary = {

@@ -24,7 +24,7 @@ DPO_LOGS = {
     "tokens_per_second": 123456.7, "learning_rate": 5e-4, "grad_norm": 1.0,
 }  # fmt: skip
 LINE = re.compile(
-    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (SFT|DPO) (\d+)/3: loss [\d.]+, (pair|token) acc [\d.]+, [\d,]+ tokens/s, .*"
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (SFT|DPO) (\d+)/3: loss [\d.]+, (pair|token) acc (?:[\d.]+|ties), [\d,]+ tokens/s, .*"
     r"lr \d\.\d\de-\d\d, ETA [\d.]+ s"
 )
 
@@ -162,7 +162,9 @@ def test_a_bar_in_a_terminal_fits_and_keeps_its_metrics(training, columns, monke
     drawn = [part.rstrip() for line in text.split("\n") for part in line.split("\r") if "/3  " in part]
     assert max(map(len, drawn)) < columns, drawn
     told = [line for line in drawn if "loss" in line]
-    assert told and all(re.search(r"loss \d\.\d{3}, (pair )?acc \d\.\d{3}, [\d,.k]+ tok", line) for line in told), drawn
+    assert told and all(
+        re.search(r"loss \d\.\d{3}, (pair )?acc (\d\.\d{3}|ties), [\d,.k]+ tok", line) for line in told
+    ), drawn
     finished = [line.split("\r")[-1] for line in text.split("\r\n") if "3/3  in " in line]
     assert len(finished) == 1 and "loss 0." in finished[0] and "acc" in finished[0], text
 
@@ -192,3 +194,11 @@ def test_a_log_file_of_a_run_of_its_own(training, tmp_path):
     assert done.returncode == 0 and "\r" not in text, text
     assert [LINE.fullmatch(line)[2] for line in text.splitlines() if "/3: loss " in line] == ["1", "2", "3"], text
     assert sum(line.startswith("Reference: 12 of 12 pairs, ") for line in text.splitlines()) == 1, text
+
+
+def test_a_pair_accuracy_of_ties_is_not_shown():
+    """Before its first update DPO's policy is its reference: all margins are 0, and TRL counts each as a loss."""
+    ties = {"loss": 0.6931, "rewards/accuracies": 0.0, "rewards/margins": 1e-8}
+    assert "pair acc ties" in str(metrics(ties)) and "pair acc 0.250" in str(
+        metrics(ties | {"rewards/accuracies": 0.25, "rewards/margins": -0.1})
+    )
