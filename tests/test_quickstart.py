@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.data.sources import SAMPLE_DIR
+from rlhf.data.formats import preference_rows
+from rlhf.data.heldout import held_out
+from rlhf.data.sources import SAMPLE_NAME, load_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +53,7 @@ def test_the_quickstart(tmp_path):
     }
     print(f"seconds to train: {seconds}; the whole pipeline: {whole:.0f}")
     for part in (
-        "On 50 held-out pairs",
+        "On 46 held-out pairs",
         "SFT loss on chosen answers",
         "DPO answer beats SFT answer",
         "Report    ",
@@ -61,7 +63,9 @@ def test_the_quickstart(tmp_path):
     assert "<h2>Answers side by side</h2>" in (run / "report.html").read_text()
 
     # the printed numbers again, from the saved models, by hand
-    rows = [json.loads(line) for line in (SAMPLE_DIR / "heldout.jsonl").read_text().splitlines()][:10]
+    sample = load_source(SAMPLE_NAME, "all")
+    sides = held_out(preference_rows(sample), 0.2)
+    rows = [row for row, side in zip(sample.rows, sides, strict=True) if side][:10]
     pairs = [json.loads(line) for line in (run / "evaluation" / "pairs.jsonl").read_text().splitlines()]
     for name in ("sft", "dpo"):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(run / name), AutoTokenizer.from_pretrained(run / name)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from rlhf.data.formats import preference_rows, prompt_key, sft_rows
+from rlhf.data.heldout import held_out
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, load_source
 
 SPLITS = ("train", "heldout")
@@ -125,6 +126,17 @@ def test_no_held_out_question_is_nearly_a_training_question():
         if similarity(normal(question(row)), text, 0.8) >= 0.8
     ]
     assert near == []
+
+
+def test_no_question_that_the_quickstart_holds_out_is_nearly_a_training_question():
+    """Its recipes divide both files by the hash of the prompt (`heldout: 0.2`): 204 and 46 pairs, all tasks in both."""
+    source = load_source(SAMPLE_NAME, "all")
+    sides = held_out(preference_rows(source), 0.2)
+    parts = [[row for row, side in zip(source.rows, sides, strict=True) if side is wanted] for wanted in (True, False)]
+    assert [len(part) for part in parts] == [46, 204]
+    assert {row["task"] for row in parts[0]} == {row["task"] for row in parts[1]}
+    heldout, train = ([(row["id"], normal(question(row))) for row in part] for part in parts)
+    assert [(a, b) for a, mine in heldout for b, other in train if similarity(mine, other, 0.8) >= 0.8] == []
 
 
 def test_no_answer_twice():
