@@ -8,7 +8,7 @@ import sys
 
 from rlhf import __version__
 from rlhf.bars import ended_bars, plain_bars
-from rlhf.errors import RankFailed, RunFailed, UserError, quote
+from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
@@ -169,12 +169,12 @@ def main(argv: list[str] | None = None) -> int:
             return run(options, rest) or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"rlhf: {error}", file=sys.stderr)
+            print(f"rlhf: {one_line(error, 590)}", file=sys.stderr)
         return 2
     except RankFailed as error:
         return error.code
     except (OutOfMemory, RunFailed) as error:
-        print(f"rlhf: {error}", file=sys.stderr)
+        print(f"rlhf: {one_line(error, 590)}", file=sys.stderr)
         return 1
     except Stopped:
         return exit_code_stopped()

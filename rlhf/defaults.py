@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from rlhf import config
+from rlhf.errors import quote
 from rlhf.keys import source
 
 
@@ -21,7 +22,7 @@ def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
     """The same for a message. Example: `0.3`, `0.1 (default)`, `not set`."""
     value = recipe_values.get(key)
     if value is not None:
-        return repr(value)
+        return quote(value)
     default = defaults(stage).get(key)
     return "not set" if default is None else f"{default!r} (default)"
 

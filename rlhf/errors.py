@@ -27,6 +27,16 @@ class RankFailed(Exception):
         self.code = code
 
 
+def one_line(message: object, limit: int = 600) -> str:
+    """A message as it is printed: one line, control characters escaped, the middle cut out of what is longer than `limit`.
+
+    Example: one_line("a\\nb \\x1b[31m") -> "a b \\\\x1b[31m".
+    """
+    text = " ".join(filter(None, (line.strip() for line in str(message).splitlines())))
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[3 - limit + limit // 2 :]}"
+
+
 def quote(value: Any, limit: int = 80) -> str:
     """A value as it is quoted in a message: its repr on one line, cut to `limit` characters.
 

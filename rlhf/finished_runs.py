@@ -77,7 +77,7 @@ def select_runs(target: Path) -> Selection:
     Raises:
         UserError: there is no such folder.
     """
-    if not target.is_dir():
+    if not os.path.isdir(target):  # False too for a name that is too long
         raise UserError(f"no folder at {quote(str(target))}; give a run folder such as runs/quickstart")
     folders = recipe_outputs(target) or [target, *_below(target, DEPTH)]
     selection = Selection()

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.data.heldout import asked
 from rlhf.data.prompts import prompt_hash
 from rlhf.data.reading import Reading
+from rlhf.errors import one_line
 
 # What chat templates write around turns. In a text it becomes a real marker, inside a turn.
 MARKERS = re.compile(
@@ -188,7 +189,9 @@ def line(summary: DataSummary) -> str:
     repeats = "all: cut off" if summary.repeats_removed else str(summary.repeats)
     parts.append(f"prompt repeated in the answer{'s' if pairs else ''} in {repeats}")
     parts += [f"{words} {count}" for name, words in _RARE.items() if (count := getattr(summary, name)).rows]
-    unused = f"; columns not used: {', '.join(summary.unused)}" if summary.unused else ""
+    names = [name if len(name) <= 40 else f"{name[:39]}…" for name in map(one_line, summary.unused[:20])]
+    more = f" and {len(summary.unused) - 20} more" if len(summary.unused) > 20 else ""
+    unused = f"; columns not used: {', '.join(names)}{more}" if names else ""
     return f"{summary.rows:,} {summary.kind}: {', '.join(parts)}{unused}"
 
 
