@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -63,7 +64,8 @@ def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> t
     kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError,
              datasets.exceptions.DatasetsError, pyarrow.ArrowException, yaml.YAMLError)  # fmt: skip
     try:
-        datasets.disable_progress_bars()  # a check answers in a line
+        datasets.disable_progress_bars()  # a check answers in a line, and so does an error
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)
         loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
         if not isinstance(loaded, dict):
             loaded = {str(loaded.split or "train"): loaded}

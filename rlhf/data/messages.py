@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rlhf.errors import quote
+
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
 
@@ -109,7 +111,7 @@ def messages(value: Any, key: str) -> Messages:
             raise RowError(f"{where}expected {{'role': …, 'content': …}}, found {describe(message)}")
         if message["role"] not in ROLES:
             fix = f"; {_TOOLS}" if message["role"] in ("tool", "function", "ipython") else ""
-            raise RowError(f"{where}role {message['role']!r}; expected one of {', '.join(ROLES)}{fix}")
+            raise RowError(f"{where}role {quote(message['role'])}; expected one of {', '.join(ROLES)}{fix}")
         content = _join_parts(message["content"], where)
         found.append({"role": message["role"], "content": text(content, f"{key}, message {number}")})
     return found

@@ -28,7 +28,13 @@ class Case:
 
 PAIR = {"prompt": "What is 2 + 2?", "chosen": "It is four.", "rejected": "It is five."}
 DATA = b"".join(json.dumps(PAIR | {"prompt": f"What is {i} + 2?"}).encode() + b"\n" for i in range(3))
-RECIPE = {"model_name_or_path": "embedded:smollm2-135m-instruct", "dataset_name": "d.jsonl", "output_dir": "out", "max_steps": 2, "use_cpu": True}
+RECIPE = {
+    "model_name_or_path": "embedded:smollm2-135m-instruct",
+    "dataset_name": "d.jsonl",
+    "output_dir": "out",
+    "max_steps": 2,
+    "use_cpu": True,
+}
 RECIPES = {"sft": RECIPE, "reward": RECIPE, "dpo": RECIPE | {"beta": 0.1}}
 _HEADER = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
 WEIGHTS = struct.pack("<Q", len(_HEADER)) + _HEADER + bytes(8)
