@@ -110,3 +110,35 @@ def test_attention_that_does_not_exist(recipe, tiny_llama, few_pairs, tmp_path, 
     file = recipe("sft", **values, attn_implementation="foo")
     assert main(["sft", file, "--check"]) == 2
     assert json.dumps("foo").strip('"') in capsys.readouterr().err
+
+
+def test_the_models_of_an_evaluation(recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):
+    """A policy where a reward model belongs, and a model that isn't there, are found without loading weights."""
+    values = {"dataset_name": few_pairs, "output_dir": str(tmp_path / "e"), "sft_model": tiny_llama}
+    file = recipe("evaluate", **values, reward_model=tiny_llama)
+    assert main(["evaluate", file, "--check"]) == 2
+    assert f"{tiny_llama} holds a policy; 'reward_model' names a reward model" in capsys.readouterr().err
+    file = recipe("evaluate", **values, dpo_model="nosuch/model")
+    assert main(["evaluate", file, "--check"]) == 2
+    assert "'nosuch/model' is no local folder" in capsys.readouterr().err
+    assert main(["evaluate", recipe("evaluate", **values, dpo_model=tiny_llama), "--check"]) == 0
+    assert "ok (12 pairs (what the models were trained on is not known))" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_known_beforehand(recipe, tiny_llama, few_pairs, tmp_path, capsys, monkeypatch, no_weights):
+    import shutil as disk
+
+    usage = disk.disk_usage(tmp_path)
+    monkeypatch.setattr(disk, "disk_usage", lambda path: usage._replace(free=1000))
+    values = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")}
+    assert main(["sft", recipe("sft", **values), "--check"]) == 2
+    assert "has 0.00 GB free, but what is still to be written" in capsys.readouterr().err
+
+
+def test_answers_that_max_length_makes_equal_are_reported(recipe, tiny_llama, tmp_path, capsys, no_weights):
+    row = {"prompt": "Why?", "chosen": "word " * 60 + "good", "rejected": "word " * 60 + "bad"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    values = {"model_name_or_path": tiny_llama, "dataset_name": str(tmp_path / "pairs.jsonl"), "max_length": 40}
+    assert main(["dpo", recipe("dpo", **values, output_dir=str(tmp_path / "out")), "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "note: max_length=40: cuts 2 answers in 1 of 1 pairs" in shown and "the same tokens" in shown
