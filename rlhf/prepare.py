@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import heapq
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +175,8 @@ def check_reporters(context: Context) -> None:
             callback()
     except (ImportError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{recipe.where('report_to')}: report_to {quote(recipe.get('report_to'))} can't be used: {_sentence(error)}"
+            f"{recipe.where('report_to')}: report_to {quote(recipe.get('report_to'))} can't be used: "
+            + _sentence(error).replace("pip install", f"{sys.executable} -m pip install")
         ) from None
 
 

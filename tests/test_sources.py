@@ -458,3 +458,20 @@ def test_file_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or read(self))
     load_source(path)
     assert len(reads) == 1
+
+
+def test_a_damaged_arrow_file_is_refused_before_arrow_aborts(tmp_path, datasets_cache):
+    """Bytes in the middle of a saved file: `datasets` would read past the buffers, which ends the process."""
+    datasets_cache.Dataset.from_list([{"prompt": f"q{i}", "chosen": "a" * 50} for i in range(50)]).save_to_disk(
+        tmp_path / "d"
+    )
+    file = next((tmp_path / "d").glob("*.arrow"))
+    whole = file.read_bytes()
+    told = set()
+    for start in range(0, len(whole), max(1, len(whole) // 40)):
+        file.write_bytes(whole[:start] + b"\xff" * 8 + whole[start + 8 :])
+        try:
+            load_source(str(tmp_path / "d"))
+        except UserError as error:
+            told.add(str(error).split(":")[0])
+    assert any("is no readable Arrow file" in text for text in told)

@@ -105,6 +105,19 @@ def _check_saved_split(folder: Path, prefix: str) -> None:
     for file in files:
         if not (folder / file["filename"]).is_file():
             raise UserError(f"{prefix}{folder / quote(file['filename'])[1:-1]} is missing; {_SAVE_AGAIN}")
+        _check_arrow(folder / file["filename"], prefix)
+
+
+def _check_arrow(path: Path, prefix: str) -> None:
+    """Refuse a damaged Arrow file: `datasets` slices without a look at the lengths, and Arrow then aborts the process."""
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as reader:
+            for batch in reader:
+                batch.validate(full=True)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise UserError(f"{prefix}{path} is no readable Arrow file: {first_line(error)}; {_SAVE_AGAIN}") from None
 
 
 _SAVE_AGAIN = "the folder is damaged: copy it again, or write it again with `save_to_disk`"
