@@ -302,7 +302,7 @@ def check_examples(stage: Stage, context: Context, tokenizer, packed: bool) -> N
     )
     if report.left_out.rows == len(rows):
         raise UserError(
-            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example: {line(report)}; raise it"
+            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it ({line(report)})"
         )
     if text := line(report):
         say(f"note: {text}")

@@ -67,14 +67,15 @@ def run_stage(
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
     data = read_data(stage, recipe)
     inputs = dict(data.digests)
-    if not (check_only and waits_for(recipe, recipe.get("model_name_or_path"))):
+    waits = check_only and waits_for(recipe, recipe.get("model_name_or_path"))
+    if not waits:
         inputs["model_name_or_path"] = model_digest(recipe.get("model_name_or_path"))
     run = open_run(recipe, inputs)
     if run.complete:
         say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
         return
     check_extras(recipe)
-    if os.path.isdir(folder := Path(recipe.get("model_name_or_path")).expanduser()):
+    if not waits and os.path.isdir(folder := Path(recipe.get("model_name_or_path")).expanduser()):
         check_model_folder(folder, recipe.where("model_name_or_path"), made_by)
     if check_only:
         describe_data(recipe, data)

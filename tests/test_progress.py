@@ -76,10 +76,12 @@ def test_a_line_of_a_log_file():
 
 
 def test_bars_of_other_libraries_are_lines_in_files(monkeypatch):
+    import datasets
     from datasets.utils import tqdm as of_datasets
     from tqdm.auto import tqdm
 
     plain_bars()
+    datasets.enable_progress_bars()  # a run of few rows switches them off
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
     monkeypatch.setattr("rlhf.bars.TELL_EVERY_S", 0.0)

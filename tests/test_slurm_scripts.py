@@ -45,7 +45,7 @@ def recipes(recipe, tmp_path, few_pairs):
     folder = tmp_path / "recipes"
     folder.mkdir()
     for stage in ("sft", "dpo"):
-        model = "m" if stage == "sft" else str(tmp_path / "sft")
+        model = "embedded:smollm2-135m-instruct" if stage == "sft" else str(tmp_path / "sft")
         file = recipe(stage, model_name_or_path=model, dataset_name=few_pairs, output_dir=str(tmp_path / stage))
         shutil.move(file, folder)
     return folder

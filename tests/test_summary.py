@@ -35,7 +35,7 @@ def assistant(text):
 def test_normalised_prompt():
     """\ufb01 is the ligature fi, \uff21 a wide A: NFKC makes them plain; casefold makes ß ss."""
     messages = [{"role": "system", "content": " Be\n\n  BRIEF "}, user("\ufb01nd \uff21 Straße")]
-    expected = "system\x1fbe brief\x1fuser\x1ffind a strasse"
+    expected = "user\x1ffind a strasse"  # the same question under another system message is the same prompt
     assert normalise_prompt(messages) == expected
     assert prompt_hash(messages) == hashlib.sha256(expected.encode()).digest()[:16]
 
@@ -155,7 +155,7 @@ def test_check_reports_the_data_and_what_it_skips(data, recipe, tmp_path, capsys
     out = str(tmp_path / "out")
     path = recipe("reward", model_name_or_path=tiny_llama, dataset_name=str(data), output_dir=out, bad_rows="skip")
     assert main(["reward", path, "--check"]) == 0
-    about, skipped, ok = capsys.readouterr().out.splitlines()
+    about, skipped, _, ok = capsys.readouterr().out.splitlines()
     assert about.startswith(f"{data}: 4 pairs: 0 duplicates, 0 contradict an earlier pair, chosen longer in 0%")
     assert skipped.startswith(f"{data}: 2 of 6 rows skipped: {data}:2 ('chosen' and 'rejected' differ before the last")
     assert (f"{data}:4 ('chosen, message 2' is empty)" in skipped, ok) == (True, f"{path}: ok (4 training rows)")

@@ -11,7 +11,8 @@ import pytest
 from rlhf.terminal import LEAVE_HINT, Screen, columns
 
 CHILD = """\
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell is started without
 from rlhf.terminal import Reader, converse
 def say(text):
     print("SAID", repr(text), flush=True)
