@@ -95,7 +95,9 @@ def test_interrupts_clear_the_line_and_the_second_leaves(terminal):
     terminal.type("whole\r")
     terminal.wait_for("SAID 'whole'")
     assert "SAID 'half" not in terminal.shown
-    terminal.type('"""\rpart of a block\r')
+    terminal.type('"""\r')
+    terminal.wait_for("... ")
+    terminal.type("part of a block\r")
     terminal.wait_for("... ", 2)
     terminal.type("\x03")
     terminal.wait_for(LEAVE_HINT, 2)

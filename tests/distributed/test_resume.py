@@ -103,11 +103,15 @@ MORE = [("ddp.yaml", 2), ("zero3.yaml", 4), ("zero1.yaml", 1), ("fsdp2.yaml", 4)
     ],
 )
 def test_under_other_launch_files(layouts, more, written, tmp_path):
-    """A step under each of them, weight decay and warm-up at work: the same losses and weights as without a break."""
+    """A step under each of them, weight decay and warm-up at work: the same losses and weights as without a break.
+
+    AdamW's epsilon is 1e-6: with 1e-8 it divides gradients of nearly 0 by nearly 0, and makes steps of their rounding.
+    """
     for launch_file, _ in layouts:
         needs_deepspeed(launch_file)
     out, steps = tmp_path / "moved", len(layouts)
     more = more | {"max_steps": steps, "warmup_steps": 2, "weight_decay": 0.1, "learning_rate": 1e-3}
+    more |= {"adam_epsilon": 1e-6}
     assert start("ddp.yaml", 1, written("whole", **more))[0] == 0
     out.mkdir()
     for number, (launch_file, processes) in enumerate(layouts, 1):
