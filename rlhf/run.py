@@ -36,7 +36,7 @@ from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.model_folder import check_model_folder
 from rlhf.prepare import Prepared
-from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
+from rlhf.progress import add_callbacks, duration, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
 
@@ -403,7 +403,7 @@ def describe_data(recipe: Recipe, data: StageData) -> None:
 def describe_complete(summary: dict[str, Any]) -> str:
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
-    return f"{summary.get('steps', '?')} steps, training loss {arrow or '?'}, {summary.get('seconds', 0) / 60:.1f} min"
+    return f"{summary.get('steps', '?')} steps, training loss {arrow or '?'}, {duration(summary.get('seconds', 0))}"
 
 
 def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
