@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf.bars import duration
 from rlhf.card import hyper_parameters
 from rlhf.command import is_complete, shell_line
 from rlhf.config import TRAINING_STAGES, UserError, quote
@@ -168,19 +169,16 @@ def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[st
     digest = inputs.get("dataset_name") or inputs.get("chosen_dataset_name")
     facts.append(("data sha256", digest[:16] if digest else "not recorded"))
     if stage["name"] == "evaluate":
-        return [*facts, ("pairs", str(complete["pairs"]) if complete else "not complete")]
+        return [*facts, ("pairs", str(complete.get("pairs", "not recorded")) if complete else "not complete")]
     facts += hyper_parameters(recipe, stage["provenance"])
     if complete:
-        facts.append(("examples", str(complete["train_examples"])))
-        facts.append(("steps", f"{complete['steps']} in {_duration(complete['seconds'])}"))
-        facts.append(("weights sha256", complete["weights_sha256"][:16]))
+        facts.append(("examples", str(complete.get("train_examples", "not recorded"))))
+        took = f" in {duration(complete['seconds'])}" if "seconds" in complete else ""
+        facts.append(("steps", f"{complete.get('steps', 'not recorded')}{took}"))
+        facts.append(("weights sha256", complete.get("weights_sha256", "not recorded")[:16]))
     else:
         facts.append(("state", "not complete"))
     return facts
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def environments(stages: dict[str, dict]) -> list[dict[str, Any]]:

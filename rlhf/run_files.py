@@ -88,6 +88,8 @@ def complete_damage(summary: Any) -> str:
     for key, kind in _TYPES.items():
         if key in summary and (not isinstance(summary[key], kind) or isinstance(summary[key], bool)):
             return f"'{key}' is {quote(summary[key])}"
+    if "seconds" in summary and not 0 <= summary["seconds"] < 1e10:  # NaN and Infinity are numbers to Python's JSON
+        return f"'seconds' is {quote(summary['seconds'])}"
     if not {"steps", "pairs", "weights_sha256"} & set(summary):
         return f"it holds {quote(summary)}, and neither 'steps' nor 'pairs'"
     return ""

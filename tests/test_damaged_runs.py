@@ -75,6 +75,8 @@ def test_recipe_that_is_none(tmp_path, content):
         ('{"a": 1}', "it holds {'a': 1}, and neither 'steps' nor 'pairs'"),
         ('{"steps": "two"}', "'steps' is 'two'"),
         ('{"steps": 2, "seconds": null}', "'seconds' is None"),
+        ('{"steps": 2, "seconds": NaN, "first_loss": null}', "'seconds' is nan"),
+        ('{"steps": 2, "seconds": -Infinity}', "'seconds' is -inf"),
         ('{"steps": 2', "not valid JSON: Expecting ',' delimiter: line 1 column 12 (char 11)"),
         ("", "not valid JSON: Expecting value: line 1 column 1 (char 0)"),
     ],

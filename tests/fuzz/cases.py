@@ -209,7 +209,7 @@ def _data():
 
 JUNK = (
     b"[1]", b'{"a": 1}', b"", b"{", b"null", b'"x"', b"\xff\xfe", b"[" * 10_000, b"1" * 5000, b'{"steps": "x"}', b'{"inputs": [1]}',
-    b'{"stage": [1]}', b'{"steps": 2, "seconds": NaN, "first_loss": null}', b'{"steps": -1}', b'{"files": {"a": [1]}}',
+    b'{"stage": [1]}', b'{"steps": 2, "seconds": NaN, "first_loss": null}', b'{"steps": -1}', b'{"steps": 1}', b'{"files": {"a": [1]}}',
     b'{"files": {"../x": 1}}', b'{"files": {"/etc/passwd": 1}}', b'{"files": []}', BOMB, FOLDER, "-> gone", "-> /dev/null", "-> .",
 )  # fmt: skip
 RUN_FILES = ("recipe.yaml", "provenance.json", "complete.json", "stopped.json", "metrics.jsonl", "checkpoint-2/whole.json",
