@@ -233,7 +233,8 @@ def worker(bench: Bench, args) -> None:
 
 def load_context(bench: Bench, args):
     """What a stage's `build` gets, from the recipe that all variants share."""
-    from rlhf.config import build_configs, load_recipe
+    from rlhf.config.build import build_configs
+    from rlhf.config.recipe import load_recipe
     from rlhf.models import locate
     from rlhf.progress import quiet_libraries
     from rlhf.stage import Context, read_data

@@ -7,7 +7,7 @@ import os
 import sys
 
 from rlhf import __version__
-from rlhf.bars import ended_bars, plain_bars
+from rlhf.console import ended_bars, plain_bars
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
@@ -297,9 +297,9 @@ def print_keys(stage: str, wanted: list[str]) -> None:
     """
     import textwrap
 
-    from rlhf.config import REFUSED, allowed_keys, hint
-    from rlhf.key_effects import STAGES_OF
-    from rlhf.key_ranges import RANGES
+    from rlhf.config.key_effects import REFUSED, STAGES_OF
+    from rlhf.config.key_ranges import RANGES
+    from rlhf.config.recipe import allowed_keys, hint
 
     keys = allowed_keys(stage)
     here = [key for name, key in keys.items() if name not in REFUSED and stage in STAGES_OF.get(name, (stage,))]

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from rlhf import embedded
-from rlhf.checkpoint import read_json, write_file
+from rlhf.checkpoint import write_file
 from rlhf.command import TOKEN, shell_line
+from rlhf.files import read_json
 from rlhf.progress import read_metrics
 from rlhf.results import COLUMNS, cut_sentence, judge_sentence, part_about, table_rows, what_got_worse
 

@@ -9,9 +9,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config import UserError
 from rlhf.data.sources import use_cache_without_network
-from rlhf.errors import quote
+from rlhf.errors import UserError, quote
 from rlhf.terminal import Reader, Screen, converse, note
 
 HELP = '''\

@@ -6,12 +6,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-from rlhf.config import Recipe, UserError
-from rlhf.errors import pip_install
+from rlhf.config.recipe import Recipe
+from rlhf.errors import UserError, pip_install
 from rlhf.launch import check_quantised
 from rlhf.model_folder import check_model_folder
 from rlhf.progress import say
-from rlhf.run_files import read_complete
+from rlhf.runs.records import read_complete
 from rlhf.stage import Context, maker_of, waits_for
 
 

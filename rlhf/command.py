@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Recipe
+from rlhf.config.recipe import Recipe
 
 LAUNCH_FILE = "LAUNCH_FILE.yaml"  # stands for the one that could not be found out
 TOKEN = re.compile(r"--(?:hub_|push_to_hub_)?token(=.*)?")

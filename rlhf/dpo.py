@@ -19,8 +19,8 @@ import os
 import time
 from pathlib import Path
 
-from rlhf.config import UserError
 from rlhf.data.formats import preference_rows
+from rlhf.errors import UserError
 from rlhf.progress import say
 from rlhf.run import pack, use_global_batches
 from rlhf.stage import Context, Stage

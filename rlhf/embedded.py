@@ -17,8 +17,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from rlhf.config import UserError
-from rlhf.run_files import read_json
+from rlhf.errors import UserError
+from rlhf.files import read_json
 
 PREFIX = "embedded:"
 NAME = "embedded:smollm2-135m-instruct"

@@ -14,19 +14,21 @@ from typing import Any
 
 from rlhf.card import refresh_cards
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
-from rlhf.config import EvaluateConfig, Recipe, UserError, load_recipe
+from rlhf.config.recipe import Recipe, load_recipe
+from rlhf.config.stage_config import EvaluateConfig
 from rlhf.data.formats import preference_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading, write_skipped
 from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
+from rlhf.errors import UserError
+from rlhf.files import read_json, read_json_lines
 from rlhf.overlap import describe as describe_overlap
 from rlhf.overlap import find_overlap, heading
 from rlhf.prepare import check_finished_models
 from rlhf.progress import is_main, quiet_libraries, say
 from rlhf.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
-from rlhf.run_files import read_json, read_json_lines
 from rlhf.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")

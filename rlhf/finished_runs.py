@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import model_digest
-from rlhf.config import HARMLESS, STAGES, TRAINING_STAGES, UserError, quote
+from rlhf.config.recipe import HARMLESS
+from rlhf.config.stage_config import STAGES, TRAINING_STAGES
+from rlhf.config.yaml_reader import read_flat
+from rlhf.errors import UserError, quote
+from rlhf.files import read_json
 from rlhf.progress import read_metrics
 from rlhf.results import describe_models
-from rlhf.run_files import read_complete, read_json, read_recipe
-from rlhf.yaml_reader import read_flat
+from rlhf.runs.records import read_complete, read_recipe
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 EVALUATED = ("sft_model", "reward_model", "dpo_model", "base_model")

@@ -8,9 +8,10 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config import Recipe, UserError, check_precision
-from rlhf.errors import pip_install, quote
-from rlhf.yaml_reader import quote_path, read_flat
+from rlhf.config.build import check_precision
+from rlhf.config.recipe import Recipe
+from rlhf.config.yaml_reader import quote_path, read_flat
+from rlhf.errors import UserError, pip_install, quote
 
 KINDS = frozenset(
     "NO False DEEPSPEED FSDP MULTI_GPU MULTI_CPU MULTI_XPU MULTI_NPU MULTI_MLU MULTI_SDAA MULTI_MUSA MULTI_HPU MULTI_NEURON".split()

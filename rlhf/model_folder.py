@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError, quote
-from rlhf.run_files import read_json
+from rlhf.files import read_json
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 

@@ -15,9 +15,9 @@ from trl.data_utils import common_prefix_length
 
 from rlhf import embedded
 from rlhf.errors import RunFailed, UserError
+from rlhf.files import read_json
 from rlhf.model_folder import check_model_folder
 from rlhf.precision import compute_dtype
-from rlhf.run_files import read_json
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import read_json
 from rlhf.data.heldout import trained_on
+from rlhf.files import read_json
 
 
 @dataclass

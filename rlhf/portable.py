@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.progress import is_main
 
 NAME = "portable-{:05d}.safetensors"

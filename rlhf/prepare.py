@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rlhf.checkpoint import Run, check_disk
 from rlhf.checks import bytes_needed, check_length, check_merge
-from rlhf.config import Recipe, build_configs, load_recipe
+from rlhf.config.build import build_configs
+from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.embedded import is_fetched
 from rlhf.errors import UserError, quote
 from rlhf.progress import quiet_libraries, say

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.bars import duration, log_line, metrics, plain_bars, seconds_left, training_bar  # noqa: F401
 from rlhf.checkpoint import write_file
-from rlhf.run_files import read_json_lines, whole_number
+from rlhf.console import log_line, metrics, plain_bars, seconds_left, training_bar
+from rlhf.files import read_json_lines, whole_number
 
 
 def is_main() -> bool:

@@ -15,13 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.bars import duration
 from rlhf.card import hyper_parameters
 from rlhf.command import is_complete, shell_line
-from rlhf.config import TRAINING_STAGES, UserError, quote
+from rlhf.config.stage_config import TRAINING_STAGES
+from rlhf.console import duration
 from rlhf.data.formats import preference_rows
 from rlhf.data.reading import Reading
 from rlhf.data.sources import SAMPLE_NAME, WHOLE, load_source
+from rlhf.errors import UserError, quote
 from rlhf.evaluate import read_answers, shown_answers
 from rlhf.finished_runs import (
     TITLES,

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.checkpoint import read_json
+from rlhf.files import read_json
 
 POLICIES = ("base", "sft", "dpo")
 STAGE_LABELS = {"sft": "SFT", "dpo": "DPO"}

@@ -28,7 +28,9 @@ from rlhf.checkpoint import (
     read_manifest,
 )
 from rlhf.checks import check_devices, check_extras, on_cpu
-from rlhf.config import Recipe, build_configs, is_flash, load_recipe
+from rlhf.config.build import build_configs, is_flash
+from rlhf.config.recipe import Recipe, load_recipe
+from rlhf.console import duration
 from rlhf.counts import count_parameters
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
@@ -36,7 +38,7 @@ from rlhf.errors import RankFailed, UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 from rlhf.model_folder import check_model_folder
 from rlhf.prepare import Prepared
-from rlhf.progress import add_callbacks, duration, is_main, quiet_libraries, say
+from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
 

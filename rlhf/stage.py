@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import TRAINING_STAGES, Recipe, UserError
+from rlhf.config.recipe import Recipe
+from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
 from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
-from rlhf.run_files import read_recipe
+from rlhf.errors import UserError
+from rlhf.runs.records import read_recipe
 from rlhf.stop import Stopper
 
 

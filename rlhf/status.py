@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.checkpoint import newest_checkpoint, refuse_other_run
-from rlhf.config import STAGES, UserError, load_recipe
-from rlhf.errors import quote
+from rlhf.config.recipe import load_recipe
+from rlhf.config.stage_config import STAGES
+from rlhf.errors import UserError, quote
+from rlhf.files import read_json, whole_number
 from rlhf.progress import read_metrics
-from rlhf.run_files import read_complete, read_json, whole_number
+from rlhf.runs.records import read_complete
 from rlhf.stop import EXIT_STOPPED
 
 UNKNOWN = "?"  # a stage whose name can't be read

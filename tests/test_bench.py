@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import build_configs, load_recipe
+from rlhf.config.build import build_configs
+from rlhf.config.recipe import load_recipe
 from rlhf.packing import packing_mode
 from rlhf.stage import Context, read_data
 

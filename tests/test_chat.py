@@ -12,7 +12,7 @@ from test_terminal import Terminal
 
 from rlhf.__main__ import main
 from rlhf.chat import Chat, Speaker, clean, find
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.terminal import LEAVE_HINT, Screen, columns
 
 

@@ -33,7 +33,8 @@ from rlhf.checkpoint import (
     remove_checkpoint,
     rotate_checkpoints,
 )
-from rlhf.config import HARMLESS, Recipe, UserError
+from rlhf.config.recipe import HARMLESS, Recipe
+from rlhf.errors import UserError
 
 LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}

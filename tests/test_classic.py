@@ -61,7 +61,8 @@ def test_every_stage_of_the_classic(tiny_gpt2, tiny_distilbert, alpaca, tmp_path
 
 def test_eos_is_in_the_labels_of_every_alpaca_row(tiny_gpt2, alpaca, tmp_path):
     """What SFT trains on: the prompt masked, the answer and its end not."""
-    from rlhf.config import build_configs, load_recipe
+    from rlhf.config.build import build_configs
+    from rlhf.config.recipe import load_recipe
     from rlhf.sft import SFT, build
     from rlhf.stage import Context, read_data
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from rlhf.config import UserError
-from rlhf.data.formats import Reading, join_chosen_rejected, preference_rows, refuse_margins_in_some_rows, sft_rows
+from rlhf.data.formats import join_chosen_rejected, preference_rows, refuse_margins_in_some_rows, sft_rows
+from rlhf.data.reading import Reading
 from rlhf.data.sources import Source
+from rlhf.errors import UserError
 
 
 def user(text):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.command import LAUNCH_FILE, command_of, is_complete, launcher_of, launcher_words, shell_line
-from rlhf.config import Recipe
+from rlhf.config.recipe import Recipe
 
 RECIPE = Recipe("sft", "my recipes/sft.yaml", {"beta": 0.1, "run_name": "it's"}, {"beta": 3, "run_name": None})
 ACCELERATE = ["accelerate", "launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2"]

@@ -15,19 +15,12 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import (
-    HARMLESS,
-    LATE_CHOICES,
-    REFUSED,
-    STAGES,
-    TRAINING_STAGES,
-    StageConfig,
-    UserError,
-    allowed_keys,
-    build_configs,
-    load_recipe,
-    quote,
-)
+from rlhf.config.build import build_configs
+from rlhf.config.key_effects import REFUSED
+from rlhf.config.keys import LATE_CHOICES
+from rlhf.config.recipe import HARMLESS, allowed_keys, load_recipe
+from rlhf.config.stage_config import STAGES, TRAINING_STAGES, StageConfig
+from rlhf.errors import UserError, quote
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -69,7 +62,7 @@ def test_every_recipe_loads_for_the_stage_of_its_file_name(path):
 
 def test_loading_a_recipe_imports_no_torch():
     code = (
-        "import sys; from rlhf.config import load_recipe; load_recipe('configs/quickstart/dpo.yaml', 'dpo');"
+        "import sys; from rlhf.config.recipe import load_recipe; load_recipe('configs/quickstart/dpo.yaml', 'dpo');"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -7,18 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import UserError
-from rlhf.data.formats import (
-    PREFERENCE_SHAPES,
-    SFT_SHAPES,
-    join_chosen_rejected,
-    preference_rows,
-    prompt_key,
-    sft_rows,
-)
+from rlhf.data.formats import PREFERENCE_SHAPES, SFT_SHAPES, join_chosen_rejected, preference_rows, prompt_key, sft_rows
 from rlhf.data.messages import INVISIBLE
 from rlhf.data.pairs import FILES, write_pair_files
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, Source, load_source
+from rlhf.errors import UserError
 
 
 def write(folder, name, content):

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 from rlhf.checkpoint import refuse_other_run
-from rlhf.config import Recipe, StageConfig, UserError
-from rlhf.defaults import defaults, describe, effective
+from rlhf.config.defaults import defaults, describe, effective
+from rlhf.config.recipe import Recipe
+from rlhf.config.stage_config import StageConfig
+from rlhf.errors import UserError
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

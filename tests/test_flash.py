@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from rlhf.__main__ import main
-from rlhf.config import UserError, build_configs, is_flash, load_recipe
-from rlhf.packing import attention, kernel_name
+from rlhf.config.build import build_configs, is_flash
+from rlhf.config.recipe import load_recipe
+from rlhf.errors import UserError
+from rlhf.packing import attention
+from rlhf.packing.attention import kernel_name
 
 FLASH = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
 

@@ -11,7 +11,8 @@ from faults import environment_of
 
 from rlhf import launch
 from rlhf.__main__ import main
-from rlhf.config import Recipe, UserError
+from rlhf.config.recipe import Recipe
+from rlhf.errors import UserError
 from rlhf.launch import Layout, check_layout, check_quantised, layout_of_environment, layout_of_file
 
 ROOT = Path(__file__).parent.parent

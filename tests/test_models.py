@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.evaluate import pair_logps, score
 from rlhf.models import is_reward_model, load_finished, load_tokenizer, read_template, tokenize_pair
 
@@ -174,7 +174,7 @@ def test_the_score_is_read_at_eos_and_padding_does_not_move_it(tiny_llama, recip
 
 
 def test_smollm2_is_a_real_model_that_answers(smollm2):
-    from rlhf.config import EvaluateConfig
+    from rlhf.config.stage_config import EvaluateConfig
     from rlhf.evaluate import generate
 
     model, tokenizer = load_finished(smollm2)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.config import Recipe
+from rlhf.config.recipe import Recipe
 from rlhf.launch import Layout
 from rlhf.preflight import _mistakes, print_table
 from rlhf.preflight.bandwidth import bus_bandwidth, interface_speed, link_of, run_bounded, used_interfaces

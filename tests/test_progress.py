@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.bars import bar_line, log_line, metrics, plain_bars, training_bar
-from rlhf.config import UserError
-from rlhf.progress import duration
+from rlhf.console import bar_line, duration, log_line, metrics, plain_bars, training_bar
+from rlhf.errors import UserError
 
 DPO_LOGS = {
     "loss": 0.2763, "rewards/accuracies": 0.7619, "rewards/margins": 1.234, "mean_token_accuracy": 0.71, "mfu": 0.41,
@@ -84,11 +83,11 @@ def test_bars_of_other_libraries_are_lines_in_files(monkeypatch):
     datasets.enable_progress_bars()  # a run of few rows switches them off
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
-    monkeypatch.setattr("rlhf.bars.TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("rlhf.console.TELL_EVERY_S", 0.0)
     with tqdm(total=3, desc="Loading weights", mininterval=0, miniters=1) as bar:
         for _ in range(3):
             bar.update()
-    monkeypatch.setattr("rlhf.bars.TELL_EVERY_S", 1e9)
+    monkeypatch.setattr("rlhf.console.TELL_EVERY_S", 1e9)
     list(of_datasets(range(2000), desc="Tokenizing train dataset", unit=" examples", disable=False))
     list(tqdm([], desc="nothing"))
     lines = [line.rpartition(",")[0] for line in file.getvalue().splitlines()]

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.config import EvaluateConfig, StageConfig, UserError, allowed_keys, load_recipe
-from rlhf.key_effects import _TRUE_BY_DEFAULT, EFFECTIVE, ONLY_WITH, REFUSED, STAGES_OF
-from rlhf.key_ranges import RANGES
-from rlhf.keys import report_names, scheduler_arguments
-from rlhf.keys_foreign import FOREIGN
+from rlhf.config.key_effects import _TRUE_BY_DEFAULT, EFFECTIVE, ONLY_WITH, REFUSED, STAGES_OF
+from rlhf.config.key_ranges import RANGES
+from rlhf.config.keys import report_names, scheduler_arguments
+from rlhf.config.keys_foreign import FOREIGN
+from rlhf.config.recipe import allowed_keys, load_recipe
+from rlhf.config.stage_config import EvaluateConfig, StageConfig
+from rlhf.errors import UserError
 from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 
 BASE = "model_name_or_path: m\noutput_dir: o\ndataset_name: d\n"
@@ -488,7 +490,7 @@ def test_what_a_launch_file_may_not_ask_for(tmp_path, monkeypatch, text, keys, e
     ("bf16", {"bf16": "true"}, (True, False)),
 ])  # fmt: skip
 def test_a_launch_files_precision_is_honoured(tmp_path, monkeypatch, asked, keys, expected):
-    from rlhf.config import build_configs
+    from rlhf.config.build import build_configs
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     path = tmp_path / "dpo.yaml"
@@ -498,7 +500,7 @@ def test_a_launch_files_precision_is_honoured(tmp_path, monkeypatch, asked, keys
 
 
 def test_fp16_needs_a_gpu(tmp_path, monkeypatch):
-    from rlhf.config import build_configs
+    from rlhf.config.build import build_configs
 
     path = tmp_path / "dpo.yaml"
     path.write_text(f"stage: dpo\n{BASE}use_cpu: true\n")

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.__main__ import main
-from rlhf.config import UserError, build_configs, load_recipe
+from rlhf.config.build import build_configs
+from rlhf.config.recipe import load_recipe
+from rlhf.errors import UserError
 from rlhf.progress import read_metrics
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf.__main__ import main
-from rlhf.config import build_configs, load_recipe
+from rlhf.config.build import build_configs
+from rlhf.config.recipe import load_recipe
 from rlhf.dpo import DPO
 from rlhf.errors import UserError
 from rlhf.models import load_nf4, load_tokenizer

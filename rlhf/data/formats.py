@@ -9,17 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.data import columns
-from rlhf.data.messages import (
-    Messages,
-    RowError,
-    has,
-    is_dialogue,
-    is_empty,
-    left_out,
-    messages,
-    text,
-    turns,
-)
+from rlhf.data.messages import Messages, RowError, has, is_dialogue, is_empty, left_out, messages, text, turns
 from rlhf.data.reading import Reading, each, without_repeated_prompts
 from rlhf.data.sources import Source
 from rlhf.errors import UserError

@@ -16,8 +16,10 @@ from typing import Any
 
 from rlhf.checkpoint import newest_checkpoint
 from rlhf.checks import bytes_needed, refuse_damaged
-from rlhf.config import TRAINING_STAGES, Recipe, UserError, load_recipe, stage_of
+from rlhf.config.recipe import Recipe, load_recipe, stage_of
+from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.embedded import cache_dir
+from rlhf.errors import UserError
 from rlhf.launch import layout_of_environment
 from rlhf.preflight.findings import Row, host_rows, judge_devices, judge_nodes, judge_versions
 from rlhf.preflight.network import judge_clocks, judge_collectives, judge_interfaces

@@ -22,11 +22,11 @@ import psutil
 import torch
 
 from rlhf.checkpoint import environment
-from rlhf.config import Recipe
+from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
 from rlhf.embedded import NAME, PREFIX, cache_dir
 from rlhf.launch import Layout
-from rlhf.run_files import read_recipe
+from rlhf.runs.records import read_recipe
 from rlhf.stage import maker_of
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")

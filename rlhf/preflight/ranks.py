@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.progress import is_main
 
 CLOCK_ROUNDS = 5

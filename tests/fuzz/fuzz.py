@@ -74,7 +74,7 @@ def import_all() -> None:
 
     gc.freeze()  # or each child's first collection copies all of it
     for stage in ("sft", "reward", "dpo"):
-        rlhf.config.allowed_keys(stage)  # parses the source of three libraries
+        rlhf.config.recipe.allowed_keys(stage)  # parses the source of three libraries
 
 
 def write_box(case: Case, box: Path) -> None:

@@ -81,7 +81,7 @@ def damage(content: bytes, rng: random.Random) -> bytes:
 
 
 def _recipe(rng: random.Random) -> Case:
-    from rlhf.config import allowed_keys
+    from rlhf.config.recipe import allowed_keys
 
     stage = rng.choice(("sft", "reward", "dpo"))
     values = dict(cases.RECIPES[stage])
@@ -97,7 +97,7 @@ def _recipe(rng: random.Random) -> Case:
 
 
 def _command_line(rng: random.Random) -> Case:
-    from rlhf.config import allowed_keys
+    from rlhf.config.recipe import allowed_keys
 
     stage = rng.choice(("sft", "reward", "dpo"))
     words = check(stage)

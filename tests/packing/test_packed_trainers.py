@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf.config import LATE_CHOICES
+from rlhf.config.keys import LATE_CHOICES
 from rlhf.packing import pack_backbone
 from rlhf.packing.backbone import find_backbone
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.key_effects import without_effect
+from rlhf.config.keys import scheduler_arguments
 from rlhf.errors import UserError, quote
-from rlhf.key_effects import without_effect
-from rlhf.keys import scheduler_arguments
 
 # Keys that may name a file or a folder. Where a shell has not expanded `~`, it is the user's home here too.
 PATHS = (

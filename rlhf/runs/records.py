@@ -1,53 +1,21 @@
-"""Reading what a run folder or a model folder holds, whatever has happened to it: a disk, an editor, a copy that broke off.
+"""What a run folder records (recipe, checkpoints, complete.json), whatever has happened to it. Imports no torch.
 
 Nothing here raises for a file's content but `read_complete`: it guards a finished model, which nothing may take for
-unfinished. Imports no torch.
+unfinished.
 """
 
 from __future__ import annotations
-
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
-
 import yaml
-
 from rlhf.errors import UserError, quote
+from rlhf.files import YAML_ERRORS
+
 
 CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,15})")  # str.isdigit takes '²' too, which int() does not read
-
-# What PyYAML's constructors raise for a value that has a tag or the look of a type and isn't of it, and for 1,000 levels.
-YAML_ERRORS = (
-    yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError
-)  # fmt: skip
-
-
-def read_json(path: Path | str) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file, or anything else in it."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one a line; lines that are none (a kill tears the last one) are left out."""
-    rows = []
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError):
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def read_recipe(path: Path | str) -> dict[str, Any] | None:
@@ -57,11 +25,6 @@ def read_recipe(path: Path | str) -> dict[str, Any] | None:
     except (OSError, *YAML_ERRORS):
         return None
     return found if isinstance(found, dict) else None
-
-
-def whole_number(value: Any) -> int | None:
-    """A value that is a whole number from 0 on, as int; None else (`"two"`, NaN, true)."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -74,9 +37,9 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return {int(m[1]): folder / name for name, m in steps.items() if m and os.path.isdir(folder / name)}
 
 
-# --- complete.json ---------------------------------------------------------------------------------------------------
-
 _NUMBER = (int, float)
+
+
 _TYPES = {"steps": int, "pairs": int, "train_examples": int, "seconds": _NUMBER, "weights_sha256": str,
           "first_loss": (*_NUMBER, type(None)), "last_loss": (*_NUMBER, type(None)), "files": dict}  # fmt: skip
 

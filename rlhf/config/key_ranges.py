@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.keys import Key
 from rlhf.errors import UserError, quote
-from rlhf.keys import Key
 
 
 @dataclass(frozen=True)

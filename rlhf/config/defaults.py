@@ -7,9 +7,9 @@ import dataclasses
 import functools
 from typing import Any
 
-from rlhf import config
+from rlhf.config.stage_config import EvaluateConfig, StageConfig
+from rlhf.config.keys import source
 from rlhf.errors import quote
-from rlhf.keys import source
 
 
 def effective(recipe_values: dict[str, Any], stage: str, key: str) -> Any:
@@ -31,7 +31,7 @@ def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
 def defaults(stage: str) -> dict[str, Any]:
     """The defaults of a stage's keys, as far as they are literals."""
     if stage == "evaluate":
-        return _of_ours(config.EvaluateConfig)
+        return _of_ours(EvaluateConfig)
     trl_class = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[stage]
     found: dict[str, Any] = {}
     for package, file, name in (
@@ -41,7 +41,7 @@ def defaults(stage: str) -> dict[str, Any]:
         ("trl", "trainer/model_config.py", "ModelConfig"),
     ):
         found |= _of_library(package, file, name)
-    return found | _of_ours(config.StageConfig)
+    return found | _of_ours(StageConfig)
 
 
 def _of_ours(config_class: type) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Run folders: what is in one, checkpoints, resuming, stopping, metrics, provenance and model cards."""

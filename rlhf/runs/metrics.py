@@ -1,0 +1,115 @@
+"""What a run tells: lines and progress bars on the screen, metrics.jsonl beside the model."""
+
+from __future__ import annotations
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from rlhf.checkpoint import write_file
+from rlhf.console import log_line, metrics, plain_bars, seconds_left, training_bar
+from rlhf.files import read_json_lines, whole_number
+
+
+
+def add_callbacks(trainer, run_folder: Path, title: str) -> None:
+    """Our progress bar, or lines where there is no terminal, in place of the trainer's printed dicts; and metrics.jsonl."""
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    class Metrics(TrainerCallback):
+        path = run_folder / "metrics.jsonl"
+        waiting = ""  # lines that a full disk has kept back
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                kept = [m for m in read_metrics(run_folder) if m["step"] <= state.global_step and state.global_step > 0]
+                kept = [m for m in kept if "train_runtime" not in m]  # the summary of a run that was stopped
+                write_file(self.path, "".join(json.dumps(m) + "\n" for m in kept))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs:
+                line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 2)}
+                line |= {
+                    k: float(v) if isinstance(v, (int, float)) or _is_number(v) else v
+                    for k, v in logs.items()
+                    if k != "epoch"
+                }
+                self.waiting += json.dumps(line) + "\n"
+                if append(self.path, self.waiting):
+                    self.waiting = ""
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in ([] if trainer.args.disable_tqdm else [_progress(title)]) + [Metrics]:
+        trainer.add_callback(callback)
+
+
+def _progress(title: str) -> type:
+    """The callback that shows how far a run is: a bar in a terminal, lines in a log file."""
+    from transformers import ProgressCallback
+
+    class Progress(ProgressCallback):
+        """The trainer's own, with our bar."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.current_step, self.logs = state.global_step, {}
+            if state.is_world_process_zero:
+                self.training_bar = training_bar(title, state.max_steps, state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and logs:
+                self.logs |= logs  # held-out metrics and the summary at the end come without those of training
+                self.training_bar.parts = metrics(self.logs)
+                self.training_bar.refresh()
+
+    class Lines(ProgressCallback):
+        """For log files: a line for each log, instead of a bar."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.first, self.started = state.global_step, time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            pass
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            super().on_prediction_step(args, state, control, **kwargs)
+            if self.prediction_bar is not None:
+                self.prediction_bar.desc = f"{title}, held-out batches"
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero and logs and metrics(logs):
+                step, total = state.global_step, state.max_steps
+                left = seconds_left(step - self.first, total - step, time.monotonic() - self.started)
+                print(log_line(title, step, total, logs, left), file=sys.stderr, flush=True)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            pass
+
+    return Progress if sys.stderr.isatty() else Lines
+
+
+def append(path: Path, text: str) -> bool:
+    """Add text to the end of a file, all of it or, where the disk is full or read-only, nothing; whether it is there."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            written = file.write(text.encode())
+            if written < len(text.encode()):
+                file.truncate(end)
+            return written == len(text.encode())
+    except OSError:
+        return False
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; lines that are damaged (a kill tears the last one) are left out."""
+    return [row for row in read_json_lines(Path(folder) / "metrics.jsonl") if whole_number(row.get("step")) is not None]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+        return True
+    except (TypeError, ValueError):
+        return False
