@@ -133,7 +133,7 @@ def make_model(shape: str, folder: Path) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from rlhf.embedded import NAME, resolve
+    from rlhf.models.embedded import NAME, resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(NAME))
     config = LlamaConfig(
@@ -235,8 +235,8 @@ def load_context(bench: Bench, args):
     """What a stage's `build` gets, from the recipe that all variants share."""
     from rlhf.config.build import build_configs
     from rlhf.config.recipe import load_recipe
-    from rlhf.models import locate
-    from rlhf.progress import quiet_libraries
+    from rlhf.console import quiet_libraries
+    from rlhf.models.folder import locate
     from rlhf.stage import Context, read_data
 
     quiet_libraries()

@@ -38,7 +38,8 @@ def build_trl(variant, context, clock):
     from datasets import Dataset
     from trl import DPOTrainer, get_peft_config
 
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy
+    from rlhf.models.tokenizer import load_tokenizer
 
     class Clocked(DPOTrainer):
         _precompute_ref_logps = clock(DPOTrainer._precompute_ref_logps)

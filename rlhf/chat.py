@@ -160,8 +160,9 @@ def _load(name: str, reward: bool, beside: str = ""):
     name = find(name, beside)  # before torch is imported, which takes seconds
     import torch
 
-    from rlhf.models import is_reward_model, load_finished, locate
-    from rlhf.progress import quiet_libraries
+    from rlhf.console import quiet_libraries
+    from rlhf.models.finished import load_finished
+    from rlhf.models.folder import is_reward_model, locate
 
     quiet_libraries()
     if not name.startswith("embedded:") and not Path(name).expanduser().is_dir():

@@ -32,12 +32,13 @@ from typing import Any
 
 import yaml
 
-from rlhf import __version__, embedded
+from rlhf import __version__
 from rlhf.command import command_of, launcher_of, shell_line
 from rlhf.config.defaults import describe, effective
 from rlhf.config.recipe import HARMLESS, Recipe
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json, whole_number
+from rlhf.models import embedded
 from rlhf.runs.records import checkpoints, look_at_complete, read_complete, read_recipe
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 from rlhf.config.recipe import Recipe
+from rlhf.distributed.processes import say
+from rlhf.distributed.topology import check_quantised
 from rlhf.errors import UserError, pip_install
-from rlhf.launch import check_quantised
-from rlhf.model_folder import check_model_folder
-from rlhf.progress import say
+from rlhf.models.folder import check_model_folder
 from rlhf.runs.records import read_complete
 from rlhf.stage import Context, maker_of, waits_for
 
@@ -76,7 +76,7 @@ def check_devices(args, recipe: Recipe) -> None:
 
 def check_merge(context: Context) -> bool:
     """Whether the finished model is to be merged; refuses an adapter whose base would be nowhere on the disk."""
-    from rlhf.models import is_adapter
+    from rlhf.models.folder import is_adapter
 
     model_args, stage_args, recipe = context.model_args, context.stage_args, context.recipe
     merge = stage_args.merge_adapter
@@ -105,7 +105,7 @@ def check_length(context: Context) -> str | None:
     """
     from transformers import AutoConfig
 
-    from rlhf.models import base_of
+    from rlhf.models.folder import base_of
 
     whole = AutoConfig.from_pretrained(base_of(context.model_name), trust_remote_code=context.args.trust_remote_code)
     config = whole.get_text_config()

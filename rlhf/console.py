@@ -177,3 +177,23 @@ def _tell(bar) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def quiet_libraries(num_rows: int = 0) -> None:
+    """No bars for what takes a second, and no warnings about names that TRL and transformers settle among themselves."""
+    import logging as standard_logging
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    plain_bars()
+    logging.disable_progress_bar()
+    if num_rows < 5000:
+        datasets.disable_progress_bars()
+    # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
+    # deepspeed 0.19, which accelerate imports where it is installed, says on every CPU that it has found no GPU
+    standard_logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 from rlhf.data.formats import preference_rows
+from rlhf.distributed.processes import say
 from rlhf.errors import UserError
-from rlhf.progress import say
 from rlhf.run import pack, use_global_batches
 from rlhf.stage import Context, Stage
 from rlhf.upstream import check_upstream
@@ -29,7 +29,8 @@ from rlhf.upstream import check_upstream
 
 def load(context: Context):
     """(policy, tokenizer)"""
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy
+    from rlhf.models.tokenizer import load_tokenizer
 
     args, model_args = context.args, context.model_args
     tokenizer = load_tokenizer(context.model_name, context.stage_args.chat_template, args.trust_remote_code)
@@ -40,7 +41,7 @@ def load(context: Context):
 
 def goes_on(context: Context) -> bool:
     """Whether the policy is an SFT adapter that is trained further."""
-    from rlhf.models import is_adapter
+    from rlhf.models.folder import is_adapter
 
     return is_adapter(context.model_name) and context.stage_args.continue_adapter and context.model_args.use_peft
 
@@ -50,13 +51,13 @@ def build(context: Context):
     from datasets import Dataset
     from trl import get_peft_config
 
-    from rlhf.models import load_nf4, load_policy
-    from rlhf.packing import head
+    from rlhf.models.loading import load_nf4, load_policy
+    from rlhf.packing import lm_head
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     check_upstream("dpo", model_args.load_in_4bit or model_args.load_in_8bit or stage_args.reference == "nf4")
     if args.use_cpu:
-        head.install()
+        lm_head.install()
     args.precompute_ref_log_probs = stage_args.reference == "cached"
     model, tokenizer = load(context)
     reference = None
@@ -83,7 +84,7 @@ def build(context: Context):
 
 def reference_name(context: Context) -> str:
     """The model that a 4-bit reference is made of, located."""
-    from rlhf.models import locate
+    from rlhf.models.folder import locate
 
     name = context.stage_args.reference_model
     return locate(name, context.recipe.where("reference_model"), say=say) if name else context.model_name
@@ -97,7 +98,7 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
     """
     from trl.trainer.utils import add_fused_lm_head
 
-    from rlhf.models import load_policy
+    from rlhf.models.loading import load_policy
     from rlhf.reference import measure_bias
 
     args, stage_args, recipe = context.args, context.stage_args, context.recipe
@@ -144,7 +145,7 @@ def check_reference(context: Context) -> None:
             f"{recipe.where('sync_ref_model')}: sync_ref_model moves the reference during training; set `reference: online`"
         )
     if stage_args.reference == "nf4":
-        from rlhf.models import is_adapter
+        from rlhf.models.folder import is_adapter
 
         if context.model_args.load_in_4bit or context.model_args.load_in_8bit:
             raise UserError(

@@ -16,18 +16,19 @@ from rlhf.card import refresh_cards
 from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.config.stage_config import EvaluateConfig
+from rlhf.console import quiet_libraries
 from rlhf.data.formats import preference_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading, write_skipped
 from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
+from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
 from rlhf.files import read_json, read_json_lines
 from rlhf.overlap import describe as describe_overlap
 from rlhf.overlap import find_overlap, heading
 from rlhf.prepare import check_finished_models
-from rlhf.progress import is_main, quiet_libraries, say
 from rlhf.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
 from rlhf.stage import maker_of, waits_for
 
@@ -76,7 +77,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
         return None
     quiet_libraries(len(rows))
-    from rlhf.models import locate
+    from rlhf.models.folder import locate
 
     models = describe_models(names, inputs)
     names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in names.items()}
@@ -223,7 +224,7 @@ _SIDES = ("chosen", "rejected")
 
 
 def _load(name: str, config: EvaluateConfig, state, reward: bool):
-    from rlhf.models import load_finished
+    from rlhf.models.finished import load_finished
 
     return load_finished(name, reward=reward, dtype=config.dtype, device=state.device)
 
@@ -251,7 +252,7 @@ def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]
     """
     import torch
 
-    from rlhf.models import tokenize_pair
+    from rlhf.models.tokenizer import tokenize_pair
 
     ids = tokenize_pair(tokenizer, row)
     prompt = len(ids["prompt_ids"])

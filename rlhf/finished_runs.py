@@ -17,8 +17,8 @@ from rlhf.config.stage_config import STAGES, TRAINING_STAGES
 from rlhf.config.yaml_reader import read_flat
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json
-from rlhf.progress import read_metrics
 from rlhf.results import describe_models
+from rlhf.runs.metrics import read_metrics
 from rlhf.runs.records import read_complete, read_recipe
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}

@@ -86,7 +86,7 @@ def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
     """(number of the prompt's tokens, token ids of each answer); a dialogue or a text is an answer without a prompt."""
     from trl.data_utils import common_prefix_length
 
-    from rlhf.models import tokenize_pair
+    from rlhf.models.tokenizer import tokenize_pair
 
     if "chosen" in row:
         ids = tokenize_pair(tokenizer, row)

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rlhf.distributed.processes import is_main
 from rlhf.errors import UserError
-from rlhf.progress import is_main
 
 NAME = "portable-{:05d}.safetensors"
 SHARD_BYTES = 2 << 30  # so much of a state does the main process hold at a time

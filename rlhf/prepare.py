@@ -14,9 +14,10 @@ from rlhf.checkpoint import Run, check_disk
 from rlhf.checks import bytes_needed, check_length, check_merge
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe, load_recipe
-from rlhf.embedded import is_fetched
+from rlhf.console import quiet_libraries
+from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
-from rlhf.progress import quiet_libraries, say
+from rlhf.models.embedded import is_fetched
 from rlhf.stage import Context, Stage, StageData, maker_of, waits_for
 from rlhf.stop import Stopper
 
@@ -79,7 +80,7 @@ def check_only(stage: Stage, recipe: Recipe, data: StageData, run: Run) -> str:
         return f"not checked yet: tokenizer, lengths and module names, since {name} is fetched when a run starts"
     say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
     quiet_libraries(len(data.train))
-    from rlhf.models import locate
+    from rlhf.models.folder import locate
 
     configs = build_configs(recipe)
     prepared = prepare(stage, recipe, data, configs, locate(name, recipe.where("model_name_or_path"), "", say))
@@ -113,7 +114,7 @@ def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[s
     """
     from transformers import AutoTokenizer
 
-    from rlhf.models import is_reward_model, locate
+    from rlhf.models.folder import is_reward_model, locate
 
     for key, name in names.items():
         if waiting.get(key) or (name.startswith("embedded:") and not is_fetched()):
@@ -198,7 +199,7 @@ def check_hub_login(context: Context) -> None:
 
 def load_stage_tokenizer(stage: Stage, context: Context):
     """The tokenizer with its chat template, as the stage loads it."""
-    from rlhf.models import load_tokenizer
+    from rlhf.models.tokenizer import load_tokenizer
 
     args, recipe = context.args, context.recipe
     template = context.stage_args.chat_template
@@ -227,7 +228,8 @@ def check_modules(stage: Stage, context: Context) -> bool:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl import get_peft_config
 
-    from rlhf.models import base_of, unsplit
+    from rlhf.distributed.sharding import unsplit
+    from rlhf.models.folder import base_of
     from rlhf.packing import why_not
 
     recipe, args, model_args = context.recipe, context.args, context.model_args

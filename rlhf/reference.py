@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.embedded import cache_dir
-from rlhf.models import whole_parameter
-from rlhf.progress import is_main, say
+from rlhf.distributed.processes import is_main, say
+from rlhf.distributed.sharding import whole_parameter
+from rlhf.models.embedded import cache_dir
 from rlhf.stop import Stopped, Stopper
 
 FORMAT = 2  # part of every key: raise it when what is computed changes

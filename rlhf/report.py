@@ -22,6 +22,7 @@ from rlhf.console import duration
 from rlhf.data.formats import preference_rows
 from rlhf.data.reading import Reading
 from rlhf.data.sources import SAMPLE_NAME, WHOLE, load_source
+from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.evaluate import read_answers, shown_answers
 from rlhf.finished_runs import (
@@ -36,7 +37,6 @@ from rlhf.finished_runs import (
 )
 from rlhf.overlap import heading
 from rlhf.plots import PLOTS, draw, ties_note
-from rlhf.progress import say
 from rlhf.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
 
 

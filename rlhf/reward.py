@@ -12,7 +12,8 @@ def load(context: Context):
     """(reward model, tokenizer); notes the new head's modules, which LoRA trains and saves whole."""
     from transformers import set_seed
 
-    from rlhf.models import load_reward_model, load_tokenizer
+    from rlhf.models.loading import load_reward_model
+    from rlhf.models.tokenizer import load_tokenizer
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code, encoder=True)

@@ -30,15 +30,16 @@ from rlhf.checkpoint import (
 from rlhf.checks import check_devices, check_extras, on_cpu
 from rlhf.config.build import build_configs, is_flash
 from rlhf.config.recipe import Recipe, load_recipe
-from rlhf.console import duration
-from rlhf.counts import count_parameters
+from rlhf.console import duration, quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
+from rlhf.distributed.processes import is_main, say
+from rlhf.distributed.topology import check_layout, layout_of_environment, layout_of_file
 from rlhf.errors import RankFailed, UserError
-from rlhf.launch import check_layout, layout_of_environment, layout_of_file
-from rlhf.model_folder import check_model_folder
+from rlhf.models.counts import count_parameters
+from rlhf.models.folder import check_model_folder
 from rlhf.prepare import Prepared
-from rlhf.progress import add_callbacks, is_main, quiet_libraries, say
+from rlhf.runs.metrics import add_callbacks
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
 from rlhf.stop import OutOfMemory, Stopper, watch
 
@@ -100,7 +101,7 @@ def _train(
     quiet_libraries(len(data.train))
     import torch
 
-    from rlhf.models import locate
+    from rlhf.models.folder import locate
     from rlhf.portable import PortableState
     from rlhf.saving import Safety, end_if_stopped
 
@@ -163,8 +164,9 @@ def _finish(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float)
 def _write_model(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float, model, expected, probe) -> None:
     import torch
 
-    from rlhf.models import is_adapter, save_finished
-    from rlhf.precision import compute_dtype
+    from rlhf.models.finished import save_finished
+    from rlhf.models.folder import is_adapter
+    from rlhf.models.precision import compute_dtype
 
     exact = compute_dtype(trainer.model, trainer.accelerator.mixed_precision) == torch.float32
     say("Writing the model, loading it again and comparing ...")
@@ -296,7 +298,8 @@ def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int
         (model, None), or, where it was split: (model loaded anew with the trained parameters, on the main process only;
         the split model's logits on `probe`)
     """
-    from rlhf.models import probe_logits, whole_parameter
+    from rlhf.distributed.sharding import whole_parameter
+    from rlhf.models.finished import probe_logits
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
     if not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):

@@ -28,9 +28,9 @@ from rlhf.checkpoint import (
     sync_file,
     write_file,
 )
+from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
 from rlhf.portable import PortableState, save_portable
-from rlhf.progress import is_main, say
 from rlhf.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 

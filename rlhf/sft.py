@@ -10,7 +10,8 @@ from rlhf.upstream import check_upstream
 
 def load(context: Context):
     """(policy, tokenizer)"""
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy
+    from rlhf.models.tokenizer import load_tokenizer
 
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
@@ -21,7 +22,7 @@ def load(context: Context):
 
 def goes_on(context: Context) -> bool:
     """Whether the policy is an adapter that is trained further."""
-    from rlhf.models import is_adapter
+    from rlhf.models.folder import is_adapter
 
     return is_adapter(context.model_name) and context.stage_args.continue_adapter and context.model_args.use_peft
 
@@ -31,7 +32,7 @@ def build(context: Context):
     from datasets import Dataset
     from trl import SFTTrainer, get_peft_config
 
-    from rlhf.packing import head
+    from rlhf.packing import lm_head
     from rlhf.trainer import GlobalBatches
 
     class Trainer(GlobalBatches, SFTTrainer):
@@ -39,7 +40,7 @@ def build(context: Context):
 
     check_upstream("sft", context.model_args.load_in_4bit or context.model_args.load_in_8bit)
     if context.args.use_cpu:
-        head.install()
+        lm_head.install()
     model, tokenizer = load(context)
     trainer = Trainer(
         model=model,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf.distributed.processes import say
 from rlhf.errors import UserError
-from rlhf.precision import compute_dtype
-from rlhf.progress import say
+from rlhf.models.precision import compute_dtype
 
 PAIRS = 8  # of the first micro-batch, at most
 FLOOR_NATS = 0.02  # harmless in any dtype: a reward of 2e-3 at beta 0.1

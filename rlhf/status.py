@@ -12,7 +12,7 @@ from rlhf.config.recipe import load_recipe
 from rlhf.config.stage_config import STAGES
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json, whole_number
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 from rlhf.runs.records import read_complete
 from rlhf.stop import EXIT_STOPPED
 

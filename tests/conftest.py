@@ -44,7 +44,7 @@ def tiny_llama(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf.models import read_template
+    from rlhf.models.tokenizer import read_template
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = byte_level_tokenizer(
@@ -136,7 +136,7 @@ def minilm():
 @pytest.fixture(scope="session")
 def smollm2():
     """The real SmolLM2-135M-Instruct, fetched and converted once into the cache."""
-    from rlhf.embedded import fetch
+    from rlhf.models.embedded import fetch
 
     return str(fetch())
 

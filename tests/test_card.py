@@ -11,8 +11,8 @@ import yaml
 
 from rlhf.__main__ import main
 from rlhf.card import ancestors, card_text, front_matter, hub_id, is_ours, licence_of, method, public, refresh_cards
-from rlhf.counts import count_parameters
-from rlhf.embedded import NAME
+from rlhf.models.counts import count_parameters
+from rlhf.models.embedded import NAME
 
 KINDS = {
     "policy": ("sft", {}),
@@ -57,7 +57,7 @@ def test_the_usage_runs_as_it_is_printed(kind, runs, monkeypatch):
 
 def test_the_reward_model_scores_as_here(runs, monkeypatch):
     from rlhf.evaluate import score
-    from rlhf.models import load_finished
+    from rlhf.models.finished import load_finished
 
     for kind in ("reward", "reward adapter"):
         monkeypatch.chdir(runs[kind])

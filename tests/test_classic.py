@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.__main__ import main
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 RECIPES = Path(__file__).parent.parent / "configs" / "gpt2-alpaca"
 

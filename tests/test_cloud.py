@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.embedded import cache_dir
-from rlhf.progress import read_metrics
+from rlhf.models.embedded import cache_dir
+from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CLOUD = ROOT / "launch" / "cloud"

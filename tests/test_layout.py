@@ -105,7 +105,9 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (inner & set(MODULES)) or {node.module}  # `from rlhf import models` or `from rlhf.models import x`
+            found |= (inner & set(MODULES)) or {
+                node.module
+            }  # `from rlhf import models` or `from rlhf.models.loading import x`
     return {name for name in found if name.split(".")[0] == "rlhf"}
 
 

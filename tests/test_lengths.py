@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.data.summary import Count
 from rlhf.lengths import CutReport, answers_cut, line
-from rlhf.models import load_tokenizer, tokenize_pair
+from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
 
 
 def pair(prompt, chosen, rejected, place):

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
 from rlhf.evaluate import pair_logps, score
-from rlhf.models import is_reward_model, load_finished, load_tokenizer, read_template, tokenize_pair
+from rlhf.models.finished import load_finished
+from rlhf.models.folder import is_reward_model
+from rlhf.models.tokenizer import load_tokenizer, read_template, tokenize_pair
 
 CHAT = [
     {"role": "user", "content": "Hi "},
@@ -120,9 +122,9 @@ def test_tokens_and_log_probabilities_are_trls(model, request, rows, tmp_path):
     folder = request.getfixturevalue(model)
     tokenizer = load_tokenizer(folder)
     if model == "tiny_gpt2":  # room for its new pad token, as the stages make it
-        from rlhf.models import _fit_tokenizer
+        from rlhf.models.loading import fit_tokenizer
 
-        _fit_tokenizer(AutoModelForCausalLM.from_pretrained(folder), tokenizer).save_pretrained(tmp_path / "m")
+        fit_tokenizer(AutoModelForCausalLM.from_pretrained(folder), tokenizer).save_pretrained(tmp_path / "m")
         tokenizer.save_pretrained(tmp_path / "m")
         folder = str(tmp_path / "m")
     trainer = trl_trainer(folder, tokenizer, rows, tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 from rlhf.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent

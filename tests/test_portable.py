@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import rlhf.portable
 from rlhf.__main__ import main
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 from rlhf.stop import EXIT_STOPPED
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.__main__ import main
 from rlhf.config.recipe import Recipe
-from rlhf.launch import Layout
+from rlhf.distributed.topology import Layout
 from rlhf.preflight import _mistakes, print_table
 from rlhf.preflight.bandwidth import bus_bandwidth, interface_speed, link_of, run_bounded, used_interfaces
 from rlhf.preflight.findings import Finding, Row, host_rows, judge_devices, judge_nodes, judge_versions

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 QLORA = {"use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -37,7 +37,8 @@ def test_merging_into_a_4_bit_base_dequantises_it(recipe, llama_64, few_pairs, t
     from safetensors.torch import load_file
     from trl import ModelConfig
 
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy
+    from rlhf.models.tokenizer import load_tokenizer
 
     files = {}
     for merge in (False, True):
@@ -77,7 +78,8 @@ def test_a_pass_in_eval_mode_leaves_training_its_gradients(llama_64):
     from peft import LoraConfig, get_peft_model
     from trl import ModelConfig
 
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models.loading import load_policy
+    from rlhf.models.tokenizer import load_tokenizer
 
     gradients = []
     for evaluated in (False, True):

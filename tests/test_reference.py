@@ -20,8 +20,8 @@ from trl import DPOConfig, DPOTrainer
 from rlhf import reference
 from rlhf.__main__ import main
 from rlhf.data.sources import SAMPLE_DIR
-from rlhf.progress import read_metrics
 from rlhf.reference import Shards, add_reference_logps, decode, encode, pair_key, reference_key, token_batches
+from rlhf.runs.metrics import read_metrics
 from rlhf.stop import Stopped, Stopper
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
@@ -379,11 +379,11 @@ def test_cached_and_online_train_alike(loss_type, recipe, tiny_llama, few_pairs,
 
 
 def test_full_fine_tuning_needs_no_second_model(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):
-    import rlhf.models
+    import rlhf.models.loading
 
     loaded = []
-    load = rlhf.models.load_policy
-    monkeypatch.setattr(rlhf.models, "load_policy", lambda *a, **k: (loaded.append(a), load(*a, **k))[1])
+    load = rlhf.models.loading.load_policy
+    monkeypatch.setattr(rlhf.models.loading, "load_policy", lambda *a, **k: (loaded.append(a), load(*a, **k))[1])
     dpo(recipe, tmp_path, "cached", model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=False)
     assert len(loaded) == 1
     dpo(recipe, tmp_path, "online", model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=False, reference="online")  # fmt: skip

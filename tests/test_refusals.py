@@ -18,8 +18,8 @@ from rlhf.config.keys import report_names, scheduler_arguments
 from rlhf.config.keys_foreign import FOREIGN
 from rlhf.config.recipe import allowed_keys, load_recipe
 from rlhf.config.stage_config import EvaluateConfig, StageConfig
+from rlhf.distributed.topology import check_layout, layout_of_environment, layout_of_file
 from rlhf.errors import UserError
-from rlhf.launch import check_layout, layout_of_environment, layout_of_file
 
 BASE = "model_name_or_path: m\noutput_dir: o\ndataset_name: d\n"
 LEVELS = "run_name:\n" + "".join(f"{' ' * (i + 1)}a:\n" for i in range(1000))

@@ -15,7 +15,7 @@ from rlhf.__main__ import main
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
 from rlhf.errors import UserError
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 
@@ -107,7 +107,7 @@ def test_dpo_starts_at_ln2_from_exactly_the_sft_policy(way, request, recipe, few
     assert metrics[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     # the logged log-probabilities of step 1 are the SFT policy's own, not the base model's
     from rlhf.evaluate import pair_logps
-    from rlhf.models import load_finished
+    from rlhf.models.finished import load_finished
 
     sft, tokenizer = load_finished(policy)
     rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
@@ -207,7 +207,7 @@ def test_reward_model_on_the_real_minilm(minilm, recipe, few_pairs, tmp_path):
 
 
 def test_pickled_weights_are_not_read(sft_model, sft_adapter, recipe, few_pairs, tmp_path, capsys):
-    from rlhf.models import load_finished
+    from rlhf.models.finished import load_finished
 
     weights = Path(sft_adapter) / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))

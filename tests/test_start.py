@@ -14,8 +14,9 @@ from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
 from rlhf.dpo import DPO
 from rlhf.errors import UserError
-from rlhf.models import load_nf4, load_tokenizer
-from rlhf.precision import compute_dtype
+from rlhf.models.loading import load_nf4
+from rlhf.models.precision import compute_dtype
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stage import Context, read_data
 from rlhf.start import Start, check_start, expected_loss, other_shape, refuse_wrong_start, starts
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.__main__ import main
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 from rlhf.stop import EXIT_STOPPED, SAME_INTERRUPT_S, Stopper
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.__main__ import main
-from rlhf.models import load_tokenizer, tokenize_pair
-from rlhf.progress import read_metrics
+from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
+from rlhf.runs.metrics import read_metrics
 from rlhf.trainer import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}

@@ -103,11 +103,11 @@ def test_each_parameter_is_missed(name, monkeypatch):
 def test_a_run_stops_before_its_model_loads(stage, recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
     from transformers import Trainer
 
-    import rlhf.models
+    import rlhf.models.loading
 
     monkeypatch.delattr(Trainer, "_get_grad_norm")
     for loader in ("load_policy", "load_reward_model"):
-        monkeypatch.setattr(rlhf.models, loader, lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(rlhf.models.loading, loader, lambda *a, **k: pytest.fail("a model was loaded"))
     file = recipe(stage, model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "out"))
     assert main([stage, file]) == 2
     told = capsys.readouterr().err

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from rlhf.config.stage_config import EvaluateConfig, StageConfig
 from rlhf.config.keys import source
+from rlhf.config.stage_config import EvaluateConfig, StageConfig
 from rlhf.errors import quote
 
 

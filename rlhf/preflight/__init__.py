@@ -18,9 +18,10 @@ from rlhf.checkpoint import newest_checkpoint
 from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config.recipe import Recipe, load_recipe, stage_of
 from rlhf.config.stage_config import TRAINING_STAGES
-from rlhf.embedded import cache_dir
+from rlhf.distributed.processes import is_main, say
+from rlhf.distributed.topology import layout_of_environment
 from rlhf.errors import UserError
-from rlhf.launch import layout_of_environment
+from rlhf.models.embedded import cache_dir
 from rlhf.preflight.findings import Row, host_rows, judge_devices, judge_nodes, judge_versions
 from rlhf.preflight.network import judge_clocks, judge_collectives, judge_interfaces
 from rlhf.preflight.places import judge_folder, judge_memory, judge_paths, judge_write
@@ -39,7 +40,6 @@ from rlhf.preflight.probes import (
     write_speed,
 )
 from rlhf.preflight.ranks import Ranks, who
-from rlhf.progress import is_main, say
 from rlhf.stage import maker_of
 
 WRITE_BYTES = 64 << 20

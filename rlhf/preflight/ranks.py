@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
+from rlhf.distributed.processes import is_main
 from rlhf.errors import UserError
-from rlhf.progress import is_main
 
 CLOCK_ROUNDS = 5
 

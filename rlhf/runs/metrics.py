@@ -1,16 +1,17 @@
 """What a run tells: lines and progress bars on the screen, metrics.jsonl beside the model."""
 
 from __future__ import annotations
+
 import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from rlhf.checkpoint import write_file
-from rlhf.console import log_line, metrics, plain_bars, seconds_left, training_bar
-from rlhf.files import read_json_lines, whole_number
 
+from rlhf.checkpoint import write_file
+from rlhf.console import log_line, metrics, seconds_left, training_bar
+from rlhf.files import read_json_lines, whole_number
 
 
 def add_callbacks(trainer, run_folder: Path, title: str) -> None:

@@ -5,15 +5,17 @@ unfinished.
 """
 
 from __future__ import annotations
+
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
+
 import yaml
+
 from rlhf.errors import UserError, quote
 from rlhf.files import YAML_ERRORS
-
 
 CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,15})")  # str.isdigit takes '²' too, which int() does not read
 

@@ -14,7 +14,7 @@ import torch
 from conftest import NODES, PREFIX, SCRIPT
 from safetensors.torch import load_file, save_file
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ROOT / "slurm" / "train.sbatch"

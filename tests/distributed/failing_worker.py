@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import rlhf.checkpoint
-import rlhf.models
+import rlhf.models.finished
 from rlhf.__main__ import main
 from rlhf.stop import leave
 
 
 def full_disk():
-    save = rlhf.models.save_finished
+    save = rlhf.models.finished.save_finished
 
     def filled(model, tokenizer, folder, **options):
         with open(Path(folder) / "filler", "wb", buffering=0) as filler:
@@ -25,18 +25,18 @@ def full_disk():
                 pass
         return save(model, tokenizer, folder, **options)
 
-    rlhf.models.save_finished = filled
+    rlhf.models.finished.save_finished = filled
 
 
 def mismatch():
-    load = rlhf.models.load_finished
+    load = rlhf.models.finished.load_finished
 
     def changed(*args, **options):
         model, tokenizer = load(*args, **options)
         next(model.parameters()).data.add_(1.0)
         return model, tokenizer
 
-    rlhf.models.load_finished = changed
+    rlhf.models.finished.load_finished = changed
 
 
 def provenance():

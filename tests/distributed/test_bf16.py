@@ -7,7 +7,7 @@ import shutil
 import pytest
 from test_ddp import launch
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 slow = pytest.mark.slow
 

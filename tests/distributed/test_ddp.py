@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from test_ddp import launch
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}
 

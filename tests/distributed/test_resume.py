@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 slow = pytest.mark.slow

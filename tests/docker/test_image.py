@@ -12,7 +12,7 @@ import pytest
 from engine import ROOT, Docker, client, until
 from safetensors.torch import load_file
 
-from rlhf.progress import read_metrics
+from rlhf.runs.metrics import read_metrics
 from rlhf.stop import EXIT_STOPPED
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("docker")]

@@ -453,7 +453,7 @@ def main() -> int:
     parser.add_argument("--data", default="embedded:sample")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "bench"))
-    from rlhf.progress import quiet_libraries
+    from rlhf.console import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:

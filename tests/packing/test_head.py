@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 from trl.trainer import utils
 
-from rlhf.packing import head
+from rlhf.packing import lm_head
 
 ALL = ("log_probs", *OPTIONAL_OUTPUTS)
 SIDES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of TRL's results
@@ -27,7 +27,7 @@ def case(tokens=7, hidden=12, vocabulary=700, bias=False, seed=0):
 def test_by_hand():
     """Logits (0, ln 2, ln 5): probabilities 1/8, 2/8, 5/8."""
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    found = head.log_prob_statistics(torch.tensor([[1.0]]), weight, None, torch.tensor([1]), 1.0, True, log_sum_sq=True)
+    found = lm_head.log_prob_statistics(torch.tensor([[1.0]]), weight, None, torch.tensor([1]), 1.0, True, log_sum_sq=True)
     assert found["log_probs"].item() == pytest.approx(math.log(2 / 8))
     entropy = -(math.log(1 / 8) / 8 + 2 * math.log(2 / 8) / 8 + 5 * math.log(5 / 8) / 8)
     assert found["entropy"].item() == pytest.approx(entropy)
@@ -43,10 +43,10 @@ def test_by_hand():
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("tokens", [1, 7, 3 * 512 + 5])
 def test_equals_trl(trained, bias, scale, tokens, monkeypatch):
-    monkeypatch.setattr(head, "MAX_TOKENS", 512)
-    monkeypatch.setattr(head, "TILE_BYTES", 1 << 19)
+    monkeypatch.setattr(lm_head, "MAX_TOKENS", 512)
+    monkeypatch.setattr(lm_head, "TILE_BYTES", 1 << 19)
     results = []
-    for function in (ChunkedLogProbFunction, head.LogProbs):
+    for function in (ChunkedLogProbFunction, lm_head.LogProbs):
         h, weight, b, targets = case(tokens=tokens, bias=bias)
         leaves = [h] * (trained != "head") + [x for x in (weight, b) if x is not None] * (trained != "hidden")
         for leaf in leaves:
@@ -68,7 +68,7 @@ def test_equals_trl(trained, bias, scale, tokens, monkeypatch):
 def test_any_shape_and_size_of_logits(tokens, vocabulary, size, seed):
     h, weight, b, targets = case(tokens, 5, vocabulary, bias=True, seed=seed)
     h = h * 10.0**size
-    found = head.log_prob_statistics(h, weight, b, targets, 1.0, with_jacobian=False)
+    found = lm_head.log_prob_statistics(h, weight, b, targets, 1.0, with_jacobian=False)
     logits = (h.double() @ weight.double().T) + b.double()
     want = logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
     size = logits.abs().max().item()  # of what is subtracted
@@ -77,16 +77,16 @@ def test_any_shape_and_size_of_logits(tokens, vocabulary, size, seed):
 
 def test_ties_go_to_the_first_token():
     weight = torch.zeros(600, 3)  # all logits equal, over three tiles
-    found = head.log_prob_statistics(torch.ones(3, 3), weight, None, torch.tensor([0, 1, 599]), 1.0, False)
+    found = lm_head.log_prob_statistics(torch.ones(3, 3), weight, None, torch.tensor([0, 1, 599]), 1.0, False)
     assert found["is_top1"].tolist() == [True, False, False]
 
 
 def test_what_it_does_not_do_is_left_to_trl(monkeypatch):
     """bf16, soft-capped logits, autocast and empty batches: TRL's function, unchanged."""
     called = []
-    monkeypatch.setattr(head._LogProbs, "apply", lambda *a: called.append(a))
+    monkeypatch.setattr(lm_head._LogProbs, "apply", lambda *a: called.append(a))
     h, weight, _, targets = case()
-    run = lambda h, w, t, softcap=None: head.LogProbs.apply(h, w, None, t, 1.0, 300, softcap, 1.0, ALL)  # noqa: E731
+    run = lambda h, w, t, softcap=None: lm_head.LogProbs.apply(h, w, None, t, 1.0, 300, softcap, 1.0, ALL)  # noqa: E731
     run(h.bfloat16(), weight.bfloat16(), targets)
     run(h, weight, targets, softcap=30.0)
     run(h[:0], weight, targets[:0])
@@ -99,14 +99,14 @@ def test_what_it_does_not_do_is_left_to_trl(monkeypatch):
 
 def test_a_gradient_of_the_entropy_is_refused():
     h, weight, _, targets = case()
-    out = head.LogProbs.apply(h.requires_grad_(), weight, None, targets, 1.0, 300, None, 1.0, ALL)
+    out = lm_head.LogProbs.apply(h.requires_grad_(), weight, None, targets, 1.0, 300, None, 1.0, ALL)
     with pytest.raises(NotImplementedError, match="no gradient of the entropy"):
         out[1].sum().backward()
 
 
 def test_outputs_that_nobody_asked_for_are_none():
     h, weight, _, targets = case()
-    out = head.LogProbs.apply(h, weight, None, targets, 1.0, 300, None, 1.0, ("log_probs",))
+    out = lm_head.LogProbs.apply(h, weight, None, targets, 1.0, 300, None, 1.0, ("log_probs",))
     assert out[0].shape == (7,) and out[1:] == (None,) * 4
 
 
@@ -119,7 +119,7 @@ def test_installed_in_trls_head(tiny_llama, monkeypatch):
     found = []
     for install in (False, True):
         if install:
-            head.install()
+            lm_head.install()
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         utils.add_fused_lm_head(model, outputs=ALL)
         out = model(input_ids=ids, labels=labels, fused_lm_head=True)
@@ -134,7 +134,7 @@ def test_installed_in_trls_head(tiny_llama, monkeypatch):
 def test_an_empty_answer_is_a_differentiable_zero(tiny_llama, monkeypatch):
     for name in ("_use_triton", "_ChunkedLogProbFunction"):
         monkeypatch.setattr(utils, name, getattr(utils, name))
-    head.install()
+    lm_head.install()
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     utils.add_fused_lm_head(model)
     ids = torch.tensor([[5, 6, 7]])

@@ -8,8 +8,72 @@ import struct
 from pathlib import Path
 from typing import Any
 
+
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json
+from rlhf.models import embedded
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a local folder holds a PEFT adapter instead of a whole model."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def base_of(name: str) -> str:
+    """The model itself: an adapter's base, where the name is an adapter's folder."""
+    if not is_adapter(name):
+        return name
+    base = (read_json(Path(name) / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(name) / 'adapter_config.json'} is damaged: it names no base_model_name_or_path")
+    return base
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a local folder holds a sequence classifier, or an adapter for one."""
+    for file, key, mark in (
+        ("adapter_config.json", "task_type", "SEQ_CLS"),
+        ("config.json", "architectures", "SequenceClassification"),
+    ):
+        if (Path(name) / file).is_file():
+            return mark in str((read_json(Path(name) / file) or {}).get(key))
+    return False
+
+
+def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
+    """Check that a model is there before anything loads, and fetch the embedded one.
+
+    Args:
+        name: `embedded:…`, a local folder, or a hub id.
+        asked_by: `recipe:line` where the name was given.
+        made_by: the command that makes this folder, if it is known.
+
+    Returns:
+        A name that `from_pretrained` takes; local folders become absolute, so that adapters find their base later.
+
+    Raises:
+        UserError: a folder without a model, or a hub id that can't be reached.
+    """
+    name = embedded.resolve(name, say)
+    path = Path(name).expanduser()
+    if os.path.isdir(path):
+        check_model_folder(path, asked_by, made_by)
+        return str(path.resolve())
+    if made_by:
+        raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub's client raises a dozen kinds: offline, 404, gated, no config
+        if "trust_remote_code" in str(error):
+            return name
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{asked_by}: '{name}' is no local folder, and could not be loaded from the hub: {reason}"
+        ) from None
+    return name
+
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 

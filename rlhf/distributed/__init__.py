@@ -1,0 +1,1 @@
+"""Processes, what a launch file sets up, and sharded parameters."""

@@ -1,0 +1,1 @@
+"""Models and tokenizers: fetching, loading for training, writing and loading finished ones."""

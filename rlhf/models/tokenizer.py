@@ -1,0 +1,94 @@
+"""Tokenizers: chat templates that end an answer, a pad token of its own, and the token ids of a pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from trl.data_utils import common_prefix_length
+
+from rlhf.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "chat_templates"
+
+
+PAD_CANDIDATES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+
+NEW_PAD_TOKEN = "<|pad|>"
+
+
+PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+
+
+def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False, encoder: bool = False):
+    """A tokenizer with a chat template, and with a pad token that is not its end-of-sequence token.
+
+    Args:
+        name: a model that `locate` returned.
+        chat_template: `alpaca`, `chatml` or a .jinja file; None takes the model's own, or alpaca where it has none.
+        encoder: a BERT-like reward model, whose answers need not end with EOS.
+
+    Raises:
+        UserError: an unknown template, or one that never writes EOS, so that a policy would never learn to stop.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = read_template("alpaca")
+    ensure_pad_token(tokenizer)
+    if not encoder:
+        _check_template_ends(tokenizer)
+    return tokenizer
+
+
+def read_template(name: str) -> str:
+    """The text of a chat template: `alpaca`, `chatml`, or a .jinja file."""
+    path = TEMPLATES / f"{name}.jinja" if "/" not in name and not name.endswith(".jinja") else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        raise UserError(f"chat_template: no template '{name}'; expected {known} or the path of a .jinja file")
+    return path.read_text(encoding="utf-8")
+
+
+def ensure_pad_token(tokenizer) -> None:
+    """Give the tokenizer a dedicated pad token, from its own vocabulary where that has a fitting one.
+
+    With pad = EOS a reward model would read its score one token too early (transformers looks for the last token that
+    is not padding), and collators that mask by token would drop EOS from the labels.
+    """
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    vocabulary = tokenizer.get_vocab()
+    for token in PAD_CANDIDATES:
+        if token in vocabulary and token not in (tokenizer.eos_token, tokenizer.bos_token):
+            tokenizer.pad_token = token
+            return
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD_TOKEN})
+
+
+def _check_template_ends(tokenizer) -> None:
+    prompt = tokenizer.apply_chat_template(PROBE[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(PROBE, return_dict=True)["input_ids"]
+    if tokenizer.eos_token_id not in whole[len(prompt) :]:
+        raise UserError(
+            f"the chat template does not end an answer with the end-of-sequence token {tokenizer.eos_token!r} (it ends "
+            f"with {tokenizer.decode(whole[-2:])!r}), so the model would never learn to stop; set `chat_template` in "
+            "the recipe to one that does"
+        )
+
+
+def tokenize_pair(tokenizer, row: dict[str, Any]) -> dict[str, list[int]]:
+    """Token ids of a canonical pair, exactly as TRL's DPOTrainer cuts them.
+
+    Returns:
+        {"prompt_ids", "chosen_ids", "rejected_ids"}: the prompt ends where the prompt alone and the prompt with an
+        answer begin to differ.
+    """
+    render = lambda messages, **kw: tokenizer.apply_chat_template(messages, return_dict=True, **kw)["input_ids"]  # noqa: E731
+    prompt = render(row["prompt"], add_generation_prompt=True)
+    chosen, rejected = (render(row["prompt"] + row[side]) for side in ("chosen", "rejected"))
+    cut = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+    return {"prompt_ids": prompt[:cut], "chosen_ids": chosen[cut:], "rejected_ids": rejected[cut:]}
