@@ -435,7 +435,7 @@ def report(bench: Bench, args, runs: dict[str, list[dict]], peak: float) -> None
 
 
 def describe(bench: Bench, args, runs, base_name: str, peak: float) -> str:
-    from rlhf.checkpoint import environment
+    from rlhf.runs.provenance import environment
 
     found = environment()
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "transformers", "trl", "peft", "bitsandbytes"))  # fmt: skip

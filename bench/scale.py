@@ -255,7 +255,7 @@ def worker(out: str, *recipes: str) -> None:
 
     import rlhf.run
     from rlhf.__main__ import main as command_line
-    from rlhf.stop import leave
+    from rlhf.runs.stop import leave
     from rlhf.trainer import GlobalBatches
 
     runs, watch = [], watch_collectives()
@@ -582,7 +582,7 @@ def aligned(rows: list[tuple]) -> str:
 
 def header() -> str:
     """When, how, on what and with which versions."""
-    from rlhf.checkpoint import environment
+    from rlhf.runs.provenance import environment
 
     found = environment()
     names = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed")

@@ -9,7 +9,7 @@ import sys
 from rlhf import __version__
 from rlhf.console import ended_bars, plain_bars
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
-from rlhf.stop import OutOfMemory, Stopped, exit_code_stopped, leave
+from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
 Align a language model with human preferences. The stages, in order, each fed by the one before:
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from rlhf.checkpoint import is_disk_trouble
+        from rlhf.files import is_disk_trouble
 
         if any(words in str(error) for words in LOST_PEER):
             rank = os.environ.get("RANK", 0)
@@ -228,7 +228,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         chat(options)
     elif options.command == "status":
-        from rlhf.status import show_statuses
+        from rlhf.runs.status import show_statuses
 
         show_statuses(options.folder)
     elif options.command == "report":
@@ -261,7 +261,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
             f"the recipe comes first: rlhf {options.command} RECIPE.yaml --key value (found {quote(options.recipe)})"
         )
     if options.status:
-        from rlhf.status import print_status
+        from rlhf.runs.status import print_status
 
         return print_status(options.recipe, options.command, rest)
     if options.command == "sft":

@@ -12,8 +12,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf.card import refresh_cards
-from rlhf.checkpoint import begin_run, finish_run, model_digest, open_run
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.console import quiet_libraries
@@ -29,7 +27,10 @@ from rlhf.files import read_json, read_json_lines
 from rlhf.overlap import describe as describe_overlap
 from rlhf.overlap import find_overlap, heading
 from rlhf.prepare import check_finished_models
-from rlhf.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
+from rlhf.runs.card import refresh_cards
+from rlhf.runs.folder import begin_run, finish_run, open_run
+from rlhf.runs.provenance import model_digest
+from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
 from rlhf.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import platform
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from rlhf.errors import UserError
 
 # What PyYAML's constructors raise for a value that has a tag or the look of a type and isn't of it, and for 1,000 levels.
 YAML_ERRORS = (
@@ -43,3 +51,85 @@ def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
 def whole_number(value: Any) -> int | None:
     """A value that is a whole number from 0 on, as int; None else (`"two"`, NaN, true)."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    with open(path, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:  # some file systems sync no folders
+        pass
+    finally:
+        os.close(opened)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether an error says that a disk is full or can't be written to, in whichever library's words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return True
+    words = (
+        "No space left on device",
+        "Read-only file system",
+        "Disk quota exceeded",
+        "file write failed",
+        "unexpected pos",
+    )
+    return any(word in str(error) for word in words)  # safetensors' errors, and those of torch's zip writer
+
+
+class Lock:
+    """An output folder is written by one run at a time; the kernel lets go of it when the process ends, however it does."""
+
+    def __init__(self, folder: Path, where: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / ".lock"
+        self.file = open(self.path, "a+", encoding="utf-8")
+        try:
+            self._take()
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip()
+            self.file.close()
+            raise UserError(
+                f"{where}: output_dir {folder} is being written by another run ({holder}); wait for it, stop it, or give "
+                "--output_dir another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
+        self.file.flush()
+
+    def _take(self, attempts: int = 3) -> None:
+        for left in reversed(range(attempts)):
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:  # `rlhf status` looks whether it is held by holding it for a moment
+                if not left:
+                    raise
+                time.sleep(0.1)
+
+    def release(self) -> None:
+        """Let go of the folder, and remove it if there is nothing else in it."""
+        if not any(p.name != ".lock" for p in self.path.parent.iterdir()):
+            self.path.unlink()
+            self.path.parent.rmdir()
+        self.file.close()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import model_digest
 from rlhf.config.recipe import HARMLESS
 from rlhf.config.stage_config import STAGES, TRAINING_STAGES
 from rlhf.config.yaml_reader import read_flat
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json
-from rlhf.results import describe_models
 from rlhf.runs.metrics import read_metrics
+from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import read_complete, read_recipe
+from rlhf.runs.results import describe_models
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 EVALUATED = ("sft_model", "reward_model", "dpo_model", "base_model")

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checkpoint import Run, check_disk
 from rlhf.checks import bytes_needed, check_length, check_merge
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe, load_recipe
@@ -18,8 +17,9 @@ from rlhf.console import quiet_libraries
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.models.embedded import is_fetched
+from rlhf.runs.folder import Run, check_disk
+from rlhf.runs.stop import Stopper
 from rlhf.stage import Context, Stage, StageData, maker_of, waits_for
-from rlhf.stop import Stopper
 
 STILL_TO_WRITE = "what is still to be written (a checkpoint beside the last one, and the finished model)"
 

@@ -31,7 +31,7 @@ import torch
 from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.sharding import whole_parameter
 from rlhf.models.embedded import cache_dir
-from rlhf.stop import Stopped, Stopper
+from rlhf.runs.stop import Stopped, Stopper
 
 FORMAT = 2  # part of every key: raise it when what is computed changes
 MAX_TOKENS = 4096  # of a forward pass

@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.card import hyper_parameters
-from rlhf.command import is_complete, shell_line
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
 from rlhf.data.formats import preference_rows
@@ -37,7 +35,9 @@ from rlhf.finished_runs import (
 )
 from rlhf.overlap import heading
 from rlhf.plots import PLOTS, draw, ties_note
-from rlhf.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
+from rlhf.runs.card import hyper_parameters
+from rlhf.runs.command import is_complete, shell_line
+from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
 
 
 def write_report(target: str, output: str | None = None) -> Path:

@@ -14,19 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import prepare
-from rlhf.card import write_card
-from rlhf.checkpoint import (
-    Lock,
-    Run,
-    begin_run,
-    check_disk,
-    finish_run,
-    fresh_folder,
-    model_digest,
-    newest_checkpoint,
-    open_run,
-    read_manifest,
-)
 from rlhf.checks import check_devices, check_extras, on_cpu
 from rlhf.config.build import build_configs, is_flash
 from rlhf.config.recipe import Recipe, load_recipe
@@ -36,12 +23,17 @@ from rlhf.data.reading import write_skipped
 from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.topology import check_layout, layout_of_environment, layout_of_file
 from rlhf.errors import RankFailed, UserError
+from rlhf.files import Lock
 from rlhf.models.counts import count_parameters
 from rlhf.models.folder import check_model_folder
 from rlhf.prepare import Prepared
+from rlhf.runs.card import write_card
+from rlhf.runs.checkpoints import newest_checkpoint, read_manifest
+from rlhf.runs.folder import Run, begin_run, check_disk, finish_run, fresh_folder, open_run
 from rlhf.runs.metrics import add_callbacks
+from rlhf.runs.provenance import model_digest
+from rlhf.runs.stop import OutOfMemory, Stopper, watch
 from rlhf.stage import Context, Stage, StageData, maker_of, read_data, waits_for
-from rlhf.stop import OutOfMemory, Stopper, watch
 
 
 def run_stage(
@@ -102,8 +94,8 @@ def _train(
     import torch
 
     from rlhf.models.folder import locate
-    from rlhf.portable import PortableState
-    from rlhf.saving import Safety, end_if_stopped
+    from rlhf.runs.checkpointing import Safety, end_if_stopped
+    from rlhf.runs.portable import PortableState
 
     configs = args, model_args, stage_args = build_configs(recipe)
     check_devices(args, recipe)
@@ -256,7 +248,7 @@ def take_over(run: Run, where: str, layout: dict[str, Any]) -> tuple[str | None,
 
 def check_readable(checkpoint: str, layout: dict[str, Any]) -> bool:
     """Refuse a checkpoint that another engine has split; returns whether its state is in one piece, which any engine reads."""
-    from rlhf.portable import is_portable
+    from rlhf.runs.portable import is_portable
 
     manifest = read_manifest(Path(checkpoint)) or {}
     if is_portable(manifest.get("files", {})):

@@ -17,7 +17,7 @@ from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
 from rlhf.errors import UserError
 from rlhf.runs.records import read_recipe
-from rlhf.stop import Stopper
+from rlhf.runs.stop import Stopper
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlhf.batching import split_batch, step_examples
-from rlhf.saving import SafeRuns
+from rlhf.runs.checkpointing import SafeRuns
 from rlhf.throughput import flops_per_token, peak_flops
 
 # What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).

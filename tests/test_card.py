@@ -10,9 +10,19 @@ import pytest
 import yaml
 
 from rlhf.__main__ import main
-from rlhf.card import ancestors, card_text, front_matter, hub_id, is_ours, licence_of, method, public, refresh_cards
 from rlhf.models.counts import count_parameters
 from rlhf.models.embedded import NAME
+from rlhf.runs.card import (
+    ancestors,
+    card_text,
+    front_matter,
+    hub_id,
+    is_ours,
+    licence_of,
+    method,
+    public,
+    refresh_cards,
+)
 
 KINDS = {
     "policy": ("sft", {}),
@@ -167,7 +177,7 @@ def evaluated(tmp_path):
     summary = {"steps": 1, "train_examples": 2, "first_loss": 2.0, "last_loss": 1.0, "weights_sha256": "s"}
     (run / "complete.json").write_text(json.dumps(summary))
     (evaluation / "recipe.yaml").write_text("dataset_name: embedded:sample\ndataset_test_split: heldout\n")
-    from rlhf.card import write_card
+    from rlhf.runs.card import write_card
 
     write_card(run, summary)
     policy = {"chosen_loss": 2.0, "prefers_chosen": {}, "prefers_chosen_per_token": {}}

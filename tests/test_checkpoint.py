@@ -15,26 +15,19 @@ import pytest
 import yaml
 
 from rlhf import __version__
-from rlhf.checkpoint import (
-    Lock,
-    begin_run,
-    check_disk,
+from rlhf.config.recipe import HARMLESS, Recipe
+from rlhf.errors import UserError
+from rlhf.files import Lock, is_disk_trouble
+from rlhf.runs.checkpoints import (
     checkpoint_damage,
     digest_files,
-    finish_run,
-    fresh_folder,
-    git_commit,
-    hardware,
-    is_disk_trouble,
-    model_digest,
     newest_checkpoint,
-    open_run,
     place_checkpoint,
     remove_checkpoint,
     rotate_checkpoints,
 )
-from rlhf.config.recipe import HARMLESS, Recipe
-from rlhf.errors import UserError
+from rlhf.runs.folder import begin_run, check_disk, finish_run, fresh_folder, open_run
+from rlhf.runs.provenance import git_commit, hardware, model_digest
 
 LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
@@ -372,7 +365,7 @@ def test_two_runs_cannot_write_one_folder(tmp_path):
 
 
 def test_a_dead_run_holds_no_lock(tmp_path):
-    code = f"from pathlib import Path; from rlhf.checkpoint import Lock; l = Lock(Path({str(tmp_path)!r}), ''); import os; os.kill(os.getpid(), 9)"
+    code = f"from pathlib import Path; from rlhf.files import Lock; l = Lock(Path({str(tmp_path)!r}), ''); import os; os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert (tmp_path / ".lock").exists()
     Lock(tmp_path, "").release()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.command import LAUNCH_FILE, command_of, is_complete, launcher_of, launcher_words, shell_line
 from rlhf.config.recipe import Recipe
+from rlhf.runs.command import LAUNCH_FILE, command_of, is_complete, launcher_of, launcher_words, shell_line
 
 RECIPE = Recipe("sft", "my recipes/sft.yaml", {"beta": 0.1, "run_name": "it's"}, {"beta": 3, "run_name": None})
 ACCELERATE = ["accelerate", "launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2"]
@@ -81,7 +81,7 @@ def test_what_an_older_version_recorded_is_put_right():
 
 def test_a_real_parent_is_read(tmp_path):
     """A process named as accelerate's launcher is starts one that asks for it."""
-    child = "from rlhf.command import launcher_of; print(launcher_of())"
+    child = "from rlhf.runs.command import launcher_of; print(launcher_of())"
     (tmp_path / "accelerate").write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])\n")
     command = [sys.executable, str(tmp_path / "accelerate"), *ACCELERATE[1:], *STARTED]
     done = subprocess.run(

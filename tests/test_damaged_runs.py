@@ -7,17 +7,19 @@ import struct
 import pytest
 import yaml
 
-from rlhf.checkpoint import checkpoint_damage, fresh_folder, model_digest, newest_checkpoint, open_run
 from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config.recipe import Recipe
 from rlhf.errors import UserError
 from rlhf.files import read_json
 from rlhf.models import embedded
 from rlhf.models.folder import check_model_folder
+from rlhf.runs.checkpoints import checkpoint_damage, newest_checkpoint
+from rlhf.runs.folder import fresh_folder, open_run
 from rlhf.runs.metrics import read_metrics
+from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import read_recipe
+from rlhf.runs.status import status_of_folder, statuses
 from rlhf.stage import maker_of
-from rlhf.status import status_of_folder, statuses
 
 INPUTS = {"dataset_name": "d" * 64}
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from rlhf.checkpoint import refuse_other_run
 from rlhf.config.defaults import defaults, describe, effective
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
 from rlhf.errors import UserError
+from rlhf.runs.folder import refuse_other_run
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rlhf.runs.metrics import read_metrics
-from rlhf.stop import EXIT_STOPPED
+from rlhf.runs.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
 TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "global_batch_size": 2, "save_steps": 1}  # fmt: skip

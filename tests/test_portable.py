@@ -9,10 +9,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import rlhf.portable
+import rlhf.runs.portable
 from rlhf.__main__ import main
 from rlhf.runs.metrics import read_metrics
-from rlhf.stop import EXIT_STOPPED
+from rlhf.runs.stop import EXIT_STOPPED
 
 
 @pytest.fixture

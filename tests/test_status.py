@@ -8,8 +8,9 @@ import time
 import pytest
 
 from rlhf.__main__ import main
-from rlhf.checkpoint import Lock, place_checkpoint
-from rlhf.stop import Stopper
+from rlhf.files import Lock
+from rlhf.runs.checkpoints import place_checkpoint
+from rlhf.runs.stop import Stopper
 
 
 def add_checkpoint(folder, step, of):

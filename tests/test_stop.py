@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from rlhf.__main__ import main
 from rlhf.runs.metrics import read_metrics
-from rlhf.stop import EXIT_STOPPED, SAME_INTERRUPT_S, Stopper
+from rlhf.runs.stop import EXIT_STOPPED, SAME_INTERRUPT_S, Stopper
 
 ROOT = Path(__file__).parent.parent
 
@@ -235,7 +235,7 @@ def test_fresh_begins_in_a_new_folder(recipe, tiny_llama, few_pairs, tmp_path, c
 
 
 def test_the_watchdog_ends_a_process_that_hangs_and_shows_where():
-    code = "import time; from rlhf.stop import watch; watch(60); watch(0.5)\ndef hang(): time.sleep(60)\nhang()"
+    code = "import time; from rlhf.runs.stop import watch; watch(60); watch(0.5)\ndef hang(): time.sleep(60)\nhang()"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and time.monotonic() - started < 30
@@ -243,7 +243,7 @@ def test_the_watchdog_ends_a_process_that_hangs_and_shows_where():
 
 
 def test_the_watchdog_can_be_called_off():
-    code = "import time; from rlhf.stop import watch; watch(0.3); watch(None); time.sleep(0.6); print('alive')"
+    code = "import time; from rlhf.runs.stop import watch; watch(0.3); watch(None); time.sleep(0.6); print('alive')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "alive\n"
 
 
@@ -282,7 +282,7 @@ def test_one_of_several_processes_leaves_without_a_tear_down(processes, tmp_path
     file = tmp_path / "worker.py"
     file.write_text(
         "import atexit, ctypes, os, sys, torch\n"
-        "from rlhf.stop import leave\n"
+        "from rlhf.runs.stop import leave\n"
         "rank, processes = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n"
         "if processes > 1:\n"
         "    torch.distributed.init_process_group('gloo', f'file://{sys.argv[1]}', rank=rank, world_size=processes)\n"

@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json
 from rlhf.models import embedded

@@ -21,11 +21,11 @@ from typing import Any
 import psutil
 import torch
 
-from rlhf.checkpoint import environment
 from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
 from rlhf.distributed.topology import Layout
 from rlhf.models.embedded import NAME, PREFIX, cache_dir
+from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_recipe
 from rlhf.stage import maker_of
 

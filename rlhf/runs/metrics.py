@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import write_file
 from rlhf.console import log_line, metrics, seconds_left, training_bar
-from rlhf.files import read_json_lines, whole_number
+from rlhf.files import read_json_lines, whole_number, write_file
 
 
 def add_callbacks(trainer, run_folder: Path, title: str) -> None:

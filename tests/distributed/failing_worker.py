@@ -7,10 +7,13 @@ is loaded again; `provenance` makes the first file of the run unwritable.
 import sys
 from pathlib import Path
 
-import rlhf.checkpoint
+import rlhf.files
 import rlhf.models.finished
+import rlhf.runs.checkpoints
+import rlhf.runs.folder
+import rlhf.runs.provenance
 from rlhf.__main__ import main
-from rlhf.stop import leave
+from rlhf.runs.stop import leave
 
 
 def full_disk():

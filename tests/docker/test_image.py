@@ -13,7 +13,7 @@ from engine import ROOT, Docker, client, until
 from safetensors.torch import load_file
 
 from rlhf.runs.metrics import read_metrics
-from rlhf.stop import EXIT_STOPPED
+from rlhf.runs.stop import EXIT_STOPPED
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("docker")]
 STEPS = 60

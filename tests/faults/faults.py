@@ -212,7 +212,7 @@ def freeze_one(job: Job, dice: random.Random) -> str:
 
 def kill_while_saving(job: Job, dice: random.Random) -> str:
     """kill -9 in a save that was slowed down: while files are written, summed up, or given their name."""
-    from rlhf import saving
+    from rlhf.runs import checkpointing as saving
 
     place = dice.choice(["digest_files", "place_checkpoint", "rotate_checkpoints"])
 

@@ -69,8 +69,8 @@ def import_all() -> None:
     import rlhf.report
     import rlhf.reward
     import rlhf.run
+    import rlhf.runs.status
     import rlhf.sft
-    import rlhf.status
 
     gc.freeze()  # or each child's first collection copies all of it
     for stage in ("sft", "reward", "dpo"):

@@ -27,7 +27,9 @@ def case(tokens=7, hidden=12, vocabulary=700, bias=False, seed=0):
 def test_by_hand():
     """Logits (0, ln 2, ln 5): probabilities 1/8, 2/8, 5/8."""
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    found = lm_head.log_prob_statistics(torch.tensor([[1.0]]), weight, None, torch.tensor([1]), 1.0, True, log_sum_sq=True)
+    found = lm_head.log_prob_statistics(
+        torch.tensor([[1.0]]), weight, None, torch.tensor([1]), 1.0, True, log_sum_sq=True
+    )
     assert found["log_probs"].item() == pytest.approx(math.log(2 / 8))
     entropy = -(math.log(1 / 8) / 8 + 2 * math.log(2 / 8) / 8 + 5 * math.log(5 / 8) / 8)
     assert found["entropy"].item() == pytest.approx(entropy)

@@ -17,21 +17,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from rlhf.card import write_card
-from rlhf.checkpoint import (
-    digest_files,
-    is_disk_trouble,
-    newest_checkpoint,
-    place_checkpoint,
-    read_manifest,
-    rotate_checkpoints,
-    sync_file,
-    write_file,
-)
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
-from rlhf.portable import PortableState, save_portable
-from rlhf.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
+from rlhf.files import is_disk_trouble, sync_file, write_file
+from rlhf.runs.card import write_card
+from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
+from rlhf.runs.portable import PortableState, save_portable
+from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 
 @dataclass

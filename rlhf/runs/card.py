@@ -14,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from rlhf.checkpoint import write_file
-from rlhf.command import TOKEN, shell_line
-from rlhf.files import read_json
+from rlhf.files import read_json, write_file
 from rlhf.models import embedded
-from rlhf.results import COLUMNS, cut_sentence, judge_sentence, part_about, table_rows, what_got_worse
+from rlhf.runs.command import TOKEN, shell_line
 from rlhf.runs.metrics import read_metrics
+from rlhf.runs.results import COLUMNS, cut_sentence, judge_sentence, part_about, table_rows, what_got_worse
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -7,14 +7,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checkpoint import newest_checkpoint, refuse_other_run
 from rlhf.config.recipe import load_recipe
 from rlhf.config.stage_config import STAGES
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json, whole_number
+from rlhf.runs.checkpoints import newest_checkpoint
+from rlhf.runs.folder import refuse_other_run
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.records import read_complete
-from rlhf.stop import EXIT_STOPPED
+from rlhf.runs.stop import EXIT_STOPPED
 
 UNKNOWN = "?"  # a stage whose name can't be read
 COMPLETE, STOPPED, INTERRUPTED, NOT_BEGUN, RUNNING = "complete", "stopped", "interrupted", "not begun", "running"

@@ -1,0 +1,124 @@
+"""Checkpoints on disk: atomic (a manifest of sizes and checksums, then a rename), verified before they are resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import quote
+from rlhf.files import sync_folder, read_json, whole_number, write_file
+from rlhf.runs.records import checkpoints
+
+MANIFEST = "whole.json"
+
+
+def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]:
+    """`{name: [bytes, sha256]}` of a checkpoint's files, each brought to the disk; of every `parts`-th one from `part`."""
+    found = {}
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)[part::parts]:
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            os.fsync(opened.fileno())
+        found[str(file.relative_to(folder))] = [file.stat().st_size, digest]
+    return found
+
+
+def place_checkpoint(partial: Path, folder: Path, files: dict[str, list], **more: Any) -> None:
+    """Write the manifest of a checkpoint that is on the disk, and give it its name: from now on it may be resumed.
+
+    Args:
+        partial: where its files are.
+        folder: where it belongs (`checkpoint-N`); one that is there already is replaced.
+        files: of `digest_files`.
+        more: what else the manifest tells (processes, layout, ...).
+    """
+    write_file(partial / MANIFEST, json.dumps({"files": files, **more}) + "\n")
+    for directory in {partial, *(f.parent for f in partial.rglob("*"))}:
+        sync_folder(directory)
+    if folder.exists():
+        remove_checkpoint(folder)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves nothing that looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def rotate_checkpoints(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Delete all whole checkpoints but the newest `keep` and the best one, and what a kill has left half-written."""
+    numbered = checkpoints(folder)
+    whole = [step for step in sorted(numbered) if (numbered[step] / MANIFEST).is_file()]
+    old = whole[: -max(keep, 1)] if keep else []
+    for step, path in numbered.items():
+        if (step in old or (whole and step not in whole)) and str(path) != best:
+            remove_checkpoint(path)
+
+
+def newest_checkpoint(folder: Path, verify: bool = False, tell=lambda text: None) -> str | None:
+    """The checkpoint of the highest step whose files are all there in their size, or None.
+
+    Args:
+        verify: read all files and compare their checksums too.
+        tell: is called with a sentence about each checkpoint that is passed over.
+    """
+    for _, path in sorted(checkpoints(folder).items(), reverse=True):
+        damage = checkpoint_damage(path, verify)
+        if not damage:
+            return str(path)
+        tell(f"{path} is damaged and not used: {damage}")
+    return None
+
+
+def checkpoint_damage(folder: Path, verify: bool = False) -> str:
+    """What is wrong with a checkpoint; '' if nothing is."""
+    manifest = read_manifest(folder)
+    files = (manifest or {}).get("files")
+    if manifest is None or not isinstance(files, dict) or not files:
+        return "it was never finished (no manifest that can be read)"
+    if not _is_layout(manifest.get("layout")):
+        return f"its manifest says layout: {quote(manifest['layout'])}"
+    for name, noted in files.items():
+        damage = _file_damage(folder, name, noted, verify)
+        if damage:
+            return damage
+    return ""
+
+
+def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
+    size, digest = (
+        noted if isinstance(noted, list) and len(noted) == 2 else (noted, None)
+    )  # before there were checksums
+    if whole_number(size) is None or not isinstance(digest, str | None):
+        return f"its manifest says {quote(noted)} of {quote(name)}, expected size and sha256"
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return f"its manifest names {quote(name)}, a file outside of it"
+    path = folder / name
+    if not os.path.isfile(path):
+        return f"{quote(name)[1:-1]} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    if verify and digest:
+        with open(path, "rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
+                return f"the content of {name} is not what was written (sha256)"
+    return ""
+
+
+def _is_layout(layout: Any) -> bool:
+    """Whether this is what `Layout.record` gives; also None, of before it was recorded."""
+    if layout is None:
+        return True
+    texts = isinstance(layout, dict) and all(isinstance(layout.get(key), str) for key in ("engine", "split"))
+    return texts and whole_number(layout.get("processes")) is not None
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's manifest says."""
+    return read_json(Path(folder) / MANIFEST)

@@ -1,0 +1,78 @@
+"""What a run is made of: versions, hardware, git commit, digests of the models that go in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf import __version__
+from rlhf.errors import UserError
+from rlhf.models import embedded
+from rlhf.runs.records import look_at_complete
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes")
+
+
+def model_digest(name: str) -> str:
+    """What a model is, as a short text, so that a stage notices that its input model was trained anew.
+
+    The sha256 of the embedded model, or the one that the model's own run recorded; for other folders the names and sizes
+    of their weight files; a hub id as it is (its commit is in provenance.json).
+    """
+    if name == embedded.NAME:
+        return embedded.GGUF_SHA256
+    folder = Path(name)
+    if not os.path.isdir(folder):
+        return name
+    summary, damage = look_at_complete(folder)
+    if damage:
+        raise UserError(
+            f"{folder / 'complete.json'} is damaged ({damage}), so it can't be told which model this is; if the weights beside it "
+            "are right, remove that file, else write or copy the model again"
+        )
+    recorded = (summary or {}).get("weights_sha256")
+    weights = [w for w in sorted(folder.glob("*.safetensors")) if os.path.isfile(w)]  # not links to what is gone
+    return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in weights)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and hardware of this process."""
+    versions = {"rlhf-dpo": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "git_commit": git_commit(), "hardware": hardware()}
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree this package runs from, with `+changes` if it is not clean; None outside of git.
+
+    An image has no git: there RLHF_GIT_COMMIT tells it.
+    """
+    if os.environ.get("RLHF_GIT_COMMIT"):
+        return os.environ["RLHF_GIT_COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def hardware() -> dict[str, Any]:
+    """Host, cores, memory and GPUs (GPUs only if torch is loaded already)."""
+    found: dict[str, Any] = {"host": platform.node(), "cpus": os.cpu_count(), "platform": platform.platform()}
+    if hasattr(os, "sysconf"):
+        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+    return found
