@@ -237,7 +237,7 @@ def load_context(bench: Bench, args):
     from rlhf.config.recipe import load_recipe
     from rlhf.console import quiet_libraries
     from rlhf.models.folder import locate
-    from rlhf.stage import Context, read_data
+    from rlhf.training.stage import Context, read_data
 
     quiet_libraries()
     scratch = Path(args.folder) / f"cache-{args.worker}-{os.getpid()}"  # nothing is found from an earlier round

@@ -9,7 +9,7 @@ import dataclasses
 
 import compare
 
-from rlhf.dpo import DPO as STAGE
+from rlhf.training.dpo import DPO as STAGE
 
 VARIANTS = {
     "trl": "TRL's DPOTrainer as people run it, a reference pass in every step",

@@ -7,7 +7,7 @@ import dataclasses
 
 import compare
 
-from rlhf.reward import REWARD as STAGE
+from rlhf.training.reward import REWARD as STAGE
 
 VARIANTS = {
     "trl": "TRL's RewardTrainer",

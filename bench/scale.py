@@ -253,13 +253,13 @@ def worker(out: str, *recipes: str) -> None:
     """
     import accelerate
 
-    import rlhf.run
+    import rlhf.training.run
     from rlhf.__main__ import main as command_line
     from rlhf.runs.stop import leave
-    from rlhf.trainer import GlobalBatches
+    from rlhf.training.trainer import GlobalBatches
 
     runs, watch = [], watch_collectives()
-    training_step, train = GlobalBatches.training_step, rlhf.run.train_or_restore
+    training_step, train = GlobalBatches.training_step, rlhf.training.run.train_or_restore
     end_training = accelerate.Accelerator.end_training
 
     def repeat_micro_batch(self, model, inputs, *rest):
@@ -271,7 +271,7 @@ def worker(out: str, *recipes: str) -> None:
         trainer.add_callback(note_taker(watch, runs))
         train(trainer, run)
 
-    GlobalBatches.training_step, rlhf.run.train_or_restore = repeat_micro_batch, train_with_notes
+    GlobalBatches.training_step, rlhf.training.run.train_or_restore = repeat_micro_batch, train_with_notes
     for recipe in recipes:  # the processes stay connected until the last
         accelerate.Accelerator.end_training = end_training if recipe == recipes[-1] else lambda self: None
         assert command_line(["dpo", recipe]) == 0
@@ -363,7 +363,7 @@ a prompt with its answer (SmolLM2's tokenizer); {mean:.0f} on average, the promp
 computes over what each would if a step's packed tokens were shared out evenly; mean of 50 steps, each drawn anew (with
 replacement where the pairs are too few: "replaced"). Tokens, not time: attention grows faster than a pair's length.
 
-- balanced: rlhf.batching.split_batch, one micro-batch; it takes {found["split_s"] * 1e3:.0f} ms for the last line
+- balanced: rlhf.training.batching.split_batch, one micro-batch; it takes {found["split_s"] * 1e3:.0f} ms for the last line
 - at best: what no split is below, because a pair stays whole: the longest pair over the mean, or 1
 - in order: the same number of pairs for each process; packed in the same way, or padded to the process's longest
   answer, with the prompt twice, as TRL does
@@ -381,7 +381,7 @@ def read_lengths(data: str) -> list[tuple[int, int]]:
     from rlhf.data.sources import Source, load_source
     from rlhf.models.embedded import NAME, resolve
     from rlhf.models.tokenizer import tokenize_pair
-    from rlhf.trainer import count_tokens
+    from rlhf.training.trainer import count_tokens
 
     tokenizer, lengths = AutoTokenizer.from_pretrained(resolve(NAME)), []
     rows = map(json.loads, gzip.open(data, "rt", encoding="utf-8")) if data.endswith(".gz") else load_source(data).rows
@@ -407,7 +407,7 @@ def simulate(pairs: list[tuple[int, int]], processes: int, each: int, steps: int
         {"balanced", "in_order", "padded"}: tokens of the fullest process over the mean of the packed tokens, ideally 1;
         {"bound"}: what no split is below; {"split_s"}: seconds of the last split_batch.
     """
-    from rlhf.batching import split_batch
+    from rlhf.training.batching import split_batch
 
     draw, lengths = np.random.default_rng(0), np.array(pairs)
     found = {"balanced": [], "bound": [], "in_order": [], "padded": []}

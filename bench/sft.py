@@ -5,7 +5,7 @@ python bench/sft.py --data pairs.jsonl             SmolLM2-135M, LoRA, fp32, the
 
 import compare
 
-from rlhf.sft import SFT as STAGE
+from rlhf.training.sft import SFT as STAGE
 
 VARIANTS = {
     "trl": "TRL's SFTTrainer, padded batches",

@@ -265,17 +265,17 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         return print_status(options.recipe, options.command, rest)
     if options.command == "sft":
-        from rlhf.sft import SFT as stage
+        from rlhf.training.sft import SFT as stage
     elif options.command == "reward":
-        from rlhf.reward import REWARD as stage
+        from rlhf.training.reward import REWARD as stage
     elif options.command == "dpo":
-        from rlhf.dpo import DPO as stage
+        from rlhf.training.dpo import DPO as stage
     else:
         from rlhf.evaluate import evaluate
 
         evaluate(options.recipe, rest, options.check)
         return None
-    from rlhf.run import run_stage
+    from rlhf.training.run import run_stage
 
     if options.launch and not options.check:
         raise UserError(

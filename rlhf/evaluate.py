@@ -26,12 +26,12 @@ from rlhf.errors import UserError
 from rlhf.files import read_json, read_json_lines
 from rlhf.overlap import describe as describe_overlap
 from rlhf.overlap import find_overlap, heading
-from rlhf.prepare import check_finished_models
 from rlhf.runs.card import refresh_cards
 from rlhf.runs.folder import begin_run, finish_run, open_run
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
-from rlhf.stage import maker_of, waits_for
+from rlhf.training.plan import check_finished_models
+from rlhf.training.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
 Z_95 = 1.959964

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.batching import split_batch, step_examples
+from rlhf.training.batching import split_batch, step_examples
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 

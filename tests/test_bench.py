@@ -12,7 +12,7 @@ import pytest
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
 from rlhf.packing import packing_mode
-from rlhf.stage import Context, read_data
+from rlhf.training.stage import Context, read_data
 
 ROOT = Path(__file__).parent.parent
 CASES = [("dpo", ["--variants", "trl", "shared"])] + [
@@ -85,10 +85,10 @@ def test_a_lost_argument_publishes_no_number(context, monkeypatch, tmp_path):
 
 
 def test_a_reference_that_took_no_time_publishes_no_number(context, monkeypatch):
-    import rlhf.dpo
+    import rlhf.training.dpo
 
     bench, compare = bench_module("dpo", monkeypatch), bench_module("compare", monkeypatch)
-    trainer_class = rlhf.dpo.trainer_class
+    trainer_class = rlhf.training.dpo.trainer_class
 
     def without_clock(context):
         return type(

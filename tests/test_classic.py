@@ -63,8 +63,8 @@ def test_eos_is_in_the_labels_of_every_alpaca_row(tiny_gpt2, alpaca, tmp_path):
     """What SFT trains on: the prompt masked, the answer and its end not."""
     from rlhf.config.build import build_configs
     from rlhf.config.recipe import load_recipe
-    from rlhf.sft import SFT, build
-    from rlhf.stage import Context, read_data
+    from rlhf.training.sft import SFT, build
+    from rlhf.training.stage import Context, read_data
 
     flags = ["--model_name_or_path", tiny_gpt2, "--dataset_name", alpaca, "--output_dir", str(tmp_path / "o")]
     recipe = load_recipe(str(RECIPES / "sft.yaml"), "sft", flags)

@@ -7,7 +7,6 @@ import struct
 import pytest
 import yaml
 
-from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config.recipe import Recipe
 from rlhf.errors import UserError
 from rlhf.files import read_json
@@ -19,7 +18,8 @@ from rlhf.runs.metrics import read_metrics
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import read_recipe
 from rlhf.runs.status import status_of_folder, statuses
-from rlhf.stage import maker_of
+from rlhf.training.checks import bytes_needed, refuse_damaged
+from rlhf.training.stage import maker_of
 
 INPUTS = {"dataset_name": "d" * 64}
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -131,8 +131,8 @@ def test_check_takes_a_launch_file(recipe, tiny_llama, few_pairs, tmp_path, caps
 
 
 def test_what_is_missing_is_installed_for_the_python_in_use(monkeypatch):
-    from rlhf.checks import check_extras
     from rlhf.errors import pip_install
+    from rlhf.training.checks import check_extras
 
     monkeypatch.setattr(sys, "executable", "/my env/bin/python")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

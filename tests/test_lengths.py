@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.data.summary import Count
-from rlhf.lengths import CutReport, answers_cut, line
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
+from rlhf.training.lengths import CutReport, answers_cut, line
 
 
 def pair(prompt, chosen, rejected, place):

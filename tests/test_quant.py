@@ -107,7 +107,7 @@ def test_bias_by_hand():
     """Two pairs: answers off by 1, 2, 0 and 4 nats, so margins by 1 - 2 = -1 and 0 - 4 = -4."""
     import numpy as np
 
-    from rlhf.reference import bias_of
+    from rlhf.training.reference import bias_of
 
     exact = np.array([[-10.0, -20.0], [-30.0, -40.0]])
     quantised = exact + np.array([[1.0, 2.0], [0.0, 4.0]])

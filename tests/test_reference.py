@@ -17,12 +17,12 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from rlhf import reference
 from rlhf.__main__ import main
 from rlhf.data.sources import SAMPLE_DIR
-from rlhf.reference import Shards, add_reference_logps, decode, encode, pair_key, reference_key, token_batches
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import Stopped, Stopper
+from rlhf.training import reference
+from rlhf.training.reference import Shards, add_reference_logps, decode, encode, pair_key, reference_key, token_batches
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 ROW = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [3, 6]}

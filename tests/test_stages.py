@@ -140,8 +140,8 @@ def first_batch_rows(recipe_file, rows, tokenizer):
 def test_dpo_with_another_reference_is_stopped(sft_model, tiny_llama, recipe, few_pairs, tmp_path):
     from datasets import Dataset
 
-    from rlhf.dpo import trainer_class
-    from rlhf.stage import Context
+    from rlhf.training.dpo import trainer_class
+    from rlhf.training.stage import Context
 
     file = recipe(
         "dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), reference="online"

@@ -12,13 +12,13 @@ from trl.trainer.utils import add_fused_lm_head
 from rlhf.__main__ import main
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
-from rlhf.dpo import DPO
 from rlhf.errors import UserError
 from rlhf.models.loading import load_nf4
 from rlhf.models.precision import compute_dtype
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stage import Context, read_data
-from rlhf.start import Start, check_start, expected_loss, other_shape, refuse_wrong_start, starts
+from rlhf.training.dpo import DPO
+from rlhf.training.stage import Context, read_data
+from rlhf.training.start_check import Start, check_start, expected_loss, other_shape, refuse_wrong_start, starts
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -79,7 +79,7 @@ def test_noise_of_the_dtype_passes_in_that_dtype(
     dtype, values, code, recipe, llama_64, few_pairs, tmp_path, monkeypatch, capsys
 ):
     """A cache from kernels that round otherwise, by 0.2 nats an answer: bf16's noise, and another model in fp32."""
-    from rlhf import reference
+    from rlhf.training import reference
 
     if values.get("load_in_4bit"):
         pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")

@@ -64,7 +64,7 @@ def stop_when(monkeypatch, event, step, ask):
     """Let `ask()` be called when the trainer comes to `event` of a step."""
     from transformers import TrainerCallback
 
-    from rlhf import run
+    from rlhf.training import run
 
     add_callbacks = run.add_callbacks
 
@@ -117,7 +117,7 @@ def test_stopped_and_gone_on(event, recipe, tiny_llama, few_pairs, tmp_path, mon
 
 def test_stopped_while_the_reference_is_computed(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
     """What is done by then is in the cache."""
-    from rlhf import reference
+    from rlhf.training import reference
 
     monkeypatch.setattr(reference, "MAX_TOKENS", 600)
     forward = reference.forward_logps

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.throughput import flops_per_token, num_weights, peak_flops
+from rlhf.training.throughput import flops_per_token, num_weights, peak_flops
 
 
 def test_flops_by_hand(tiny_llama, tiny_distilbert):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from rlhf.__main__ import main
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
 from rlhf.runs.metrics import read_metrics
-from rlhf.trainer import count_tokens
+from rlhf.training.trainer import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}
@@ -90,7 +90,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(recipe, tiny_llama, few_pairs, 
     """Stopped after step 4 (the first of the second epoch), gone on to 6: as if nothing had been."""
     from transformers import TrainerCallback
 
-    from rlhf import run
+    from rlhf.training import run
 
     values = dict(global_batch_size=5, max_tokens_per_device=520, max_steps=6, save_strategy="steps", save_steps=1)
     whole = train(recipe, "dpo", tmp_path, "whole", tiny_llama, few_pairs, **values)

@@ -14,7 +14,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from rlhf.checks import bytes_needed, refuse_damaged
 from rlhf.config.recipe import Recipe, load_recipe, stage_of
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.distributed.processes import is_main, say
@@ -40,7 +39,8 @@ from rlhf.preflight.probes import (
 )
 from rlhf.preflight.ranks import Ranks, who
 from rlhf.runs.checkpoints import newest_checkpoint
-from rlhf.stage import maker_of
+from rlhf.training.checks import bytes_needed, refuse_damaged
+from rlhf.training.stage import maker_of
 
 WRITE_BYTES = 64 << 20
 

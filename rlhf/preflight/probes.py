@@ -27,7 +27,7 @@ from rlhf.distributed.topology import Layout
 from rlhf.models.embedded import NAME, PREFIX, cache_dir
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_recipe
-from rlhf.stage import maker_of
+from rlhf.training.stage import maker_of
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")

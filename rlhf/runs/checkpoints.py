@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import quote
-from rlhf.files import sync_folder, read_json, whole_number, write_file
+from rlhf.files import read_json, sync_folder, whole_number, write_file
 from rlhf.runs.records import checkpoints
 
 MANIFEST = "whole.json"

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from rlhf.console import duration
 from rlhf.errors import UserError, quote
 from rlhf.files import YAML_ERRORS
 
@@ -94,3 +95,10 @@ def read_complete(folder: Path) -> dict[str, Any] | None:
         f"{folder / 'complete.json'} is damaged ({damage}), so it can't be told whether the model beside it is finished; "
         f"nothing was changed: move the file away to let {resume}, or give --fresh to train in a new folder"
     )
+
+
+def describe_complete(summary: dict[str, Any]) -> str:
+    """Steps, losses and time of a finished run, on one line."""
+    losses = [summary.get("first_loss"), summary.get("last_loss")]
+    arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
+    return f"{summary.get('steps', '?')} steps, training loss {arrow or '?'}, {duration(summary.get('seconds', 0))}"

@@ -7,11 +7,7 @@ is loaded again; `provenance` makes the first file of the run unwritable.
 import sys
 from pathlib import Path
 
-import rlhf.files
 import rlhf.models.finished
-import rlhf.runs.checkpoints
-import rlhf.runs.folder
-import rlhf.runs.provenance
 from rlhf.__main__ import main
 from rlhf.runs.stop import leave
 
@@ -46,9 +42,9 @@ def provenance():
     def refused(*args, **options):
         raise OSError(28, "No space left on device")
 
-    import rlhf.run
+    import rlhf.training.run
 
-    rlhf.run.begin_run = refused
+    rlhf.training.run.begin_run = refused
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from rlhf.packing import pack_backbone
 from rlhf.packing.backbone import find_backbone
-from rlhf.reference import add_reference_logps
 from rlhf.runs.stop import leave
+from rlhf.training.reference import add_reference_logps
 
 stage, model_name, packed, kind, out = sys.argv[1:]
 rows = [{"prompt_ids": list(range(5, 5 + 2 * i)), "chosen_ids": list(range(40, 43 + i)), "rejected_ids": list(range(60, 69 - i))} for i in range(1, 9)]  # fmt: skip

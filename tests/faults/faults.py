@@ -212,13 +212,13 @@ def freeze_one(job: Job, dice: random.Random) -> str:
 
 def kill_while_saving(job: Job, dice: random.Random) -> str:
     """kill -9 in a save that was slowed down: while files are written, summed up, or given their name."""
-    from rlhf.runs import checkpointing as saving
+    from rlhf.runs import checkpointing
 
     place = dice.choice(["digest_files", "place_checkpoint", "rotate_checkpoints"])
 
     def slow():
-        function = getattr(saving, place)
-        setattr(saving, place, lambda *a, **k: (time.sleep(0.4), function(*a, **k))[1])
+        function = getattr(checkpointing, place)
+        setattr(checkpointing, place, lambda *a, **k: (time.sleep(0.4), function(*a, **k))[1])
 
     job.start(slow)
     which = dice.randrange(1, STEPS // SAVE_EVERY)
@@ -398,7 +398,7 @@ def write_recipe(folder: Path, model: str, data: str) -> Path:
 def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=print) -> list[str]:
     """Inject `count` faults, in turns under each launch file; what went wrong, a line each."""
     launch_files = usable_launch_files(tell)
-    for name in ("trl.trainer.dpo_trainer", "rlhf.dpo", "rlhf.saving"):
+    for name in ("trl.trainer.dpo_trainer", "rlhf.training.dpo", "rlhf.runs.checkpointing"):
         importlib.import_module(name)  # once, before the first fork
     recipe = write_recipe(folder, model, data)
     whole = {}

@@ -64,13 +64,13 @@ def import_all() -> None:
 
     import rlhf.__main__
     import rlhf.data.pairs
-    import rlhf.dpo
     import rlhf.evaluate
     import rlhf.report
-    import rlhf.reward
-    import rlhf.run
     import rlhf.runs.status
-    import rlhf.sft
+    import rlhf.training.dpo
+    import rlhf.training.reward
+    import rlhf.training.run
+    import rlhf.training.sft
 
     gc.freeze()  # or each child's first collection copies all of it
     for stage in ("sft", "reward", "dpo"):

@@ -57,7 +57,7 @@ def answers_cut(
 
 def cost(tokenizer, row: dict[str, Any], max_length: int | None, stage: str, padded: bool) -> int:
     """Tokens that a row takes of max_tokens_per_device, as trainer.count_tokens has it once rows are tokenised."""
-    from rlhf.trainer import count_tokens
+    from rlhf.training.trainer import count_tokens
 
     prompt, answers = _tokens(tokenizer, row)
     if len(answers) == 1:

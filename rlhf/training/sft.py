@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlhf.data.formats import sft_rows
-from rlhf.run import pack, use_global_batches
-from rlhf.stage import Context, Stage
+from rlhf.training.stage import Context, Stage
+from rlhf.training.trainer import pack, use_global_batches
 from rlhf.upstream import check_upstream
 
 
@@ -33,7 +33,7 @@ def build(context: Context):
     from trl import SFTTrainer, get_peft_config
 
     from rlhf.packing import lm_head
-    from rlhf.trainer import GlobalBatches
+    from rlhf.training.trainer import GlobalBatches
 
     class Trainer(GlobalBatches, SFTTrainer):
         pass

@@ -19,9 +19,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from rlhf.batching import split_batch, step_examples
+from rlhf.config.build import is_flash
+from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import SafeRuns
-from rlhf.throughput import flops_per_token, peak_flops
+from rlhf.training import plan as prepare
+from rlhf.training.batching import split_batch, step_examples
+from rlhf.training.stage import Context
+from rlhf.training.throughput import flops_per_token, peak_flops
 
 # What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).
 MEANS_OF = {
@@ -335,3 +339,56 @@ def count_tokens(row: dict[str, list[int]], max_length: int | None, padded: bool
         pairs = enumerate(zip(row["chosen_ids"], row["rejected_ids"], strict=False))
         prompt = next((i for i, (a, b) in pairs if a != b), min(chosen, rejected))
     return chosen + rejected - min(prompt, chosen, rejected)
+
+
+def pack(trainer, context: Context, mode: str) -> bool:
+    """Let the trainer's models compute on one padding-free row, or say why they can't (never a silent change).
+
+    Returns:
+        Whether they do.
+
+    Args:
+        mode: `pairs` where the batch is [chosen rows, rejected rows], whose prompts are then computed once; `rows` else.
+    """
+    if not context.stage_args.packing:
+        return False
+    from rlhf.packing import kernel_name, pack_backbone, why_not
+
+    asked = context.recipe.get("attn_implementation") if context.recipe else None
+    models = [trainer.model]
+    if getattr(trainer, "ref_model", None) is not None:
+        models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
+    for reason in filter(None, map(why_not, models)):
+        say(f"note: batches are padded, not packed: {reason}")
+        if is_flash(asked):
+            found = trainer.model.config._attn_implementation
+            say(
+                f"note: attention is {found}: {asked} is for packed rows here; `packing: false` asks transformers for it"
+            )
+        return False
+    for model in models:
+        pack_backbone(model, mode)
+    if asked not in (None, "sdpa"):  # flash attention, eager
+        device = trainer.args.device
+        say(f"note: {asked} means packed attention here; on {device.type} it is computed by {kernel_name(device)}")
+    return True
+
+
+def use_global_batches(trainer, context: Context, packed: bool) -> None:
+    """Give the trainer the recipe's global batch size, if it has one, after a look at its longest example.
+
+    Raises:
+        UserError: an example alone has more tokens than max_tokens_per_device.
+    """
+    stage_args, args, recipe = context.stage_args, context.args, context.recipe
+    if stage_args.global_batch_size is None:
+        return
+    from rlhf.training.trainer import count_tokens
+
+    rows = trainer.train_dataset
+    num_tokens = [count_tokens(row, args.max_length, not packed) for row in rows]
+    longest = max(num_tokens, default=0)
+    if longest > stage_args.max_tokens_per_device:
+        place = rows[num_tokens.index(longest)]["place"]
+        raise prepare.too_long(recipe, place, longest, stage_args.max_tokens_per_device)
+    trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlhf.data.formats import preference_rows
-from rlhf.run import pack, use_global_batches
-from rlhf.stage import Context, Stage
+from rlhf.training.stage import Context, Stage
+from rlhf.training.trainer import pack, use_global_batches
 from rlhf.upstream import check_upstream
 
 
@@ -29,7 +29,7 @@ def build(context: Context):
     from datasets import Dataset
     from trl import RewardTrainer, get_peft_config
 
-    from rlhf.trainer import GlobalBatches
+    from rlhf.training.trainer import GlobalBatches
 
     class Trainer(GlobalBatches, RewardTrainer):
         pass

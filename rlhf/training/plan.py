@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checks import bytes_needed, check_length, check_merge
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
@@ -19,7 +18,8 @@ from rlhf.errors import UserError, quote
 from rlhf.models.embedded import is_fetched
 from rlhf.runs.folder import Run, check_disk
 from rlhf.runs.stop import Stopper
-from rlhf.stage import Context, Stage, StageData, maker_of, waits_for
+from rlhf.training.checks import bytes_needed, check_length, check_merge
+from rlhf.training.stage import Context, Stage, StageData, maker_of, waits_for
 
 STILL_TO_WRITE = "what is still to be written (a checkpoint beside the last one, and the finished model)"
 
@@ -297,7 +297,7 @@ def check_examples(stage: Stage, context: Context, tokenizer, packed: bool) -> N
     Raises:
         UserError: no example is left, or one is longer than max_tokens_per_device.
     """
-    from rlhf.lengths import answers_cut, cost, line
+    from rlhf.training.lengths import answers_cut, cost, line
 
     args, stage_args, recipe, rows = context.args, context.stage_args, context.recipe, context.data.train
     report = answers_cut(

@@ -12,7 +12,7 @@ from rlhf.distributed.topology import check_quantised
 from rlhf.errors import UserError, pip_install
 from rlhf.models.folder import check_model_folder
 from rlhf.runs.records import read_complete
-from rlhf.stage import Context, maker_of, waits_for
+from rlhf.training.stage import Context, maker_of, waits_for
 
 
 def check_extras(recipe: Recipe) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from rlhf.data.formats import preference_rows
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError
-from rlhf.run import pack, use_global_batches
-from rlhf.stage import Context, Stage
+from rlhf.training.stage import Context, Stage
+from rlhf.training.trainer import pack, use_global_batches
 from rlhf.upstream import check_upstream
 
 
@@ -99,7 +99,7 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     from rlhf.models.loading import load_policy
-    from rlhf.reference import measure_bias
+    from rlhf.training.reference import measure_bias
 
     args, stage_args, recipe = context.args, context.stage_args, context.recipe
     exact = trainer.model
@@ -188,9 +188,9 @@ def trainer_class(context: Context):
     """DPOTrainer on packed rows, with the cached reference, that checks its start before its first step."""
     from trl import DPOTrainer
 
-    from rlhf.reference import add_reference_logps
-    from rlhf.start import check_start
-    from rlhf.trainer import GlobalBatches
+    from rlhf.training.reference import add_reference_logps
+    from rlhf.training.start_check import check_start
+    from rlhf.training.trainer import GlobalBatches
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False

@@ -1,0 +1,86 @@
+"""The end of training: the trained model written, loaded again and compared, and the run marked as complete."""
+
+from __future__ import annotations
+
+from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.runs.card import write_card
+from rlhf.runs.folder import Run, finish_run
+from rlhf.runs.records import describe_complete
+from rlhf.training.plan import Prepared
+from rlhf.training.stage import Context, Stage
+
+
+def finish(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float) -> None:
+    """Write the model on the main rank, load it again, compare; an error there ends all ranks."""
+    probe = stage.probe(trainer.train_dataset)
+    model, expected = finished_model(stage, prepared.context, trainer, probe)
+    on_main(lambda: _write_model(stage, prepared, trainer, run, seconds, model, expected, probe))
+    trainer.accelerator.end_training()
+
+
+def _write_model(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float, model, expected, probe) -> None:
+    import torch
+
+    from rlhf.models.finished import save_finished
+    from rlhf.models.folder import is_adapter
+    from rlhf.models.precision import compute_dtype
+
+    exact = compute_dtype(trainer.model, trainer.accelerator.mixed_precision) == torch.float32
+    say("Writing the model, loading it again and comparing ...")
+    saved = save_finished(
+        model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=prepared.merge,
+        probe=probe, expected=expected, exact=expected is None or exact,
+    )  # fmt: skip
+    history = [h for h in trainer.state.log_history if "loss" in h]
+    summary = {
+        "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
+        "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
+        "last_loss": history[-1]["loss"] if history else None,
+        "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
+    }  # fmt: skip
+    write_card(run.folder, summary)
+    finish_run(run, summary)
+    say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
+    say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
+    if saved["bytes_before_dequantising"]:
+        merged = sum(size for name, size in saved["files"].items() if name.endswith(".safetensors"))
+        say(
+            f"  merged into the dequantised base: {merged / 1e6:.0f} MB instead of "
+            f"{saved['bytes_before_dequantising'] / 1e6:.0f} MB; `merge_adapter: false` keeps the adapter on 4 bits"
+        )
+
+
+def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int]]):
+    """The trained model in one piece on the main process, whatever it was split over.
+
+    Returns:
+        (model, None), or, where it was split: (model loaded anew with the trained parameters, on the main process only;
+        the split model's logits on `probe`)
+    """
+    from rlhf.distributed.sharding import whole_parameter
+    from rlhf.models.finished import probe_logits
+
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
+    if not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+        return model, None
+    expected = probe_logits(model, probe)
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with whole_parameter(parameter) as whole:
+                if is_main():
+                    trained[name] = whole.detach().cpu().clone()
+    if not is_main():
+        return None, None
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or ZeRO-3 would split what is loaded now
+    from peft import get_peft_model
+    from trl import get_peft_config
+
+    again = stage.load(context)[0]
+    if context.model_args.use_peft and not hasattr(again, "peft_config"):
+        again = get_peft_model(again, get_peft_config(context.model_args))
+    missing = again.load_state_dict(trained, strict=False)
+    assert not missing.unexpected_keys, f"trained parameters that a new model lacks: {missing.unexpected_keys[:3]}"
+    return again, expected
