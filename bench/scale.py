@@ -381,7 +381,7 @@ def read_lengths(data: str) -> list[tuple[int, int]]:
     from rlhf.data.sources import Source, load_source
     from rlhf.models.embedded import NAME, resolve
     from rlhf.models.tokenizer import tokenize_pair
-    from rlhf.training.trainer import count_tokens
+    from rlhf.training.lengths import count_tokens
 
     tokenizer, lengths = AutoTokenizer.from_pretrained(resolve(NAME)), []
     rows = map(json.loads, gzip.open(data, "rt", encoding="utf-8")) if data.endswith(".gz") else load_source(data).rows

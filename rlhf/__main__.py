@@ -216,7 +216,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         os.environ.setdefault(
             "TORCH_CPP_LOG_LEVEL", "ERROR"
         )  # who doesn't come is told in a sentence, not in C++ frames
-        from rlhf.preflight import preflight
+        from rlhf.preflight.preflight import preflight
 
         if rest and not (options.recipe or "").endswith((".yaml", ".yml")):
             raise UserError(
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
             )
         preflight(options.recipe, rest, options.output_dir, options.quick, options.timeout_s)
     elif options.command == "chat":
-        from rlhf.chat import chat
+        from rlhf.inference.chat import chat
 
         chat(options)
     elif options.command == "status":
@@ -232,7 +232,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         show_statuses(options.folder)
     elif options.command == "report":
-        from rlhf.report import write_report
+        from rlhf.evaluation.report import write_report
 
         write_report(options.run, options.output)
     elif options.command == "pairs":
@@ -271,7 +271,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
     elif options.command == "dpo":
         from rlhf.training.dpo import DPO as stage
     else:
-        from rlhf.evaluate import evaluate
+        from rlhf.evaluation.evaluate import evaluate
 
         evaluate(options.recipe, rest, options.check)
         return None

@@ -11,9 +11,9 @@ import torch
 from test_terminal import Terminal
 
 from rlhf.__main__ import main
-from rlhf.chat import Chat, Speaker, clean, find
 from rlhf.errors import UserError
-from rlhf.terminal import LEAVE_HINT, Screen, columns
+from rlhf.inference.chat import Chat, Speaker, clean, find
+from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 
 
 def chat(*words, typed=None):

@@ -13,7 +13,7 @@ from rlhf.data.formats import preference_rows, sft_rows
 from rlhf.data.heldout import held_out, trained_on, write_train_prompts
 from rlhf.data.sources import Source, load_source
 from rlhf.errors import UserError
-from rlhf.overlap import find_overlap, heading
+from rlhf.evaluation.overlap import find_overlap, heading
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,6 +1,7 @@
 """The house keeps its order: imports go one way, the command line is quick, launch files and the pipeline hold."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -19,74 +20,9 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 
 # --- who may import whom ---------------------------------------------------------------------------------------------
 
-# A file may import only from files of the lines above its own.
-LEVELS = (
-    {"rlhf"},  # the version
-    {"rlhf.errors"},
-    {"rlhf.yaml_reader", "rlhf.keys", "rlhf.keys_foreign", "rlhf.key_effects"},
-    {"rlhf.key_ranges", "rlhf.recipe_checks"},
-    {"rlhf.bars"},
-    {"rlhf.upstream"},
-    {"rlhf.run_files"},
-    {"rlhf.model_folder"},
-    {"rlhf.config"},
-    {"rlhf.defaults"},
-    {"rlhf.data"},
-    {"rlhf.data.raw"},
-    {"rlhf.data.json_reader"},
-    {"rlhf.data.table_readers"},
-    {"rlhf.data.folders"},
-    {"rlhf.data.sources"},
-    {"rlhf.data.prompts", "rlhf.data.messages"},
-    {"rlhf.data.heldout"},
-    {"rlhf.data.columns"},
-    {"rlhf.data.reading"},
-    {"rlhf.data.formats", "rlhf.data.summary"},
-    {"rlhf.data.pairs"},
-    {"rlhf.embedded"},
-    {"rlhf.precision"},
-    {"rlhf.models"},
-    {"rlhf.packing.layout"},
-    {"rlhf.packing.attention"},
-    {"rlhf.packing.backbone"},
-    {"rlhf.packing.head"},
-    {"rlhf.packing"},
-    {"rlhf.command"},
-    {"rlhf.counts"},
-    {"rlhf.checkpoint"},
-    {"rlhf.progress"},
-    {"rlhf.results"},
-    {"rlhf.card"},
-    {"rlhf.stop"},
-    {"rlhf.status"},
-    {"rlhf.portable"},
-    {"rlhf.saving"},
-    {"rlhf.launch"},
-    {"rlhf.reference"},
-    {"rlhf.start"},
-    {"rlhf.batching"},
-    {"rlhf.throughput"},
-    {"rlhf.trainer"},
-    {"rlhf.lengths"},
-    {"rlhf.stage"},
-    {"rlhf.checks"},
-    {"rlhf.prepare"},
-    {"rlhf.run"},
-    {"rlhf.preflight.ranks"},
-    {"rlhf.preflight.bandwidth"},
-    {"rlhf.preflight.probes"},
-    {"rlhf.preflight.findings"},
-    {"rlhf.preflight.network", "rlhf.preflight.places"},
-    {"rlhf.preflight"},
-    {"rlhf.sft", "rlhf.reward", "rlhf.dpo"},
-    {"rlhf.overlap"},
-    {"rlhf.evaluate"},
-    {"rlhf.finished_runs", "rlhf.plots"},
-    {"rlhf.terminal"},
-    {"rlhf.chat", "rlhf.report"},
-    {"rlhf.__main__"},
-)
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+# A folder (or a file beside them) may import only from those above it.
+ORDER = ("errors", "files", "console", "upstream", "config", "data", "distributed", "models", "packing", "runs", "training",
+         "inference", "evaluation", "preflight", "__main__")  # fmt: skip
 
 
 def module_name(path):
@@ -105,9 +41,7 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (inner & set(MODULES)) or {
-                node.module
-            }  # `from rlhf import models` or `from rlhf.models.loading import x`
+            found |= (inner & set(MODULES)) or {node.module}  # `from rlhf import models`, `from rlhf.files import Lock`
     return {name for name in found if name.split(".")[0] == "rlhf"}
 
 
@@ -115,7 +49,7 @@ def imported(source):
     "source, names",
     [
         ("import rlhf.config", {"rlhf.config"}),
-        ("from rlhf import embedded, models", {"rlhf.embedded", "rlhf.models"}),
+        ("from rlhf import config, models", {"rlhf.config", "rlhf.models"}),
         ("from rlhf import __version__", {"rlhf"}),
         ("def f():\n    from rlhf.data.sources import Source", {"rlhf.data.sources"}),
         ("import torch, yaml\nfrom pathlib import Path", set()),
@@ -125,14 +59,31 @@ def test_imports_are_found(source, names):
     assert imported(source) == names
 
 
-def test_every_file_has_its_place():
-    assert set(MODULES) == set(LEVEL)
+IMPORTS = {name: imported(path.read_text(encoding="utf-8")) - {name, "rlhf"} for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_import_only_from_above(name):
-    below = {other for other in imported(MODULES[name].read_text(encoding="utf-8")) if LEVEL[other] >= LEVEL[name]}
-    assert below == set()
+def room(module):
+    return module.split(".")[1]
+
+
+def test_every_folder_has_its_place():
+    assert {room(name) for name in MODULES if name != "rlhf"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "rlhf"])
+def test_a_folder_imports_only_from_those_above_it(name):
+    others = {other for other in IMPORTS[name] if room(other) != room(name)}
+    assert {other for other in others if ORDER.index(room(other)) > ORDER.index(room(name))} == set()
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_no_cycle_inside_a_folder(folder):
+    inside = {
+        name: {n for n in IMPORTS[name] if room(n) == folder}
+        for name in MODULES
+        if name != "rlhf" and room(name) == folder
+    }
+    assert tuple(graphlib.TopologicalSorter(inside).static_order())  # CycleError names the files
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
-from rlhf.evaluate import pair_logps, score
+from rlhf.inference.generate import pair_logps, score
 from rlhf.models.finished import load_finished
 from rlhf.models.folder import is_reward_model
 from rlhf.models.tokenizer import load_tokenizer, read_template, tokenize_pair
@@ -177,7 +177,7 @@ def test_the_score_is_read_at_eos_and_padding_does_not_move_it(tiny_llama, recip
 
 def test_smollm2_is_a_real_model_that_answers(smollm2):
     from rlhf.config.stage_config import EvaluateConfig
-    from rlhf.evaluate import generate
+    from rlhf.inference.generate import generate
 
     model, tokenizer = load_finished(smollm2)
     answer = generate(model, tokenizer, [[{"role": "user", "content": "What is the capital of France?"}]],

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf.evaluate import compare, share, summarise, token_loss, wilson_interval
+from rlhf.evaluation.statistics import compare, share, summarise, token_loss, wilson_interval
 from rlhf.runs.results import cut_sentence, judge_sentence, labels_of, reference_note, table_rows, what_got_worse
 
 LN2 = 0.693147

@@ -10,11 +10,11 @@ import pytest
 from rlhf.__main__ import main
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.topology import Layout
-from rlhf.preflight import _mistakes, print_table
 from rlhf.preflight.bandwidth import bus_bandwidth, interface_speed, link_of, run_bounded, used_interfaces
-from rlhf.preflight.findings import Finding, Row, host_rows, judge_devices, judge_nodes, judge_versions
-from rlhf.preflight.network import judge_clocks, judge_collectives, judge_interfaces, speed_row
-from rlhf.preflight.places import judge_folder, judge_memory, judge_paths, judge_write
+from rlhf.preflight.judge_hosts import host_rows, judge_devices, judge_nodes, judge_versions
+from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_interfaces, speed_row
+from rlhf.preflight.judge_storage import judge_folder, judge_memory, judge_paths, judge_write
+from rlhf.preflight.preflight import _mistakes, print_table
 from rlhf.preflight.probes import (
     disk_words,
     driver_version,
@@ -26,7 +26,8 @@ from rlhf.preflight.probes import (
     training_bytes,
     write_speed,
 )
-from rlhf.preflight.ranks import clock_offset, majority, spans, who
+from rlhf.preflight.rendezvous import clock_offset, majority, spans, who
+from rlhf.preflight.table import Finding, Row
 
 GIB = 2**30
 HOSTS = ["n1", "n1", "n2", "n2"]

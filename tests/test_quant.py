@@ -124,7 +124,7 @@ def test_a_4_bit_reference_that_is_far_off_stops_the_run(recipe, smollm2, few_pa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from rlhf.evaluate import pair_logps
+    from rlhf.inference.generate import pair_logps
 
     file = recipe("dpo", model_name_or_path=smollm2, dataset_name=few_pairs, output_dir=str(tmp_path / "out"), **FULL)
     assert main(["dpo", file]) == 2

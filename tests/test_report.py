@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from rlhf.__main__ import main
-from rlhf.evaluate import summarise
-from rlhf.finished_runs import levels, select_runs, start_of
-from rlhf.plots import points_of, running_mean, ties_note
-from rlhf.report import data_statistics, environments, find_stages
+from rlhf.evaluation.finished_runs import levels, select_runs, start_of
+from rlhf.evaluation.plots import points_of, running_mean, ties_note
+from rlhf.evaluation.report import data_statistics, environments, find_stages
+from rlhf.evaluation.statistics import summarise
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 
@@ -32,7 +32,7 @@ WITH_PLOTS = ("test_it_shows_every_part", "test_nothing_is_loaded_from_anywhere"
 def plots_only_where_they_are_looked_at(request, monkeypatch):
     """matplotlib takes half a second a report."""
     if request.node.name not in WITH_PLOTS:
-        monkeypatch.setattr("rlhf.report.draw", lambda stage: ["<svg></svg>"])
+        monkeypatch.setattr("rlhf.evaluation.report.draw", lambda stage: ["<svg></svg>"])
 
 
 def write_run(folder, stage, recipe=None, inputs=None, digest=None, **provenance):

@@ -106,7 +106,7 @@ def test_dpo_starts_at_ln2_from_exactly_the_sft_policy(way, request, recipe, few
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     # the logged log-probabilities of step 1 are the SFT policy's own, not the base model's
-    from rlhf.evaluate import pair_logps
+    from rlhf.inference.generate import pair_logps
     from rlhf.models.finished import load_finished
 
     sft, tokenizer = load_finished(policy)

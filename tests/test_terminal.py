@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlhf.terminal import LEAVE_HINT, Screen, columns
+from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 
 CHILD = """\
 import signal, sys

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from rlhf.__main__ import main
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
 from rlhf.runs.metrics import read_metrics
-from rlhf.training.trainer import count_tokens
+from rlhf.training.lengths import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}

@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from rlhf.preflight.ranks import Ranks
+from rlhf.preflight.rendezvous import Ranks
 
 # Between two GPUs of a host, one direction, in bytes/s: half of the "bidirectional" figure of NVIDIA's data sheets (NVLink
 # 2: 300 GB/s, 3: 600, 4: 900, 5: 1800; PCIe x16: 3rd generation 32, 4th 64, 5th 128). The first name that stands in the

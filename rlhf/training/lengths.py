@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.recipe import Recipe
 from rlhf.data.summary import Count
+from rlhf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ def answers_cut(
 
 def cost(tokenizer, row: dict[str, Any], max_length: int | None, stage: str, padded: bool) -> int:
     """Tokens that a row takes of max_tokens_per_device, as trainer.count_tokens has it once rows are tokenised."""
-    from rlhf.training.trainer import count_tokens
 
     prompt, answers = _tokens(tokenizer, row)
     if len(answers) == 1:
@@ -125,3 +126,26 @@ def line(report: CutReport) -> str:
             f"{report.left_out.rows:,} of {report.rows:,} {kind} are left out, since {why}{first(report.left_out)}"
         )
     return f"max_length={report.max_length}: {'; '.join(parts)}" if parts else ""
+
+
+def count_tokens(row: dict[str, list[int]], max_length: int | None, padded: bool) -> int:
+    """Tokens that an example costs: packed, with a shared prompt; or its longest row, twice for a pair, where rows are padded."""
+    cut = lambda n: n if max_length is None else min(n, max_length)  # noqa: E731
+    if "input_ids" in row:
+        return cut(len(row["input_ids"]))
+    prompt = len(row.get("prompt_ids", []))
+    chosen, rejected = cut(prompt + len(row["chosen_ids"])), cut(prompt + len(row["rejected_ids"]))
+    if padded:
+        return 2 * max(chosen, rejected)
+    if not prompt:  # rewards: what the rows have in common
+        pairs = enumerate(zip(row["chosen_ids"], row["rejected_ids"], strict=False))
+        prompt = next((i for i, (a, b) in pairs if a != b), min(chosen, rejected))
+    return chosen + rejected - min(prompt, chosen, rejected)
+
+
+def too_long(recipe: Recipe, place: str, tokens: int, most: int) -> UserError:
+    """An example alone takes more than a device's tokens."""
+    return UserError(
+        f"{recipe.where('max_tokens_per_device')}: the longest example, {place}, takes {tokens} tokens, more than "
+        f"max_tokens_per_device={most}; raise it to {tokens}, lower max_length, or remove the example"
+    )

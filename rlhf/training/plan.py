@@ -19,9 +19,11 @@ from rlhf.models.embedded import is_fetched
 from rlhf.runs.folder import Run, check_disk
 from rlhf.runs.stop import Stopper
 from rlhf.training.checks import bytes_needed, check_length, check_merge
+from rlhf.training.lengths import too_long
 from rlhf.training.stage import Context, Stage, StageData, maker_of, waits_for
 
 STILL_TO_WRITE = "what is still to be written (a checkpoint beside the last one, and the finished model)"
+
 
 MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # rows that are tokenised before a start: about 3 s
 
@@ -317,14 +319,6 @@ def check_examples(stage: Stage, context: Context, tokenizer, packed: bool) -> N
     )
     if tokens > stage_args.max_tokens_per_device:
         raise too_long(recipe, place, tokens, stage_args.max_tokens_per_device)
-
-
-def too_long(recipe: Recipe, place: str, tokens: int, most: int) -> UserError:
-    """An example alone takes more than a device's tokens."""
-    return UserError(
-        f"{recipe.where('max_tokens_per_device')}: the longest example, {place}, takes {tokens} tokens, more than "
-        f"max_tokens_per_device={most}; raise it to {tokens}, lower max_length, or remove the example"
-    )
 
 
 def _texts(row: dict) -> list[str]:

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from rlhf.config.build import is_flash
 from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import SafeRuns
-from rlhf.training import plan as prepare
 from rlhf.training.batching import split_batch, step_examples
+from rlhf.training.lengths import count_tokens, too_long
 from rlhf.training.stage import Context
 from rlhf.training.throughput import flops_per_token, peak_flops
 
@@ -326,21 +326,6 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
     return counts if examples else dict.fromkeys(counts, 0)
 
 
-def count_tokens(row: dict[str, list[int]], max_length: int | None, padded: bool) -> int:
-    """Tokens that an example costs: packed, with a shared prompt; or its longest row, twice for a pair, where rows are padded."""
-    cut = lambda n: n if max_length is None else min(n, max_length)  # noqa: E731
-    if "input_ids" in row:
-        return cut(len(row["input_ids"]))
-    prompt = len(row.get("prompt_ids", []))
-    chosen, rejected = cut(prompt + len(row["chosen_ids"])), cut(prompt + len(row["rejected_ids"]))
-    if padded:
-        return 2 * max(chosen, rejected)
-    if not prompt:  # rewards: what the rows have in common
-        pairs = enumerate(zip(row["chosen_ids"], row["rejected_ids"], strict=False))
-        prompt = next((i for i, (a, b) in pairs if a != b), min(chosen, rejected))
-    return chosen + rejected - min(prompt, chosen, rejected)
-
-
 def pack(trainer, context: Context, mode: str) -> bool:
     """Let the trainer's models compute on one padding-free row, or say why they can't (never a silent change).
 
@@ -383,12 +368,11 @@ def use_global_batches(trainer, context: Context, packed: bool) -> None:
     stage_args, args, recipe = context.stage_args, context.args, context.recipe
     if stage_args.global_batch_size is None:
         return
-    from rlhf.training.trainer import count_tokens
 
     rows = trainer.train_dataset
     num_tokens = [count_tokens(row, args.max_length, not packed) for row in rows]
     longest = max(num_tokens, default=0)
     if longest > stage_args.max_tokens_per_device:
         place = rows[num_tokens.index(longest)]["place"]
-        raise prepare.too_long(recipe, place, longest, stage_args.max_tokens_per_device)
+        raise too_long(recipe, place, longest, stage_args.max_tokens_per_device)
     trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)

@@ -64,8 +64,10 @@ def import_all() -> None:
 
     import rlhf.__main__
     import rlhf.data.pairs
-    import rlhf.evaluate
-    import rlhf.report
+    import rlhf.evaluation.evaluate
+    import rlhf.evaluation.report
+    import rlhf.evaluation.statistics
+    import rlhf.inference.generate
     import rlhf.runs.status
     import rlhf.training.dpo
     import rlhf.training.reward

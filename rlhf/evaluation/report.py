@@ -22,8 +22,8 @@ from rlhf.data.reading import Reading
 from rlhf.data.sources import SAMPLE_NAME, WHOLE, load_source
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
-from rlhf.evaluate import read_answers, shown_answers
-from rlhf.finished_runs import (
+from rlhf.evaluation.evaluate import read_answers, shown_answers
+from rlhf.evaluation.finished_runs import (
     TITLES,
     Selection,
     comparison,
@@ -33,8 +33,8 @@ from rlhf.finished_runs import (
     select_runs,
     start_of,
 )
-from rlhf.overlap import heading
-from rlhf.plots import PLOTS, draw, ties_note
+from rlhf.evaluation.overlap import heading
+from rlhf.evaluation.plots import PLOTS, draw, ties_note
 from rlhf.runs.card import hyper_parameters
 from rlhf.runs.command import is_complete, shell_line
 from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
@@ -118,7 +118,7 @@ def render(selection: Selection, home: str) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
-        loader=PackageLoader("rlhf", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("rlhf.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     stages, results, answers = selection.stages, {}, []
     evaluation = stages.get("evaluate")

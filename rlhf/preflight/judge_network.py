@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlhf.preflight.bandwidth import LEAST_SHARE, bus_bandwidth, link_of
-from rlhf.preflight.findings import Finding, Row, speed
-from rlhf.preflight.ranks import who
+from rlhf.preflight.rendezvous import who
+from rlhf.preflight.table import Finding, Row, speed
 
 SKEW_WARNING_S, SKEW_ERROR_S = 1.0, 60.0
 

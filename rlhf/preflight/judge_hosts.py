@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from rlhf.preflight.ranks import majority, who
+from rlhf.preflight.rendezvous import majority, who
+from rlhf.preflight.table import Finding, Row, gib
 
 GPU_TAKEN = 0.1  # of a GPU's memory, by others, from which a warning is due
+
+
 # Packages whose version changes what is trained, or whose versions don't speak with each other.
 DECISIVE = (
     "rlhf-dpo",
@@ -21,49 +23,6 @@ DECISIVE = (
     "deepspeed",
     "bitsandbytes",
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not well: `error` or `warning`, what was found (with the host) and what to do."""
-
-    level: str
-    found: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table, and what is behind it that is not well."""
-
-    check: str
-    shown: str
-    findings: tuple[Finding, ...] = ()
-
-    @property
-    def status(self) -> str:
-        """`ok`, or the worst level among its findings."""
-        levels = {f.level for f in self.findings}
-        return "error" if "error" in levels else "warning" if levels else "ok"
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
-
-
-def gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count < 10e9 else f"{count / 1e9:,.0f} GB"
-
-
-def speed(count: float) -> str:
-    return f"{count / 1e9:.1f} GB/s" if count >= 1e9 else f"{count / 1e6:.0f} MB/s"
-
-
-def near_time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-# --- hosts -----------------------------------------------------------------------------------------------------------
 
 
 def host_rows(reports: list[dict], hosts: list[str]) -> list[Row]:

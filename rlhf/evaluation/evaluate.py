@@ -23,9 +23,11 @@ from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
+from rlhf.evaluation.overlap import describe as describe_overlap
+from rlhf.evaluation.overlap import find_overlap, heading
+from rlhf.evaluation.statistics import summarise
 from rlhf.files import read_json, read_json_lines
-from rlhf.overlap import describe as describe_overlap
-from rlhf.overlap import find_overlap, heading
+from rlhf.inference.generate import SIDES, bar, generate, pair_logps, score
 from rlhf.runs.card import refresh_cards
 from rlhf.runs.folder import begin_run, finish_run, open_run
 from rlhf.runs.provenance import model_digest
@@ -34,7 +36,6 @@ from rlhf.training.plan import check_finished_models
 from rlhf.training.stage import maker_of, waits_for
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
-Z_95 = 1.959964
 
 
 def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -> dict[str, Any] | None:
@@ -167,9 +168,6 @@ def _is_answer(answer: dict[str, Any]) -> bool:
     )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
 def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> tuple[list[dict], list[dict]]:
     """Score the pairs and answer the prompts with every model, one model in memory at a time.
 
@@ -193,7 +191,7 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
             model, tokenizer = _load(names[key], config, state, reward=False)
             if why_not(model) is None:
                 pack_backbone(model, "pairs")  # the prompt of a pair is computed once
-            for i in _bar(mine, f"{short}: pairs"):
+            for i in bar(mine, f"{short}: pairs"):
                 pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
             asked = [i for i in mine if short != "base" or i < config.num_shown]
             given = generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short)
@@ -203,11 +201,11 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
             del model
     if "reward_model" in names:
         model, tokenizer = _load(names["reward_model"], config, state, reward=True)
-        for i in _bar(mine, "reward model: pairs"):
+        for i in bar(mine, "reward model: pairs"):
             pairs[i]["reward"] = {
-                s: score(model, tokenizer, rows[i]["prompt"], rows[i][s][0]["content"]) for s in _SIDES
+                s: score(model, tokenizer, rows[i]["prompt"], rows[i][s][0]["content"]) for s in SIDES
             }
-        for i in _bar(mine, "reward model: answers"):
+        for i in bar(mine, "reward model: answers"):
             for short in ("base", "sft", "dpo"):
                 if answers[i].get(short):
                     answers[i][f"{short}_reward"] = score(model, tokenizer, rows[i]["prompt"], answers[i][short])
@@ -219,9 +217,6 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
         pairs = {i: p for part, _ in gathered for i, p in part.items()}
         answers = {i: a for _, part in gathered for i, a in part.items()}
     return [pairs[i] for i in sorted(pairs)], [answers[i] for i in sorted(answers)]
-
-
-_SIDES = ("chosen", "rejected")
 
 
 def _load(name: str, config: EvaluateConfig, state, reward: bool):
@@ -237,179 +232,6 @@ def _free(model) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _bar(items: list, label: str):
-    from tqdm import tqdm
-
-    return tqdm(items, desc=f"{label:<22}", disable=not is_main(), dynamic_ncols=True)
-
-
-def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]:
-    """Log-probabilities of both answers of a pair, summed over their tokens (nats).
-
-    Returns:
-        {"chosen": float, "rejected": float, "chosen_tokens": int, "rejected_tokens": int}
-    """
-    import torch
-
-    from rlhf.models.tokenizer import tokenize_pair
-
-    ids = tokenize_pair(tokenizer, row)
-    prompt = len(ids["prompt_ids"])
-    if prompt >= max_length:
-        raise UserError(
-            f"a held-out prompt has {prompt} tokens, which leaves no room in max_length={max_length}: raise it"
-        )
-    rows = [(ids["prompt_ids"] + ids[f"{side}_ids"])[:max_length] for side in _SIDES]
-    longest = max(map(len, rows))
-    device = next(model.parameters()).device
-    input_ids = torch.full((2, longest), tokenizer.pad_token_id, device=device)
-    mask = torch.zeros((2, longest), dtype=torch.long, device=device)
-    for i, tokens in enumerate(rows):
-        input_ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-    with torch.no_grad():  # the logits of the answers' tokens alone: position t predicts token t + 1
-        logits = model(
-            input_ids=input_ids, attention_mask=mask, logits_to_keep=longest - prompt + 1, use_cache=False
-        ).logits[:, :-1]
-    logps = torch.log_softmax(logits.float(), -1).gather(-1, input_ids[:, prompt:, None])[..., 0]
-    counts = [len(tokens) - prompt for tokens in rows]
-    sums = [float(logps[i, :n].double().sum()) for i, n in enumerate(counts)]
-    return {"chosen": sums[0], "rejected": sums[1], "chosen_tokens": counts[0], "rejected_tokens": counts[1]}
-
-
-def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig, label: str = "") -> list[tuple]:
-    """Greedy answers to conversations, in batches of similar length, in the order of `prompts`.
-
-    Returns:
-        (text, whether it was cut at max_new_tokens before the model ended it), one a prompt
-    """
-    import torch
-
-    texts: dict[int, tuple[str, bool]] = {}
-    tokens = [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
-    ]
-    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
-    starts = list(range(0, len(order), config.batch_size))
-    for start in _bar(starts, f"{label}: answers"):
-        batch = order[start : start + config.batch_size]
-        padded = tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, padding_side="left", return_tensors="pt")
-        padded = {k: padded[k].to(next(model.parameters()).device) for k in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            out = model.generate(
-                **padded, max_new_tokens=config.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        for i, row in zip(batch, out[:, padded["input_ids"].shape[1] :], strict=True):
-            texts[i] = (
-                tokenizer.decode(row, skip_special_tokens=True).strip(),
-                tokenizer.eos_token_id not in row.tolist(),
-            )
-    return [texts[i] for i in range(len(prompts))]
-
-
-def score(model, tokenizer, prompt: list[dict], answer: str) -> float:
-    """The reward model's score of an answer to a conversation (higher is better; only differences mean something)."""
-    import torch
-
-    messages = [*prompt, {"role": "assistant", "content": answer}]
-    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    with torch.no_grad():
-        return float(model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0, 0])
-
-
-# --- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def wilson_interval(wins: float, count: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson's score interval; ties count as half a win).
-
-    Example: 8 of 10 -> (0.490, 0.943).
-    """
-    if count == 0:
-        return 0.0, 1.0
-    share, z2 = wins / count, Z_95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
-
-
-def share(wins: list[float]) -> dict[str, Any]:
-    """A share of wins (1), ties (0.5) and losses (0) with its 95% interval and count."""
-    low, high = wilson_interval(sum(wins), len(wins))
-    return {"share": sum(wins) / len(wins), "low": low, "high": high, "count": len(wins)}
-
-
-def logistic_loss(margin: float) -> float:
-    """-log sigmoid(margin) = log(1 + e^-margin), also where e^-margin is too large for a double."""
-    return max(0.0, -margin) + math.log1p(math.exp(-abs(margin)))
-
-
-def compare(a: float, b: float) -> float:
-    """1 if a is larger, 0 if b is, 0.5 if they are equal."""
-    return 0.5 if a == b else float(a > b)
-
-
-def token_loss(pairs: list[dict], model: str, side: str = "chosen") -> float:
-    """Mean negative log-likelihood per token (nats) of the chosen, or the rejected, answers."""
-    return -sum(p[model][side] for p in pairs) / sum(p[model][f"{side}_tokens"] for p in pairs)
-
-
-def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, Any]:
-    """All numbers of the table from the measured pairs and answers."""
-    results: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "policies": {}}
-    for model in POLICIES:
-        if model in pairs[0]:
-            given = [a for a in answers if f"{model}_cut" in a]
-            results["policies"][model] = {
-                "chosen_loss": token_loss(pairs, model),
-                "rejected_loss": token_loss(pairs, model, "rejected"),
-                "chosen_logp": _mean([p[model]["chosen"] for p in pairs]),
-                "rejected_logp": _mean([p[model]["rejected"] for p in pairs]),
-                "answers": len(given),
-                "answers_cut": sum(a[f"{model}_cut"] for a in given),
-                "prefers_chosen": share([compare(p[model]["chosen"], p[model]["rejected"]) for p in pairs]),
-                "prefers_chosen_per_token": share([compare(*_per_token(p[model])) for p in pairs]),
-            }
-    if "sft" in pairs[0] and "dpo" in pairs[0]:
-        margins = [
-            beta * ((p["dpo"]["chosen"] - p["sft"]["chosen"]) - (p["dpo"]["rejected"] - p["sft"]["rejected"]))
-            for p in pairs
-        ]
-        results["dpo"] = {
-            "loss_before": math.log(2),
-            "loss_after": sum(map(logistic_loss, margins)) / len(margins),
-            "margin": sum(margins) / len(margins),
-            "accuracy": share([compare(m, 0.0) for m in margins]),
-        }
-    if "reward" in pairs[0]:
-        gaps = [p["reward"]["chosen"] - p["reward"]["rejected"] for p in pairs]
-        results["reward"] = {
-            "accuracy": share([compare(g, 0.0) for g in gaps]),
-            "loss_after": sum(map(logistic_loss, gaps)) / len(gaps),
-        }
-        judged = [a for a in answers if a.get("sft") and a.get("dpo")]
-        if judged:
-            results["win_rate"] = {
-                **share([compare(a["dpo_reward"], a["sft_reward"]) for a in judged]),
-                "same_answer": sum(a["sft"] == a["dpo"] for a in judged),
-                **{f"{m}_mean_reward": _mean([a[f"{m}_reward"] for a in judged]) for m in ("sft", "dpo")},
-                **{f"{m}_mean_words": _mean([len(a[m].split()) for a in judged]) for m in ("sft", "dpo")},
-            }
-    return results
-
-
-def _per_token(logps: dict[str, float]) -> tuple[float, float]:
-    return logps["chosen"] / logps["chosen_tokens"], logps["rejected"] / logps["rejected_tokens"]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
-
-
-# --- the screen ------------------------------------------------------------------------------------------------------
 
 
 def shown_answers(answers: list[dict]) -> list[dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf.data.sources import use_cache_without_network
 from rlhf.errors import UserError, quote
-from rlhf.terminal import Reader, Screen, converse, note
+from rlhf.inference.terminal import Reader, Screen, converse, note
 
 HELP = '''\
 /reset           forget the conversation
@@ -218,7 +218,7 @@ class Chat:
 
     def _score(self, turn: Turn, answer: str) -> None:
         if self.judge and answer:
-            from rlhf.evaluate import score
+            from rlhf.inference.generate import score
 
             system = [{"role": "system", "content": self.system}] if self.system else []
             print(f"    reward {score(*self.judge, system + turn.messages, answer):+.2f}", flush=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rlhf.preflight.findings import Finding, Row, gb, gib, near_time, speed
 from rlhf.preflight.probes import FEW_INODES, MODEL_KEYS
-from rlhf.preflight.ranks import majority, who
+from rlhf.preflight.rendezvous import majority, who
+from rlhf.preflight.table import Finding, Row, gb, gib, near_time, speed
 
 SLOW_DISK = 50e6  # bytes/s
 
