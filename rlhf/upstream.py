@@ -72,7 +72,7 @@ def _of(
 TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "dpo": "DPOTrainer"}
 
 TRANSFORMERS = [
-    *_of("transformers.trainer", "Trainer", "saving.py", {
+    *_of("transformers.trainer", "Trainer", "runs/checkpointing.py", {
         "training_step model inputs num_items_in_batch": "the check for a loss that is not finite",
         "_get_grad_norm model grad_norm": "gradient-spike guard",
         "_get_output_dir trial": "atomic checkpoints",
@@ -84,23 +84,23 @@ TRANSFORMERS = [
         "_load_scaler checkpoint": "the loss scale of a resumed fp16 run",
         "_evaluate trial ignore_keys_for_eval skip_scheduler": "stopping during an evaluation",
     }),
-    *_of("transformers.trainer_callback", "TrainerCallback", "saving.py", {
+    *_of("transformers.trainer_callback", "TrainerCallback", "runs/checkpointing.py", {
         "on_train_begin args state control": "the evaluation that a stop has put off",
         "on_step_end args state control": "stopping on request, and the checks of loss and gradient",
         "on_epoch_end args state control": "stopping at the end of an epoch",
         "on_prediction_step args state control": "stopping during an evaluation",
         "on_save args state control": "the watchdog",
     }),
-    *_of("transformers.trainer_callback", "TrainerCallback", "progress.py", {
+    *_of("transformers.trainer_callback", "TrainerCallback", "runs/metrics.py", {
         "on_log args state control": "metrics.jsonl", "on_train_end args state control": "the last line of the progress bar",
     }),
-    *_of("tqdm.std", "tqdm", "bars.py", {
+    *_of("tqdm.std", "tqdm", "console.py", {
         "_instances": "the end of open progress bars before an error", "_decr_instances": "plain lines in log files",
     }),
-    *_of("transformers.training_args", "TrainingArguments", "saving.py", {
+    *_of("transformers.training_args", "TrainingArguments", "runs/checkpointing.py", {
         "logging_nan_inf_filter": "a loss of NaN in the log",
     }),
-    *_of("transformers.trainer", "Trainer", "trainer.py", {
+    *_of("transformers.trainer", "Trainer", "training/trainer.py", {
         "create_accelerator_and_postprocess": "fp32 gradients and log-probabilities under FSDP2 with bf16",
         "get_train_dataloader": "the global batch",
         "compute_loss model inputs return_outputs num_items_in_batch": "each micro-batch's weight in its global batch",
@@ -109,33 +109,33 @@ TRANSFORMERS = [
         "_set_signature_columns_if_needed": "the columns of a global batch",
         "_wrap_model model training": "evaluating under every engine",
     }),
-    *_of("transformers.trainer", "Trainer", "trainer.py", {
+    *_of("transformers.trainer", "Trainer", "training/trainer.py", {
         "_signature_columns": "the columns of a global batch",
         "is_deepspeed_enabled": "gradients that are exchanged once a step",
         "current_gradient_accumulation_steps": "the scale of the loss",
     }, in_code=True),
-    *_of("transformers.trainer", "Trainer", "portable.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
-    *_of("transformers.trainer", "Trainer", "dpo.py", {
+    *_of("transformers.trainer", "Trainer", "runs/portable.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
+    *_of("transformers.trainer", "Trainer", "training/dpo.py", {
         "_prepare_inputs inputs": "exact reference log-probabilities under DeepSpeed with bf16",
     }),
-    *_of("transformers.trainer", "Trainer", "start.py", {"compute_loss_context_manager": "the check of DPO's start"}),
-    *_of("transformers.integrations.deepspeed", "", "models.py", {
+    *_of("transformers.trainer", "Trainer", "training/start_check.py", {"compute_loss_context_manager": "the check of DPO's start"}),
+    *_of("transformers.integrations.deepspeed", "", "distributed/sharding.py", {
         "_hf_deepspeed_config_weak_ref": "merging an adapter under ZeRO-3",
         "unset_hf_deepspeed_config": "merging an adapter under ZeRO-3",
     }),
     *_of("transformers.configuration_utils", "PreTrainedConfig", "packing/backbone.py", {
         "_attn_implementation": "packing",
     }),
-    *_of("transformers.configuration_utils", "PreTrainedConfig", "models.py", {
+    *_of("transformers.configuration_utils", "PreTrainedConfig", "models/loading.py", {
         "_name_or_path": "the base of a reward model",
     }, in_code=True),
-    *_of("transformers.configuration_utils", "PreTrainedConfig", "checks.py", {
+    *_of("transformers.configuration_utils", "PreTrainedConfig", "training/checks.py", {
         "_commit_hash": "the model's commit in the provenance",
     }, in_code=True),
     *_of("transformers.modeling_utils", "PreTrainedModel", "packing/backbone.py", {
         "_is_stateful": "refusing to pack recurrent models",
     }),
-    *_of("transformers.modeling_utils", "PreTrainedModel", "embedded.py", {
+    *_of("transformers.modeling_utils", "PreTrainedModel", "models/embedded.py", {
         "hf_quantizer": "saving the embedded model",
     }, in_code=True),
     *_of("transformers.modeling_utils", "", "packing/attention.py", {"AttentionInterface": "packing"}),
@@ -146,62 +146,62 @@ TRL = [
     *(
         name
         for stage, trainer in TRAINERS.items()
-        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "trainer.py", {
+        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "training/trainer.py", {
             "_metrics": "the metrics of a global batch", "_total_train_tokens": "the count of tokens",
         }, in_code=True, only=stage)
     ),
-    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "dpo.py", {
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/dpo.py", {
         "_precompute_ref_logps dataset name batch_size": "the reference cache",
     }, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "reference.py", {
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/reference.py", {
         "compute_ref_log_probs model inputs": "the reference cache",
     }, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "dpo.py", {
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/dpo.py", {
         "ref": "the frozen copy of an adapter that DPO continues",  # the adapter's name
     }, in_code=True, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "start.py", {
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/start_check.py", {
         name: "the check of DPO's start"
         for name in ("loss_types", "loss_weights", "label_smoothing", "use_weighting", "ref_model", "precompute_ref_logps")
     }, in_code=True, only="dpo"),
-    *_of("trl.trainer.dpo_config", "DPOConfig", "dpo.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "reference.py", {
+    *_of("trl.trainer.dpo_config", "DPOConfig", "training/dpo.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/reference.py", {
         "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns
         "ld_alpha": "the key of the reference cache",
     }, in_code=True, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "", "dpo.py", {"hash_module": "minutes, in which TRL hashes all weights"}, only="dpo"),
-    *_of("trl.trainer.base_trainer", "_BaseTrainer", "saving.py", {
+    *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"hash_module": "minutes, in which TRL hashes all weights"}, only="dpo"),
+    *_of("trl.trainer.base_trainer", "_BaseTrainer", "runs/checkpointing.py", {
         "create_model_card model_name dataset_name tags": "going on without a checkpoint when the disk is full",
     }),
-    *_of("trl.trainer.base_config", "", "config.py", {"_BaseConfig": "the keys of a recipe"}),
-    *_of("trl.trainer.utils", "", "packing/head.py", {
+    *_of("trl.trainer.base_config", "", "config/recipe.py", {"_BaseConfig": "the keys of a recipe"}),
+    *_of("trl.trainer.utils", "", "packing/lm_head.py", {
         "_use_triton": "the quick LM head on CPUs", "_ChunkedLogProbFunction": "the quick LM head on CPUs",
     }),
-    *_of("trl.kernels.chunked_logprob", "", "packing/head.py", {
+    *_of("trl.kernels.chunked_logprob", "", "packing/lm_head.py", {
         "_use_triton device": "the quick LM head on CPUs", "ChunkedLogProbFunction": "the quick LM head on CPUs",
     }),
 ]  # fmt: skip
 
 ACCELERATE_AND_PEFT = [
-    *_of("accelerate.state", "GradientState", "trainer.py", {
+    *_of("accelerate.state", "GradientState", "training/trainer.py", {
         "_set_sync_gradients sync_gradients": "gradients that are exchanged once a step",
     }),
-    *_of("accelerate", "Accelerator", "trainer.py", {
+    *_of("accelerate", "Accelerator", "training/trainer.py", {
         "gather tensor": "metrics without communication in a micro-batch",
         "gather_for_metrics input_data": "metrics without communication in a micro-batch",
         "no_sync model": "gradients that are exchanged once a step",
         "reduce tensor reduction": "metrics of the global batch",
     }),
-    *_of("accelerate", "FullyShardedDataParallelPlugin", "trainer.py", {
+    *_of("accelerate", "FullyShardedDataParallelPlugin", "training/trainer.py", {
         "mixed_precision_policy": "fp32 gradients and log-probabilities under FSDP2 with bf16",
     }),
-    *_of("accelerate.state", "AcceleratorState", "trainer.py", {
+    *_of("accelerate.state", "AcceleratorState", "training/trainer.py", {
         "fsdp_plugin": "fp32 gradients and log-probabilities under FSDP2 with bf16",
     }, in_code=True),
-    *_of("accelerate", "PartialState", "run.py", {"distributed_type": "FSDP2 on CPUs"}, in_code=True),
-    *_of("peft.tuners.tuners_utils", "", "reference.py", {"BaseTunerLayer": "the key of the reference cache"}),
-    *_of("peft.utils.other", "", "reference.py", {"AuxiliaryTrainingWrapper": "the key of the reference cache"}),
-    *_of("peft.tuners.lora.layer", "Linear", "models.py", {"get_delta_weight adapter": "merging into a 4-bit base"}),
-    *_of("peft.tuners.lora.layer", "LoraLayer", "reference.py", {"base_layer": "the key of the reference cache"}, in_code=True),
+    *_of("accelerate", "PartialState", "distributed/processes.py", {"distributed_type": "FSDP2 on CPUs"}, in_code=True),
+    *_of("peft.tuners.tuners_utils", "", "training/reference.py", {"BaseTunerLayer": "the key of the reference cache"}),
+    *_of("peft.utils.other", "", "training/reference.py", {"AuxiliaryTrainingWrapper": "the key of the reference cache"}),
+    *_of("peft.tuners.lora.layer", "Linear", "models/finished.py", {"get_delta_weight adapter": "merging into a 4-bit base"}),
+    *_of("peft.tuners.lora.layer", "LoraLayer", "training/reference.py", {"base_layer": "the key of the reference cache"}, in_code=True),
     *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
 ]  # fmt: skip
 
@@ -210,49 +210,52 @@ TORCH_AND_PYTHON = [
         "_scaled_dot_product_flash_attention_for_cpu": "packed attention on CPUs",
         "_scaled_dot_product_flash_attention_for_cpu_backward": "packed attention on CPUs",
     }),
-    *_of("torch.optim.lr_scheduler", "LRScheduler", "portable.py", {
+    *_of("torch.optim.lr_scheduler", "LRScheduler", "runs/portable.py", {
         "_last_lr": "the learning rate of a resumed run", "_step_count": "the learning rate of a resumed run",
     }, in_code=True),
-    *_of("torch.distributed.tensor", "DTensor", "models.py", {"full_tensor": "the unsharded model under FSDP2"}),
-    *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "trainer.py", {
+    *_of("torch.distributed.tensor", "DTensor", "distributed/sharding.py", {"full_tensor": "the unsharded model under FSDP2"}),
+    *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "training/trainer.py", {
         "reduce_dtype": "fp32 gradients under FSDP2 with bf16", "output_dtype": "log-probabilities in fp32 under FSDP2 with bf16",
     }, in_code=True),
-    *_of("threading", "", "stop.py", {"_shutdown": "an orderly end of one process of several"}),
-    *_of("atexit", "", "stop.py", {"_run_exitfuncs": "an orderly end of one process of several"}),
-    *_of("os", "", "stop.py", {"_exit status": "an orderly end of one process of several"}),
+    *_of("threading", "", "runs/stop.py", {"_shutdown": "an orderly end of one process of several"}),
+    *_of("atexit", "", "runs/stop.py", {"_run_exitfuncs": "an orderly end of one process of several"}),
+    *_of("os", "", "runs/stop.py", {"_exit status": "an orderly end of one process of several"}),
 ]  # fmt: skip
 
 OPTIONAL = [
-    *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "saving.py", {
+    *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "runs/checkpointing.py", {
         "_copy_recovery_script save_path": "going on without a checkpoint when the disk is full",
         "save_checkpoint save_dir tag client_state save_latest": "going on without a checkpoint when the disk is full",
     }, only="deepspeed"),
-    *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "saving.py", {
+    *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "runs/checkpointing.py", {
         "checkpoint_engine": "going on without a checkpoint when the disk is full",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "portable.py", {
+    *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "runs/portable.py", {
         "fp32_partitioned_groups_flat": "checkpoints that any engine can read, under ZeRO-3",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "portable.py", {
+    *_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "runs/portable.py", {
         "_lazy_init_hp_params_optimizer_state": "checkpoints that any engine can read, under ZeRO-1 and 2",
     }, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "models.py", {
-        "ds_id": "the unsharded model under ZeRO-3", "ds_shape": "the size of an embedding under ZeRO-3",
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "distributed/sharding.py", {
+        "ds_id": "the unsharded model under ZeRO-3",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "throughput.py", {
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "models/loading.py", {
+        "ds_shape": "the size of an embedding under ZeRO-3",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "training/throughput.py", {
         "ds_numel": "the number of parameters under ZeRO-3",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "portable.py", {
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "runs/portable.py", {
         "ds_tensor": "resuming under ZeRO-3",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", "reference.py", {
+    *_of("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", "training/reference.py", {
         name: "training under ZeRO-3 after the reference's pass"
         for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
     }, in_code=True, only="deepspeed"),
-    *_of("bitsandbytes.nn.modules", "Linear4bit", "models.py", {
+    *_of("bitsandbytes.nn.modules", "Linear4bit", "models/loading.py", {
         "support_avx512bf16_for_cpu": "gradients of a 4-bit model on CPUs",
     }, in_code=True, only="bitsandbytes"),
-    *_of("bitsandbytes.nn.modules", "Params4bit", "throughput.py", {
+    *_of("bitsandbytes.nn.modules", "Params4bit", "training/throughput.py", {
         "quant_state": "the number of weights of a 4-bit model",
     }, in_code=True, only="bitsandbytes"),
 ]  # fmt: skip

@@ -112,7 +112,7 @@ def test_a_run_stops_before_its_model_loads(stage, recipe, tiny_llama, few_pairs
     assert main([stage, file]) == 2
     told = capsys.readouterr().err
     assert (
-        "has no Trainer._get_grad_norm (gradient-spike guard, rlhf/saving.py); this version of rlhf-dpo was verified"
+        "has no Trainer._get_grad_norm (gradient-spike guard, rlhf/runs/checkpointing.py); this version of rlhf-dpo was verified"
         in told
     )
     assert "with transformers 5.17 to 5.23; install one of these" in told

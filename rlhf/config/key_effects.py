@@ -1,6 +1,6 @@
 """Which keys have an effect, in which stage, and with which other keys: no key without effect is accepted in silence.
 
-Every key of the installed libraries is in exactly one of REFUSED, ONLY_WITH and EFFECTIVE; tests/test_config.py compares.
+Every key of the installed libraries is in exactly one of REFUSED, ONLY_WITH and EFFECTIVE; tests/config/test_config.py compares.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Key:
     help: str = ""
 
 
-# Values that TRL and transformers check only after a model has loaded. tests/test_config.py compares each list with
+# Values that TRL and transformers check only after a model has loaded. tests/config/test_config.py compares each list with
 # the installed library.
 _LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 LATE_CHOICES = {

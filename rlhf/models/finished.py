@@ -128,7 +128,7 @@ def save_finished(
     model.save_pretrained(partial, **options)
     (partial / "README.md").unlink(
         missing_ok=True
-    )  # PEFT's, full of [More Information Needed]; rlhf/card.py writes one
+    )  # PEFT's, full of [More Information Needed]; rlhf/runs/card.py writes one
     tokenizer.save_pretrained(partial)
     model.cpu()
     quantised = None if merge else getattr(model.config, "quantization_config", None)

@@ -81,7 +81,7 @@ def keep_4bit_layout(model):
 
     bitsandbytes 0.50 lays 4-bit weights out anew in the first pass in eval mode, on CPUs with AVX512-BF16, and for good:
     from then on training goes through `gemv_4bit`, which gives no gradient, with a warning at most. Remove it once a layer
-    in train mode goes back; tests/test_quant.py shows it.
+    in train mode goes back; tests/models/test_quant.py shows it.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

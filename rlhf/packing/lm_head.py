@@ -4,7 +4,7 @@ TRL's fused LM head calls `ChunkedLogProbFunction`, which without Triton goes a 
 in memory instead of in cache, and computes the logits again in the backward pass. Here is the same function of the same
 arguments for fp32 on CPUs: tiles that stay in cache, and, where the head is frozen (LoRA), the gradient of the hidden
 states from the same pass. 422 answer tokens (4 HH pairs), SmolLM2-135M's head, forward and backward on 2 cores: 0.18 s,
-TRL's 0.68 s (`python bench/head.py`).
+TRL's 0.68 s (`python bench/lm_head.py`).
 
 Suffixes: N tokens, H hidden size, V vocabulary, W width of a vocabulary tile.
 """
@@ -21,7 +21,7 @@ def install() -> None:
     """Let TRL's fused LM head use this on CPUs, and score the answers' tokens only, as it does on a GPU.
 
     TRL 1.16 scores every position on devices without Triton, prompts and padding too, and masks afterwards; the reason
-    given there is recompilation on Neuron. Remove it once TRL is as fast on CPUs; tests/packing/test_head.py
+    given there is recompilation on Neuron. Remove it once TRL is as fast on CPUs; tests/packing/test_lm_head.py
     shows equal numbers. Doing it again changes nothing; other devices and dtypes are TRL's as before.
     """
     from trl.kernels import chunked_logprob

@@ -1,7 +1,7 @@
 """`rlhf preflight`: what breaks jobs on clusters, looked for before a GPU-hour is spent; a table at the end.
 
-Each rank looks at its own host (probes.py), all meet over the rendezvous' store (ranks.py), exchange tensors as a
-training would (bandwidth.py), and rank 0 judges what they report (findings.py, network.py, places.py).
+Each rank looks at its own host (probes.py), all meet over the rendezvous' store (rendezvous.py), exchange tensors as a
+training would (bandwidth.py), and rank 0 judges what they report (judge_hosts.py, judge_network.py, judge_storage.py).
 The order: who is there, what each has, disks, and last the network, since that is what hangs.
 """
 

@@ -7,7 +7,7 @@ which is, where the policy is
     an SFT adapter that goes on          a frozen copy of that adapter, named `ref` (TRL makes it); with the adapter off
                                          it would be the model before SFT
     a whole model, fully fine-tuned      a second copy of it
-Either way the first thing the run does is to check it (start.py): at step 0 the loss must be ln 2, to the model's noise. With `reference: nf4` a second
+Either way the first thing the run does is to check it (start_check.py): at step 0 the loss must be ln 2, to the model's noise. With `reference: nf4` a second
 model in 4 bits is asked, for one that is not the policy's start; it is never quite right, so its bias is measured, shown
 and bounded before anything is trained.
 """

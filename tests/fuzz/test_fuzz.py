@@ -82,7 +82,7 @@ def test_right_boxes_are_accepted(imported, tmp_path):
     }
 
 
-TRACEBACK = 'Traceback (most recent call last):\n  File "/x/rlhf/config.py", line 7, in f\nKeyError: 1\n'
+TRACEBACK = 'Traceback (most recent call last):\n  File "/x/rlhf/config/recipe.py", line 7, in f\nKeyError: 1\n'
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "/x/rlhf/config.py", lin
         (0, "ok\n", "", "ok", ""),
         (2, "", "rlhf: a.yaml:1: no\n", "sentence", ""),
         (2, "", "usage: rlhf\nrlhf: error: x\n", "usage", "usage"),
-        (1, "", TRACEBACK, "traceback", "rlhf/config.py:7 KeyError"),
+        (1, "", TRACEBACK, "traceback", "rlhf/config/recipe.py:7 KeyError"),
         (2, "", f"rlhf: {'x' * 600}\n", "unreadable", "more than 600 characters"),
         (2, "", "rlhf: a\nb\n", "unreadable", "2 lines on stderr"),
         (2, "", "rlhf: \x1b[31m\n", "unreadable", "control characters"),

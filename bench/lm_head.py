@@ -1,6 +1,6 @@
-"""The LM head on a CPU: rlhf/packing/head.py against TRL's ChunkedLogProbFunction, forward and backward, in turns.
+"""The LM head on a CPU: rlhf/packing/lm_head.py against TRL's ChunkedLogProbFunction, forward and backward, in turns.
 
-python bench/head.py [--tokens 422] [--hidden 576] [--vocabulary 49152]
+python bench/lm_head.py [--tokens 422] [--hidden 576] [--vocabulary 49152]
 """
 
 import argparse

@@ -15,7 +15,7 @@ from rlhf.data.sources import Source, load_source
 from rlhf.errors import UserError
 from rlhf.evaluation.overlap import find_overlap, heading
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def source(rows):

@@ -19,7 +19,7 @@ from rlhf.__main__ import main
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import EXIT_STOPPED, SAME_INTERRUPT_S, Stopper
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.__main__ import main
 from rlhf.runs.metrics import read_metrics
 
-RECIPES = Path(__file__).parent.parent / "configs" / "gpt2-alpaca"
+RECIPES = Path(__file__).parent.parent.parent / "configs" / "gpt2-alpaca"
 
 
 @pytest.fixture(scope="module")

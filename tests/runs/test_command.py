@@ -85,7 +85,10 @@ def test_a_real_parent_is_read(tmp_path):
     (tmp_path / "accelerate").write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])\n")
     command = [sys.executable, str(tmp_path / "accelerate"), *ACCELERATE[1:], *STARTED]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)},
     )
     if not os.path.isdir("/proc/self"):
         pytest.skip("no /proc here")

@@ -22,7 +22,7 @@ from rlhf.config.recipe import HARMLESS, allowed_keys, load_recipe
 from rlhf.config.stage_config import STAGES, TRAINING_STAGES, StageConfig
 from rlhf.errors import UserError, quote
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 # Four lines, so that the first key that a test adds stands in line 5.

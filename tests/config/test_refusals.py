@@ -527,7 +527,7 @@ def test_refusals_import_no_torch(tmp_path):
         "import sys; from rlhf.__main__ import main; code = main(['dpo', sys.argv[1], '--status'])\n"
         "print(code, [m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, capture_output=True, text=True)
     expected = f"rlhf: {path}:5:16: nested more than 12 levels deep; a value is flat\n"
     assert (done.stdout, done.stderr) == ("2 []\n", expected)

@@ -15,7 +15,7 @@ from rlhf.distributed import topology
 from rlhf.distributed.topology import Layout, check_layout, check_quantised, layout_of_environment, layout_of_file
 from rlhf.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def recipe_with(**values):
