@@ -187,13 +187,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from rlhf.files import is_disk_trouble
+        from rlhf.files import is_disk_error
 
         if any(words in str(error) for words in LOST_PEER):
             rank = os.environ.get("RANK", 0)
             print(f"rlhf: process {rank} ends: another one has ended, and tells why", file=sys.stderr)
             return 1
-        if not is_disk_trouble(error):
+        if not is_disk_error(error):
             raise
         print(
             f"rlhf: disk error: {' '.join(str(error).split())}; fix it and run the same command to resume",

@@ -69,7 +69,7 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def is_disk_trouble(error: BaseException) -> bool:
+def is_disk_error(error: BaseException) -> bool:
     """Whether an error says that a disk is full or can't be written to, in whichever library's words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return True

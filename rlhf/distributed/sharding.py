@@ -6,7 +6,7 @@ import contextlib
 
 
 @contextlib.contextmanager
-def unsplit():
+def loading_unsharded():
     """What is loaded here is whole on each process under ZeRO-3 too, and is split when training starts."""
     from transformers.integrations import deepspeed
 
@@ -18,7 +18,7 @@ def unsplit():
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def editable(parameter):
+def writable(parameter):
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
@@ -27,7 +27,7 @@ def editable(parameter):
 
 
 @contextlib.contextmanager
-def whole_parameter(parameter):
+def unsharded(parameter):
     """The whole of a parameter that ZeRO-3 or FSDP2 has split over processes, all of which must ask; else itself."""
     if hasattr(parameter, "ds_id"):
         import deepspeed

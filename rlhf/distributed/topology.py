@@ -21,7 +21,7 @@ NOT_SUPPORTED = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence
 
 
 @dataclass(frozen=True)
-class Layout:
+class Topology:
     """How a run is spread over its processes.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layout:
         return {"engine": engine, "split": split, "processes": processes}
 
 
-def layout_of_environment() -> Layout:
+def topology_of_environment() -> Topology:
     """What `accelerate launch` has told this process.
 
     Raises:
@@ -66,11 +66,11 @@ def layout_of_environment() -> Layout:
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
         devices = {env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")}
         stage = _from_environment("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)
-        return Layout("DeepSpeed", stage, bool(devices - {"none"}), **more)
+        return Topology("DeepSpeed", stage, bool(devices - {"none"}), **more)
     if env.get("ACCELERATE_USE_FSDP") == "true":
         version = _from_environment("FSDP_VERSION", 1)
-        return Layout("FSDP", 0, env.get("FSDP_OFFLOAD_PARAMS") == "true", version, **more)
-    return Layout("DDP" if _from_environment("WORLD_SIZE", 1) > 1 else "one process", **more)
+        return Topology("FSDP", 0, env.get("FSDP_OFFLOAD_PARAMS") == "true", version, **more)
+    return Topology("DDP" if _from_environment("WORLD_SIZE", 1) > 1 else "one process", **more)
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -82,7 +82,7 @@ def _from_environment(name: str, default: int) -> int:
     return int(value)
 
 
-def layout_of_file(path: str) -> Layout:
+def topology_of_file(path: str) -> Topology:
     """What a launch file will set up.
 
     Raises:
@@ -110,12 +110,12 @@ def layout_of_file(path: str) -> Layout:
         config = file.section("deepspeed_config")
         devices = {config.get(f"offload_{what}_device") or "none" for what in ("optimizer", "param")}
         stage = file.number("deepspeed_config", config, "zero_stage", 0, 0, 3)
-        return Layout("DeepSpeed", stage, bool(devices - {"none"}), **more)
+        return Topology("DeepSpeed", stage, bool(devices - {"none"}), **more)
     if kind == "FSDP":
         config = file.section("fsdp_config")
         version = file.number("fsdp_config", config, "fsdp_version", 1, 1, 2)
-        return Layout("FSDP", 0, bool(config.get("fsdp_offload_params")), version, **more)
-    return Layout("one process" if str(kind) in ("NO", "False") else "DDP", **more)
+        return Topology("FSDP", 0, bool(config.get("fsdp_offload_params")), version, **more)
+    return Topology("one process" if str(kind) in ("NO", "False") else "DDP", **more)
 
 
 @dataclass(frozen=True)
@@ -159,57 +159,57 @@ class _File:
         return value
 
 
-def check_layout(recipe: Recipe, layout: Layout, on_cpu: bool) -> None:
+def check_topology(recipe: Recipe, topology: Topology, on_cpu: bool) -> None:
     """Refuse what can't work, with the nearest launch file that does.
 
     Raises:
         UserError: with the reason and the fix; nothing has been loaded by then.
     """
-    if layout.mixed_precision == "fp8":
+    if topology.mixed_precision == "fp8":
         raise UserError(
-            f"{layout.name} asks for `mixed_precision: fp8`, which packed batches and this project's losses have not been "
+            f"{topology.name} asks for `mixed_precision: fp8`, which packed batches and this project's losses have not been "
             "verified with; use bf16"
         )
-    if layout.parallel:
+    if topology.parallel:
         raise UserError(
-            f"{layout.name} asks for {' and '.join(layout.parallel)} parallelism, which is not supported: a model is sharded by "
+            f"{topology.name} asks for {' and '.join(topology.parallel)} parallelism, which is not supported: a model is sharded by "
             "launch/fsdp2.yaml or launch/zero3.yaml, and long rows fit with `gradient_checkpointing: true`"
         )
-    check_precision(recipe, layout.mixed_precision, layout.name)
-    if layout.engine == "DeepSpeed":
-        _check_deepspeed(layout, on_cpu)
-    if layout.engine == "FSDP" and layout.fsdp_version != 2:
+    check_precision(recipe, topology.mixed_precision, topology.name)
+    if topology.engine == "DeepSpeed":
+        _check_deepspeed(topology, on_cpu)
+    if topology.engine == "FSDP" and topology.fsdp_version != 2:
         raise UserError(
-            f"{layout.name} asks for FSDP {layout.fsdp_version}, whose flattened parameters can't be written as a model; "
+            f"{topology.name} asks for FSDP {topology.fsdp_version}, whose flattened parameters can't be written as a model; "
             "set `fsdp_version: 2`, or use launch/fsdp2.yaml"
         )
-    if layout.engine == "FSDP" and layout.offload and on_cpu:
+    if topology.engine == "FSDP" and topology.offload and on_cpu:
         raise UserError(
-            f"{layout.name} offloads to the CPU's memory, and this run is on the CPU already; use launch/fsdp2.yaml"
+            f"{topology.name} offloads to the CPU's memory, and this run is on the CPU already; use launch/fsdp2.yaml"
         )
-    if layout.engine == "FSDP" and recipe.get("load_in_8bit"):
+    if topology.engine == "FSDP" and recipe.get("load_in_8bit"):
         raise UserError(
             f"{recipe.where('load_in_8bit')}: FSDP can't split 8-bit weights; use `load_in_4bit: true`, or "
             "launch/ddp.yaml"
         )
     optimizer = recipe.get("optim", "adamw_torch")
-    if layout.engine == "DeepSpeed" and layout.offload and optimizer not in ("adamw_torch", "adamw_torch_fused"):
+    if topology.engine == "DeepSpeed" and topology.offload and optimizer not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(
-            f"{recipe.where('optim')}: {layout.name} keeps the optimizer in the machine's memory, where accelerate would put "
+            f"{recipe.where('optim')}: {topology.name} keeps the optimizer in the machine's memory, where accelerate would put "
             f"DeepSpeed's Adam in the place of `optim: {optimizer}`; remove `optim`, or use launch/zero3.yaml"
         )
 
 
-def _check_deepspeed(layout: Layout, on_cpu: bool) -> None:
-    instead = "launch/fsdp2.yaml" if layout.zero_stage == 3 else "launch/ddp.yaml"
+def _check_deepspeed(topology: Topology, on_cpu: bool) -> None:
+    instead = "launch/fsdp2.yaml" if topology.zero_stage == 3 else "launch/ddp.yaml"
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f"{layout.name} needs DeepSpeed, which is not installed; run: {pip_install('rlhf-dpo[deepspeed]')}, or use "
+            f"{topology.name} needs DeepSpeed, which is not installed; run: {pip_install('rlhf-dpo[deepspeed]')}, or use "
             f"{instead}, which needs nothing more"
         )
-    if (layout.offload or on_cpu) and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if (topology.offload or on_cpu) and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
-            f"{layout.name} makes DeepSpeed compile {'its Adam for the CPU' if layout.offload else 'a part of itself'}, "
+            f"{topology.name} makes DeepSpeed compile {'its Adam for the CPU' if topology.offload else 'a part of itself'}, "
             f"and there is no C++ compiler; install g++ (apt-get install g++), or use {instead}"
         )
 

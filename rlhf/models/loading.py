@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.distributed.sharding import editable, unsplit
+from rlhf.distributed.sharding import loading_unsharded, writable
 from rlhf.models.folder import is_adapter
 
 
@@ -26,7 +26,7 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
     from peft import PeftConfig, PeftModel
 
     base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    with contextlib.nullcontext() if continue_adapter else unsplit():
+    with contextlib.nullcontext() if continue_adapter else loading_unsharded():
         base = AutoModelForCausalLM.from_pretrained(base_name, **options)
         base = fit_tokenizer(keep_4bit_layout(base), tokenizer)
         model = PeftModel.from_pretrained(base, name, is_trainable=continue_adapter)
@@ -44,7 +44,7 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
         options["revision"] = _revision(name, model_args)
         return _load_classifier(name, tokenizer, options)
     policy = load_policy(name, tokenizer, model_args, trust_remote_code, continue_adapter=False)
-    with unsplit():
+    with loading_unsharded():
         model, new = _load_classifier(policy.config._name_or_path, tokenizer, options)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     return model, new
@@ -113,7 +113,7 @@ def fit_tokenizer(model, tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():  # a definite value (the mean), so that two loads of one model are the same model
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-                with editable(layer.weight):
+                with writable(layer.weight):
                     layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:

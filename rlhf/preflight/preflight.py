@@ -17,7 +17,7 @@ from typing import Any
 from rlhf.config.recipe import Recipe, load_recipe, stage_of
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.distributed.processes import is_main, say
-from rlhf.distributed.topology import layout_of_environment
+from rlhf.distributed.topology import topology_of_environment
 from rlhf.errors import UserError
 from rlhf.models.embedded import cache_dir
 from rlhf.preflight.judge_hosts import host_rows, judge_devices, judge_nodes, judge_versions
@@ -248,7 +248,7 @@ class Checks:
     def check_model(self, recipe: Recipe, reports: list[dict]) -> None:
         if source := model_folder(recipe):
             parameters = num_parameters(source)
-            needed = training_bytes(parameters, recipe, layout_of_environment(), self.ranks.world)
+            needed = training_bytes(parameters, recipe, topology_of_environment(), self.ranks.world)
             self.rows.append(judge_memory(needed, parameters, reports, self.ranks.hosts))
 
     def check_network(self, device: dict[str, Any], reports: list[dict]) -> None:

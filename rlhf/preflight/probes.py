@@ -23,7 +23,7 @@ import torch
 
 from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
-from rlhf.distributed.topology import Layout
+from rlhf.distributed.topology import Topology
 from rlhf.models.embedded import NAME, PREFIX, cache_dir
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_recipe
@@ -289,7 +289,7 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
-def training_bytes(parameters: int, recipe: Recipe, layout: Layout, world: int) -> int:
+def training_bytes(parameters: int, recipe: Recipe, topology: Topology, world: int) -> int:
     """What weights, gradients and Adam's two moments take on each device, without activations: a lower bound.
 
     fp32 weights 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5); trained weights as much again for the gradient and
@@ -299,8 +299,8 @@ def training_bytes(parameters: int, recipe: Recipe, layout: Layout, world: int) 
     held = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else one
     trained = 0.0 if recipe.get("use_peft") else one
     weights, gradients, adam = parameters * held, parameters * trained, parameters * trained * 2
-    stage = 3 if layout.engine == "FSDP" else layout.zero_stage
-    if layout.offload:
+    stage = 3 if topology.engine == "FSDP" else topology.zero_stage
+    if topology.offload:
         weights = weights if stage < 3 else 0.0
         adam = 0.0
     share = [1.0 if stage < least else 1.0 / world for least in (3, 2, 1)]

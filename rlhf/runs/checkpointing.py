@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
-from rlhf.files import is_disk_trouble, sync_file, write_file
+from rlhf.files import is_disk_error, sync_file, write_file
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
 from rlhf.runs.portable import PortableState, save_portable
@@ -27,7 +27,7 @@ from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 
 @dataclass
-class Safety:
+class FaultTolerance:
     """What a trainer needs to save and to stop safely.
 
     Attributes:
@@ -40,7 +40,7 @@ class Safety:
         max_spike: a gradient norm of so many times its median of late ends the run; None: none does.
         finite: whether all losses of the step at hand are, 0-d bool; None: none was taken yet.
         norms: the gradient norms of the last steps.
-        disk_trouble: what the disk had to say while this process wrote its part of the checkpoint at hand.
+        disk_error: what the disk had to say while this process wrote its part of the checkpoint at hand.
         portable: checkpoints hold their state in one piece, instead of as the engine splits it.
         restore: the checkpoint to go on from, where it does.
     """
@@ -54,11 +54,11 @@ class Safety:
     evaluation_pending: bool = False
     finite: torch.Tensor | None = None
     norms: deque = field(default_factory=lambda: deque(maxlen=HISTORY))
-    disk_trouble: str = ""
+    disk_error: str = ""
     portable: bool = False
     restore: PortableState | None = None
 
-    def trouble(self) -> str:
+    def failure(self) -> str:
         """What is wrong with the step that has ended, or ''."""
         *before, norm = self.norms or [0.0]
         finite, self.finite = self.finite, None
@@ -76,56 +76,56 @@ class EvaluationStopped(Exception):
     """A stop was asked for while evaluating."""
 
 
-class SafeRuns:
-    """Mixed in before TRL's trainer; does nothing until `make_safe` is called."""
+class CheckpointMixin:
+    """Mixed in before TRL's trainer; does nothing until `use_fault_tolerance` is called."""
 
-    safety: Safety | None = None
+    fault_tolerance: FaultTolerance | None = None
 
-    def make_safe(self, safety: Safety) -> None:
+    def use_fault_tolerance(self, fault_tolerance: FaultTolerance) -> None:
         """From now on checkpoints are placed whole, and requests to stop are heard."""
-        self.safety = safety
+        self.fault_tolerance = fault_tolerance
         self.args.logging_nan_inf_filter = False  # it would log the mean of the losses before in place of NaN
         self.add_callback(StopCallback(self))
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.safety is not None:  # of each micro-batch; looked at once a step, as that waits for the GPU
-            before, now = self.safety.finite, torch.isfinite(loss)
-            self.safety.finite = now if before is None else before & now
+        if self.fault_tolerance is not None:  # of each micro-batch; looked at once a step, as that waits for the GPU
+            before, now = self.fault_tolerance.finite, torch.isfinite(loss)
+            self.fault_tolerance.finite = now if before is None else before & now
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.safety is not None and found is not None:
-            self.safety.norms.append(float(found))
+        if self.fault_tolerance is not None and found is not None:
+            self.fault_tolerance.norms.append(float(found))
         return found
 
     def _get_output_dir(self, trial) -> str:
-        saving_to = self.safety and self.safety.saving_to
+        saving_to = self.fault_tolerance and self.fault_tolerance.saving_to
         return str(saving_to) if saving_to else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write everything beside the run's checkpoints, bring it to the disk with checksums, and only then name it."""
-        if self.safety is None:
+        if self.fault_tolerance is None:
             super()._save_checkpoint(model, trial)
             return
-        folder = self.safety.folder / f"checkpoint-{self.state.global_step}"
-        partial = self.safety.folder / ".partial"
+        folder = self.fault_tolerance.folder / f"checkpoint-{self.state.global_step}"
+        partial = self.fault_tolerance.folder / ".partial"
         reason = self._why_no_room() or self._write_checkpoint(model, trial, partial)
         if not reason:
             reason = self._place(partial / folder.name, folder)
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
         if reason:
-            kept = newest_checkpoint(self.safety.folder)
+            kept = newest_checkpoint(self.fault_tolerance.folder)
             kept = f"{Path(kept).name} stays" if kept else "there is none yet"
             say(f"\nwarning: no checkpoint of step {self.state.global_step}: {reason}; {kept}, and training goes on")
 
     def _why_no_room(self) -> str:
         reason = ""
-        if is_main() and (newest := newest_checkpoint(self.safety.folder)):
+        if is_main() and (newest := newest_checkpoint(self.fault_tolerance.folder)):
             needed = 1.02 * sum(f.stat().st_size for f in Path(newest).rglob("*") if f.is_file())
-            free = shutil.disk_usage(self.safety.folder).free
+            free = shutil.disk_usage(self.fault_tolerance.folder).free
             if free < needed:
                 reason = f"it needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
         return broadcast_object_list([reason])[0]
@@ -141,32 +141,32 @@ class SafeRuns:
             reason = str(error)
         if reason := self._first(reason):
             return reason
-        self.safety.saving_to, self.safety.disk_trouble = partial, ""
+        self.fault_tolerance.saving_to, self.fault_tolerance.disk_error = partial, ""
         try:
-            with self._disk_trouble_noted():
+            with self._disk_error_noted():
                 super()._save_checkpoint(model, trial)
         finally:
-            self.safety.saving_to = None
-        return self._first(self.safety.disk_trouble)
+            self.fault_tolerance.saving_to = None
+        return self._first(self.fault_tolerance.disk_error)
 
     @contextlib.contextmanager
-    def _disk_trouble_noted(self):
+    def _disk_error_noted(self):
         """While a checkpoint is written, the disk's errors wait until the processes have done what they do together."""
         try:
             yield
         except Exception as error:  # safetensors and torch have kinds of their own for a full disk
-            if self.safety is None or self.safety.saving_to is None or not is_disk_trouble(error):
+            if self.fault_tolerance is None or self.fault_tolerance.saving_to is None or not is_disk_error(error):
                 raise
-            self.safety.disk_trouble = self.safety.disk_trouble or " ".join(str(error).split())
+            self.fault_tolerance.disk_error = self.fault_tolerance.disk_error or " ".join(str(error).split())
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL calls it with each checkpoint, and before it pushes; its own card says `None` where ours has facts."""
-        if self.safety is not None and is_main():
-            with self._disk_trouble_noted():
-                write_card(self.safety.folder)
+        if self.fault_tolerance is not None and is_main():
+            with self._disk_error_noted():
+                write_card(self.fault_tolerance.folder)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        with self._disk_trouble_noted():
+        with self._disk_error_noted():
             super()._save(output_dir, state_dict)
             if output_dir is not None:  # PEFT's, full of [More Information Needed]
                 (Path(output_dir) / "README.md").unlink(missing_ok=True)
@@ -175,11 +175,11 @@ class SafeRuns:
         reason, files = "", {}
         try:
             if is_main() and self.state.best_global_step:
-                best = self.safety.folder / f"checkpoint-{self.state.best_global_step}"
+                best = self.fault_tolerance.folder / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
-            if is_main() and (metrics := self.safety.folder / "metrics.jsonl").is_file():
+            if is_main() and (metrics := self.fault_tolerance.folder / "metrics.jsonl").is_file():
                 sync_file(metrics)  # its lines up to this step last as long as the checkpoint
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
             files = digest_files(partial, rank, world)
@@ -190,24 +190,29 @@ class SafeRuns:
             return reason
         if is_main():
             try:
-                more = {"layout": self.safety.layout, "evaluation_pending": self.safety.evaluation_pending}
+                more = {
+                    "layout": self.fault_tolerance.layout,
+                    "evaluation_pending": self.fault_tolerance.evaluation_pending,
+                }
                 place_checkpoint(partial, folder, {k: v for part in found for k, v in part.items()}, **more)
-                rotate_checkpoints(self.safety.folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+                rotate_checkpoints(
+                    self.fault_tolerance.folder, self.args.save_total_limit, self.state.best_model_checkpoint
+                )
             except OSError as error:
                 reason = str(error)
         return self._first(reason)
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
-        if self.safety is not None and self.safety.portable:
-            with self._disk_trouble_noted():
+        if self.fault_tolerance is not None and self.fault_tolerance.portable:
+            with self._disk_error_noted():
                 reason = save_portable(self, Path(output_dir))
                 if not reason:
                     return
-                self.safety.portable = False
+                self.fault_tolerance.portable = False
                 say(f"\nnote: checkpoints will be read by this engine only, not under another launch file: {reason}")
-            if self.safety.disk_trouble:
+            if self.fault_tolerance.disk_error:
                 return
-        split = self.safety is not None and self.is_deepspeed_enabled
+        split = self.fault_tolerance is not None and self.is_deepspeed_enabled
         with self._deepspeed_waits(output_dir) if split else contextlib.nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -218,7 +223,7 @@ class SafeRuns:
         write = engine.checkpoint_engine.save
 
         def save(*args, **kwargs):
-            with self._disk_trouble_noted():
+            with self._disk_error_noted():
                 write(*args, **kwargs)
 
         engine.checkpoint_engine.save = save
@@ -229,21 +234,21 @@ class SafeRuns:
         finally:
             del engine.checkpoint_engine.save, engine._copy_recovery_script, engine.save_checkpoint
         if is_main():
-            with self._disk_trouble_noted():
+            with self._disk_error_noted():
                 (Path(output_dir) / "latest").write_text(f"global_step{engine.global_steps}")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """A state in one piece goes in by parts: weights first, the rest when the engine has wrapped all."""
-        if self.safety is None or self.safety.restore is None:
+        if self.fault_tolerance is None or self.fault_tolerance.restore is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.safety.restore.restore_weights(self.model)
+        self.fault_tolerance.restore.restore_weights(self.model)
         found = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self.safety.restore.restore_optimizer(self)
+        self.fault_tolerance.restore.restore_optimizer(self)
         self._load_scaler(resume_from_checkpoint)
         return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if self.safety is None or self.safety.restore is None:
+        if self.fault_tolerance is None or self.fault_tolerance.restore is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _first(self, reason: str) -> str:
@@ -254,7 +259,7 @@ class SafeRuns:
         try:
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationStopped:
-            self.safety.evaluation_pending = True
+            self.fault_tolerance.evaluation_pending = True
             self.control.should_save = self.control.should_training_stop = True
             return {}
 
@@ -266,24 +271,24 @@ class StopCallback(TrainerCallback):
         self.trainer = trainer
 
     @property
-    def safety(self) -> Safety:
-        return self.trainer.safety
+    def fault_tolerance(self) -> FaultTolerance:
+        return self.trainer.fault_tolerance
 
     def on_train_begin(self, args, state, control, **kwargs):
-        watch(self.safety.watchdog_s)
-        manifest = read_manifest(self.safety.folder / f"checkpoint-{state.global_step}") or {}
+        watch(self.fault_tolerance.watchdog_s)
+        manifest = read_manifest(self.fault_tolerance.folder / f"checkpoint-{state.global_step}") or {}
         if manifest.get("evaluation_pending") and state.global_step > 0:
             self.trainer._evaluate(None, None)
-            self.safety.evaluation_pending = False
+            self.fault_tolerance.evaluation_pending = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        watch(self.safety.watchdog_s)
-        request = self.safety.stopper.agree(self.safety.trouble())
+        watch(self.fault_tolerance.watchdog_s)
+        request = self.fault_tolerance.stopper.agree(self.fault_tolerance.failure())
         if request in (NOT_FINITE, SPIKE):
-            raise UserError(why_it_ends(request, self.safety, state.global_step))
+            raise UserError(why_it_ends(request, self.fault_tolerance, state.global_step))
         if request and state.global_step < state.max_steps:
             at_end = args.eval_strategy == "epoch" and math.isclose(state.epoch, round(state.epoch))
-            self.safety.evaluation_pending = control.should_evaluate or at_end
+            self.fault_tolerance.evaluation_pending = control.should_evaluate or at_end
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
@@ -292,27 +297,27 @@ class StopCallback(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        watch(self.safety.watchdog_s)
+        watch(self.fault_tolerance.watchdog_s)
         best_counts = args.metric_for_best_model is not None  # transformers needs its result
-        if not best_counts and self.safety.stopper.agree() and state.global_step < state.max_steps:
+        if not best_counts and self.fault_tolerance.stopper.agree() and state.global_step < state.max_steps:
             raise EvaluationStopped
 
     def on_save(self, args, state, control, **kwargs):
-        watch(self.safety.watchdog_s)
+        watch(self.fault_tolerance.watchdog_s)
 
     def stopping(self, state) -> bool:
-        return bool(self.safety.stopper.agreed) and state.global_step < state.max_steps
+        return bool(self.fault_tolerance.stopper.agreed) and state.global_step < state.max_steps
 
 
-def why_it_ends(trouble: str, safety: Safety, step: int) -> str:
+def why_it_ends(failure: str, fault_tolerance: FaultTolerance, step: int) -> str:
     """The sentence for a loss or a gradient that training should not go on from."""
-    kept = newest_checkpoint(safety.folder)
+    kept = newest_checkpoint(fault_tolerance.folder)
     kept = f"{kept} is from before it" if kept else "no checkpoint had been written"
-    if trouble == SPIKE:
-        *before, norm = safety.norms
+    if failure == SPIKE:
+        *before, norm = fault_tolerance.norms
         return (
             f"the gradient norm of step {step} is {norm:.3g}, and its median over the {len(before)} steps before "
-            f"{statistics.median(before):.3g}: more than max_gradient_spike={safety.max_spike:g} times as much; {kept}. Look at "
+            f"{statistics.median(before):.3g}: more than max_gradient_spike={fault_tolerance.max_spike:g} times as much; {kept}. Look at "
             "the data of this step, or raise max_gradient_spike (0: never stop), and give the same command again"
         )
     return (
@@ -324,17 +329,22 @@ def why_it_ends(trouble: str, safety: Safety, step: int) -> str:
 
 def end_if_stopped(trainer) -> None:
     """After training: note what was asked for and raise Stopped, if it was and there is more to do."""
-    safety, state = trainer.safety, trainer.state
-    if not safety.stopper.agreed or state.global_step >= state.max_steps:
+    fault_tolerance, state = trainer.fault_tolerance, trainer.state
+    if not fault_tolerance.stopper.agreed or state.global_step >= state.max_steps:
         return
-    checkpoint = newest_checkpoint(safety.folder)
+    checkpoint = newest_checkpoint(fault_tolerance.folder)
     if is_main():
-        note = {"step": state.global_step, "of": state.max_steps, "by": safety.stopper.agreed, "checkpoint": checkpoint}
-        write_file(safety.folder / "stopped.json", json.dumps(note) + "\n")
-        (safety.folder / STOP_FILE).unlink(missing_ok=True)
+        note = {
+            "step": state.global_step,
+            "of": state.max_steps,
+            "by": fault_tolerance.stopper.agreed,
+            "checkpoint": checkpoint,
+        }
+        write_file(fault_tolerance.folder / "stopped.json", json.dumps(note) + "\n")
+        (fault_tolerance.folder / STOP_FILE).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
     say(
-        f"\nStopped after step {state.global_step} of {state.max_steps} ({safety.stopper.agreed}); "
+        f"\nStopped after step {state.global_step} of {state.max_steps} ({fault_tolerance.stopper.agreed}); "
         f"{'saved as ' + checkpoint if checkpoint else 'no checkpoint could be written'}. The same command goes on from there."
     )
     raise Stopped

@@ -13,7 +13,7 @@ from rlhf.errors import quote
 from rlhf.files import read_json, sync_folder, whole_number, write_file
 from rlhf.runs.records import checkpoints
 
-MANIFEST = "whole.json"
+MANIFEST = "manifest.json"
 
 
 def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]:

@@ -5,7 +5,7 @@ A run folder holds the finished model (safetensors, tokenizer, template) and bes
     provenance.json    versions, git commit, hardware, digests of data and input model, all arguments
     metrics.jsonl      one line a log
     checkpoint-N/      the trainer's state after step N; it gets this name when all of it is on the disk, with a manifest of
-                       sizes and checksums (`whole.json`)
+                       sizes and checksums (`manifest.json`)
     stopped.json       of a run that was asked to stop: step, checkpoint and by what; gone when it goes on
     .lock              held by the run that writes here
     complete.json      written last: the model was reloaded and compared, with its files, sizes and sha256
@@ -37,7 +37,7 @@ OURS = re.compile(r"\.lock|stop|\.partial|\.rlhf-preflight-.*")  # may lie in a 
 
 
 @dataclass
-class Run:
+class RunFolder:
     """An output folder that is ours to write.
 
     Attributes:
@@ -53,7 +53,7 @@ class Run:
     lock: Lock | None = None
 
 
-def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
+def open_run(recipe: Recipe, inputs: dict[str, str]) -> RunFolder:
     """Look at the output directory before anything is loaded: new, to be resumed, complete, or not ours.
 
     Args:
@@ -75,7 +75,7 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> Run:
     if found:
         refuse_other_run(recipe, folder, inputs)
     _check_writable(folder, where)
-    return Run(folder, read_complete(folder), newest_checkpoint(folder))
+    return RunFolder(folder, read_complete(folder), newest_checkpoint(folder))
 
 
 def _names_in(folder: Path, where: str) -> list[str]:
@@ -162,7 +162,7 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any]) -> None:
+def begin_run(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any]) -> None:
     """Write recipe.yaml and provenance.json (main process only)."""
     run.folder.mkdir(parents=True, exist_ok=True)
     started = {"command": command_of(recipe), "launcher": launcher_of()}
@@ -180,7 +180,7 @@ def begin_run(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[
     write_file(run.folder / "provenance.json", json.dumps(provenance, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
-def finish_run(run: Run, summary: dict[str, Any]) -> None:
+def finish_run(run: RunFolder, summary: dict[str, Any]) -> None:
     """Write complete.json, last of all (main process only)."""
     summary = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **summary}
     write_file(run.folder / "complete.json", json.dumps(summary, indent=2, default=str, ensure_ascii=False) + "\n")

@@ -42,18 +42,18 @@ def save_portable(trainer, folder: Path) -> str:
     """
     if reason := _why_not(trainer):
         return reason
-    shard, size, number, trouble = {}, 0, 0, None
+    shard, size, number, failure = {}, 0, 0, None
     for key, tensor in _whole_state(trainer):
-        if not is_main() or trouble:
+        if not is_main() or failure:
             continue
         shard[key] = tensor.detach().to("cpu", copy=True).contiguous()
         size += shard[key].nbytes
         if size >= SHARD_BYTES:
-            trouble, shard, size, number = _write(shard, folder, number), {}, 0, number + 1
-    if shard and not trouble:
-        trouble = _write(shard, folder, number)
-    if trouble:
-        raise trouble
+            failure, shard, size, number = _write(shard, folder, number), {}, 0, number + 1
+    if shard and not failure:
+        failure = _write(shard, folder, number)
+    if failure:
+        raise failure
     return ""
 
 

@@ -9,10 +9,10 @@ from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
 from rlhf.files import Lock
 from rlhf.runs.checkpoints import newest_checkpoint, read_manifest
-from rlhf.runs.folder import Run
+from rlhf.runs.folder import RunFolder
 
 
-def take_over(run: Run, where: str, layout: dict[str, Any]) -> tuple[str | None, bool]:
+def take_over(run: RunFolder, where: str, layout: dict[str, Any]) -> tuple[str | None, bool]:
     """Lock the run folder for this run, and find the checkpoint to go on from, its checksums verified.
 
     Returns:

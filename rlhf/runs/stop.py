@@ -71,8 +71,8 @@ class Stopper:
             again = "; once more stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\n{self.asked_by}: stopping after this step{again}\n".encode())
 
-    def agree(self, trouble: str = "") -> str:
-        """The request (or the trouble, which comes first) that one process or more knows of, or ''.
+    def agree(self, failure: str = "") -> str:
+        """The request (or the failure, which comes first) that one process or more knows of, or ''.
 
         All processes must ask, at the same place. Two processes on a busy 2-core CPU take 0.2 ms for it.
         """
@@ -81,7 +81,7 @@ class Stopper:
             self._looked_at = time.monotonic()
             self.asked_by = next((f"the file {file}" for file in self.files if file.exists()), "")
         names = ["", *(s.name for s in self.SIGNALS), *(f"the file {file}" for file in self.files), SPIKE, NOT_FINITE]
-        code = names.index(trouble or self.asked_by)
+        code = names.index(failure or self.asked_by)
         found = names[self._largest(code)]
         self.agreed = "" if found in (SPIKE, NOT_FINITE) else found
         return found

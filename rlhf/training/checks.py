@@ -82,14 +82,14 @@ def check_merge(context: Context) -> bool:
     merge = stage_args.merge_adapter
     if merge is None:
         merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
-    goes_on = recipe.stage != "reward" and stage_args.continue_adapter
+    continues_adapter = recipe.stage != "reward" and stage_args.continue_adapter
     for key in ("load_in_4bit", "load_in_8bit"):
-        if recipe.get(key) and is_adapter(context.model_name) and not goes_on:
+        if recipe.get(key) and is_adapter(context.model_name) and not continues_adapter:
             raise UserError(
                 f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
                 "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
             )
-    if model_args.use_peft and not merge and is_adapter(context.model_name) and not goes_on:
+    if model_args.use_peft and not merge and is_adapter(context.model_name) and not continues_adapter:
         raise UserError(
             f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
             "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"

@@ -35,11 +35,11 @@ def load(context: Context):
     args, model_args = context.args, context.model_args
     tokenizer = load_tokenizer(context.model_name, context.stage_args.chat_template, args.trust_remote_code)
     return load_policy(
-        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on(context)
+        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=continues_adapter(context)
     ), tokenizer
 
 
-def goes_on(context: Context) -> bool:
+def continues_adapter(context: Context) -> bool:
     """Whether the policy is an SFT adapter that is trained further."""
     from rlhf.models.folder import is_adapter
 
@@ -74,7 +74,7 @@ def build(context: Context):
         train_dataset=Dataset.from_list(context.data.train),
         eval_dataset=Dataset.from_list(context.data.heldout) if context.data.heldout else None,
         processing_class=tokenizer,
-        peft_config=None if goes_on(context) else get_peft_config(model_args),
+        peft_config=None if continues_adapter(context) else get_peft_config(model_args),
     )
     if stage_args.reference == "nf4":
         check_bias(trainer, context, tokenizer)
@@ -131,7 +131,7 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
 def check(context: Context) -> None:
     """Refuse a reference, or the shape of an adapter, that can't be: before the model loads."""
     check_reference(context)
-    if goes_on(context):
+    if continues_adapter(context):
         check_same_adapter(context)
 
 
@@ -257,4 +257,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["prompt_ids"] + row["chosen_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-DPO = Stage("dpo", "DPO", preference_rows, load, build, probe, check, goes_on)
+DPO = Stage("dpo", "DPO", preference_rows, load, build, probe, check, continues_adapter)

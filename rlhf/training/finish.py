@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.runs.card import write_card
-from rlhf.runs.folder import Run, finish_run
+from rlhf.runs.folder import RunFolder, finish_run
 from rlhf.runs.records import describe_complete
 from rlhf.training.plan import Prepared
 from rlhf.training.stage import Context, Stage
 
 
-def finish(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float) -> None:
+def finish(stage: Stage, prepared: Prepared, trainer, run: RunFolder, seconds: float) -> None:
     """Write the model on the main rank, load it again, compare; an error there ends all ranks."""
     probe = stage.probe(trainer.train_dataset)
     model, expected = finished_model(stage, prepared.context, trainer, probe)
@@ -18,7 +18,9 @@ def finish(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float) 
     trainer.accelerator.end_training()
 
 
-def _write_model(stage: Stage, prepared: Prepared, trainer, run: Run, seconds: float, model, expected, probe) -> None:
+def _write_model(
+    stage: Stage, prepared: Prepared, trainer, run: RunFolder, seconds: float, model, expected, probe
+) -> None:
     import torch
 
     from rlhf.models.finished import save_finished
@@ -57,7 +59,7 @@ def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int
         (model, None), or, where it was split: (model loaded anew with the trained parameters, on the main process only;
         the split model's logits on `probe`)
     """
-    from rlhf.distributed.sharding import whole_parameter
+    from rlhf.distributed.sharding import unsharded
     from rlhf.models.finished import probe_logits
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
@@ -67,7 +69,7 @@ def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int
     trained = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with whole_parameter(parameter) as whole:
+            with unsharded(parameter) as whole:
                 if is_main():
                     trained[name] = whole.detach().cpu().clone()
     if not is_main():

@@ -16,7 +16,7 @@ from rlhf.console import quiet_libraries
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.models.embedded import is_fetched
-from rlhf.runs.folder import Run, check_disk
+from rlhf.runs.folder import RunFolder, check_disk
 from rlhf.runs.stop import Stopper
 from rlhf.training.checks import bytes_needed, check_length, check_merge
 from rlhf.training.lengths import too_long
@@ -75,7 +75,7 @@ def prepare(
     return Prepared(context, commit, merge, context.model_args.use_peft if portable is None else portable)
 
 
-def check_only(stage: Stage, recipe: Recipe, data: StageData, run: Run) -> str:
+def check_only(stage: Stage, recipe: Recipe, data: StageData, run: RunFolder) -> str:
     """What `--check` does beyond recipe and data; returns what could not be known yet, or ''."""
     name, waits = starting_model(recipe)
     if name.startswith("embedded:") and not is_fetched():
@@ -230,7 +230,7 @@ def check_modules(stage: Stage, context: Context) -> bool:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl import get_peft_config
 
-    from rlhf.distributed.sharding import unsplit
+    from rlhf.distributed.sharding import loading_unsharded
     from rlhf.models.folder import base_of
     from rlhf.packing import why_not
 
@@ -243,13 +243,13 @@ def check_modules(stage: Stage, context: Context) -> bool:
     if attention := packed_attention(model_args.attn_implementation):
         options["attn_implementation"] = attention
     try:
-        with unsplit(), torch.device("meta"):
+        with loading_unsharded(), torch.device("meta"):
             model = auto.from_config(config, **options)
     except (ValueError, ImportError) as error:
         key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
         raise UserError(f"{recipe.where(key)}: {context.model_name} can't be built: {_sentence(error)}") from None
     packed = context.stage_args.packing and why_not(model) is None
-    if not model_args.use_peft or stage.goes_on(context):
+    if not model_args.use_peft or stage.continues_adapter(context):
         return packed
     named, linear = model_args.lora_target_modules, _linear_layers(model)
     missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from rlhf.distributed.processes import is_main, say
-from rlhf.distributed.sharding import whole_parameter
+from rlhf.distributed.sharding import unsharded
 from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
 
@@ -165,7 +165,7 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
     for short, (name, tensor) in sorted(tensors.items()):
         parameter = parameters.get(name)
         if parameter is None or id(parameter) not in seen:
-            with whole_parameter(parameter) as whole:
+            with unsharded(parameter) as whole:
                 yield short, tensor if whole is parameter else whole
         seen.add(id(parameter))
 

@@ -18,12 +18,12 @@ from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
 from rlhf.distributed.processes import on_main, prepare_processes, say
-from rlhf.distributed.topology import check_layout, layout_of_environment, layout_of_file
+from rlhf.distributed.topology import check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
 from rlhf.models.folder import check_model_folder
 from rlhf.runs.checkpoints import read_manifest
-from rlhf.runs.folder import Run, begin_run, check_disk, fresh_folder, open_run
+from rlhf.runs.folder import RunFolder, begin_run, check_disk, fresh_folder, open_run
 from rlhf.runs.metrics import add_callbacks
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import describe_complete
@@ -56,8 +56,8 @@ def run_stage(
         if check_only:
             say(f"--fresh: the run would go to {recipe.values['output_dir']}")
     if launch_file:
-        layout = layout_of_file(launch_file)
-        check_layout(recipe, layout, layout.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # that imports torch
+        layout = topology_of_file(launch_file)
+        check_topology(recipe, layout, layout.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # that imports torch
     made_by = maker_of(recipe, recipe.get("model_name_or_path"))
     data = read_data(stage, recipe)
     inputs = dict(data.digests)
@@ -85,7 +85,13 @@ def run_stage(
 
 
 def _train(
-    stage: Stage, recipe: Recipe, data: StageData, run: Run, inputs: dict[str, str], made_by: str, stopper: Stopper
+    stage: Stage,
+    recipe: Recipe,
+    data: StageData,
+    run: RunFolder,
+    inputs: dict[str, str],
+    made_by: str,
+    stopper: Stopper,
 ) -> None:
     say(f"\n=== {stage.title}: {recipe.path}")
     describe_data(recipe, data)
@@ -93,17 +99,17 @@ def _train(
     import torch
 
     from rlhf.models.folder import locate
-    from rlhf.runs.checkpointing import Safety, end_if_stopped
+    from rlhf.runs.checkpointing import FaultTolerance, end_if_stopped
     from rlhf.runs.portable import PortableState
 
     configs = args, model_args, stage_args = build_configs(recipe)
     check_devices(args, recipe)
-    check_layout(recipe, layout_of_environment(), args.use_cpu)
+    check_topology(recipe, topology_of_environment(), args.use_cpu)
     prepare_processes(args)
     name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
     prepared = plan.prepare(stage, recipe, data, configs, name, stopper)
     context = prepared.context
-    layout = layout_of_environment().record(args.world_size)
+    layout = topology_of_environment().record(args.world_size)
     run.resume_from, unsharded = take_over(run, recipe.where("output_dir"), layout)
     check_disk(run.folder, prepared.bytes_needed(run.resume_from), plan.STILL_TO_WRITE)
     trainer = _build(stage, context)
@@ -113,11 +119,11 @@ def _train(
     _announce(stage, context, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
-    safety = Safety(
+    safety = FaultTolerance(
         run.folder, stopper, layout, watchdog_s, max_spike, portable=prepared.portable,
         restore=PortableState(Path(run.resume_from)) if unsharded else None,
     )  # fmt: skip
-    trainer.make_safe(safety)
+    trainer.use_fault_tolerance(safety)
     started = time.time()
     try:
         train_or_restore(trainer, run)
@@ -128,7 +134,7 @@ def _train(
     finish(stage, prepared, trainer, run, time.time() - started)
 
 
-def _begin(run: Run, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
+def _begin(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
     begin_run(run, recipe, inputs, arguments)
     write_skipped(run.folder, data.skipped)
     write_train_prompts(run.folder, data.train)
@@ -153,7 +159,7 @@ def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemor
     )
 
 
-def train_or_restore(trainer, run: Run) -> None:
+def train_or_restore(trainer, run: RunFolder) -> None:
     """Train; or, where the checkpoint is already the last step's, only load it.
 
     transformers 5.23 takes one step more when it resumes a run that max_steps ended in the middle of an epoch.
@@ -163,8 +169,8 @@ def train_or_restore(trainer, run: Run) -> None:
     if run.resume_from:
         state = TrainerState.load_from_json(str(Path(run.resume_from) / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            if trainer.safety.restore:
-                trainer.safety.restore.restore_weights(trainer.model)
+            if trainer.fault_tolerance.restore:
+                trainer.fault_tolerance.restore.restore_weights(trainer.model)
             trainer._load_from_checkpoint(run.resume_from)
             trainer.state = state
             return
@@ -178,7 +184,7 @@ def describe_data(recipe: Recipe, data: StageData) -> None:
         say(f"{name}: {text}")
 
 
-def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
+def _announce(stage: Stage, context: Context, trainer, run: RunFolder) -> None:
     args, data = trainer.args, context.data
     model = trainer.model
     total, trained = count_parameters(model)
@@ -208,7 +214,7 @@ def _announce(stage: Stage, context: Context, trainer, run: Run) -> None:
         )
     if run.resume_from:
         before = (read_manifest(Path(run.resume_from)) or {}).get("layout") or {}
-        engine = layout_of_environment().record(world)["engine"]
+        engine = topology_of_environment().record(world)["engine"]
         other = (before.get("processes"), before.get("engine")) not in ((None, None), (world, engine))
         by = f" (of {before['processes']} process{'es' if before['processes'] > 1 else ''}, {before['engine']})"
         say(f"  resuming from {run.resume_from}{by if other else ''}")

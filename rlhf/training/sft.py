@@ -16,11 +16,11 @@ def load(context: Context):
     args, model_args, stage_args = context.args, context.model_args, context.stage_args
     tokenizer = load_tokenizer(context.model_name, stage_args.chat_template, args.trust_remote_code)
     return load_policy(
-        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=goes_on(context)
+        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=continues_adapter(context)
     ), tokenizer
 
 
-def goes_on(context: Context) -> bool:
+def continues_adapter(context: Context) -> bool:
     """Whether the policy is an adapter that is trained further."""
     from rlhf.models.folder import is_adapter
 
@@ -58,4 +58,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["input_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-SFT = Stage("sft", "SFT", sft_rows, load, build, probe, goes_on=goes_on)
+SFT = Stage("sft", "SFT", sft_rows, load, build, probe, continues_adapter=continues_adapter)

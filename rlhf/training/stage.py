@@ -63,7 +63,7 @@ class Stage:
         build: (context) to TRL's trainer.
         probe: the trainer's tokenised training set to a few rows of token ids.
         check: (context) refuses what the stage can't do, before the model loads.
-        goes_on: (context) whether the input model is an adapter that is trained further.
+        continues_adapter: (context) whether the input model is an adapter that is trained further.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Stage:
     build: Callable[[Any], Any]
     probe: Callable[[Any], list[list[int]]]
     check: Callable[[Any], None] = lambda context: None
-    goes_on: Callable[[Any], bool] = lambda context: False
+    continues_adapter: Callable[[Any], bool] = lambda context: False
 
 
 @dataclass

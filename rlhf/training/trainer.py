@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rlhf.config.build import is_flash
 from rlhf.distributed.processes import say
-from rlhf.runs.checkpointing import SafeRuns
+from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
 from rlhf.training.lengths import count_tokens, too_long
 from rlhf.training.stage import Context
@@ -98,7 +98,7 @@ def _first(items):
     return items[0]
 
 
-class GlobalBatches(SafeRuns):
+class GlobalBatches(CheckpointMixin):
     """Mixed in before SFTTrainer, RewardTrainer or DPOTrainer; does nothing until `use_global_batches` is called."""
 
     _step_weight: float | None = None  # of the micro-batch at hand; None outside of a step

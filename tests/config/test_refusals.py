@@ -18,7 +18,7 @@ from rlhf.config.keys import report_names, scheduler_arguments
 from rlhf.config.keys_foreign import FOREIGN
 from rlhf.config.recipe import allowed_keys, load_recipe
 from rlhf.config.stage_config import EvaluateConfig, StageConfig
-from rlhf.distributed.topology import check_layout, layout_of_environment, layout_of_file
+from rlhf.distributed.topology import check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
 
 BASE = "model_name_or_path: m\noutput_dir: o\ndataset_name: d\n"
@@ -450,7 +450,7 @@ def test_damaged_launch_file(tmp_path, text):
     path = tmp_path / "l.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
-        layout_of_file(str(path))
+        topology_of_file(str(path))
     assert str(caught.value).replace(str(path), "#").startswith(DAMAGED[text])
 
 
@@ -473,7 +473,7 @@ def test_what_a_launch_file_may_not_ask_for(tmp_path, monkeypatch, text, keys, e
     launch.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 8\n{text}\n")
     loaded = load_recipe(str(recipe), "dpo", [f"--{key}={value}" for key, value in keys.items()])
     with pytest.raises(UserError) as caught:
-        check_layout(loaded, layout_of_file(str(launch)), False)
+        check_topology(loaded, topology_of_file(str(launch)), False)
     assert expected in str(caught.value) and str(launch) in str(caught.value)
     made = (
         {"ACCELERATE_MIXED_PRECISION": "fp8"} if "fp8" in text else environment_of(str(launch))
@@ -481,7 +481,7 @@ def test_what_a_launch_file_may_not_ask_for(tmp_path, monkeypatch, text, keys, e
     for name, value in made.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
-        check_layout(loaded, layout_of_environment(), False)
+        check_topology(loaded, topology_of_environment(), False)
     assert expected in str(caught.value)
 
 
@@ -514,7 +514,7 @@ def test_fp16_needs_a_gpu(tmp_path, monkeypatch):
 def test_environment_that_is_none_of_accelerates(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE is 'two'; expected a whole number"):
-        layout_of_environment()
+        topology_of_environment()
 
 
 # --- the whole way ---------------------------------------------------------------------------------------------------

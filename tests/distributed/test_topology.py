@@ -12,7 +12,13 @@ from faults import environment_of
 from rlhf.__main__ import main
 from rlhf.config.recipe import Recipe
 from rlhf.distributed import topology
-from rlhf.distributed.topology import Layout, check_layout, check_quantised, layout_of_environment, layout_of_file
+from rlhf.distributed.topology import (
+    Topology,
+    check_quantised,
+    check_topology,
+    topology_of_environment,
+    topology_of_file,
+)
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,11 +43,11 @@ def recipe_with(**values):
 )
 def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zero_stage, offload, fsdp_version, monkeypatch):  # fmt: skip
     path = str(ROOT / "launch" / f"{file}.yaml")
-    assert layout_of_file(path) == Layout(engine, zero_stage, offload, fsdp_version, path)
+    assert topology_of_file(path) == Topology(engine, zero_stage, offload, fsdp_version, path)
     for name, value in environment_of(path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "1" if engine == "one process" else "2")
-    assert layout_of_environment() == Layout(engine, zero_stage, offload, fsdp_version)
+    assert topology_of_environment() == Topology(engine, zero_stage, offload, fsdp_version)
 
 
 @pytest.mark.parametrize(
@@ -58,46 +64,46 @@ def test_files_that_are_none(text, sentence, tmp_path):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=sentence):
-        layout_of_file(str(file))
+        topology_of_file(str(file))
 
 
 @pytest.mark.parametrize(
-    ("layout", "values", "cpu", "sentence"),
+    ("topology", "values", "cpu", "sentence"),
     [
-        (Layout("FSDP", fsdp_version=1), {}, False, "`fsdp_version: 2`, or use launch/fsdp2.yaml"),
-        (Layout("FSDP", fsdp_version=2, offload=True), {}, True, "on the CPU already; use launch/fsdp2.yaml"),
-        (Layout("FSDP", fsdp_version=2), {"load_in_8bit": True}, False, r"r.yaml:1: FSDP can't split 8-bit weights; use `load_in_4bit: true`, or launch/ddp.yaml"),
-        (Layout("DeepSpeed", 3, True), {"optim": "paged_adamw_8bit"}, False, "DeepSpeed's Adam in the place of `optim: paged_adamw_8bit`; remove `optim`, or use launch/zero3.yaml"),
-        (Layout("DeepSpeed", 3, True), {"optim": "sgd"}, False, "in the place of `optim: sgd`"),
+        (Topology("FSDP", fsdp_version=1), {}, False, "`fsdp_version: 2`, or use launch/fsdp2.yaml"),
+        (Topology("FSDP", fsdp_version=2, offload=True), {}, True, "on the CPU already; use launch/fsdp2.yaml"),
+        (Topology("FSDP", fsdp_version=2), {"load_in_8bit": True}, False, r"r.yaml:1: FSDP can't split 8-bit weights; use `load_in_4bit: true`, or launch/ddp.yaml"),
+        (Topology("DeepSpeed", 3, True), {"optim": "paged_adamw_8bit"}, False, "DeepSpeed's Adam in the place of `optim: paged_adamw_8bit`; remove `optim`, or use launch/zero3.yaml"),
+        (Topology("DeepSpeed", 3, True), {"optim": "sgd"}, False, "in the place of `optim: sgd`"),
     ],
 )  # fmt: skip
-def test_what_cannot_work(layout, values, cpu, sentence, monkeypatch):
+def test_what_cannot_work(topology, values, cpu, sentence, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/" + name)
     with pytest.raises(UserError, match=sentence):
-        check_layout(recipe_with(**values), layout, cpu)
+        check_topology(recipe_with(**values), topology, cpu)
 
 
-@pytest.mark.parametrize("layout", [Layout("one process"), Layout("DDP"), Layout("DeepSpeed", 2), Layout("DeepSpeed", 3, True), Layout("FSDP", fsdp_version=2)])  # fmt: skip
-def test_what_can(layout, monkeypatch):
+@pytest.mark.parametrize("topology", [Topology("one process"), Topology("DDP"), Topology("DeepSpeed", 2), Topology("DeepSpeed", 3, True), Topology("FSDP", fsdp_version=2)])  # fmt: skip
+def test_what_can(topology, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/" + name)
-    check_layout(recipe_with(load_in_4bit=True, use_peft=True), layout, True)
+    check_topology(recipe_with(load_in_4bit=True, use_peft=True), topology, True)
 
 
 def test_deepspeed_and_its_compiler(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs DeepSpeed.*'rlhf-dpo\[deepspeed\]', or use launch/ddp.yaml"):
-        check_layout(recipe_with(), Layout("DeepSpeed", 2), False)
+        check_topology(recipe_with(), Topology("DeepSpeed", 2), False)
     with pytest.raises(UserError, match=r"or use launch/fsdp2.yaml"):
-        check_layout(recipe_with(), Layout("DeepSpeed", 3, True), False)
+        check_topology(recipe_with(), Topology("DeepSpeed", 3, True), False)
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(topology.shutil, "which", lambda name: None)
-    check_layout(recipe_with(), Layout("DeepSpeed", 2), False)  # a GPU's processes talk through NCCL
+    check_topology(recipe_with(), Topology("DeepSpeed", 2), False)  # a GPU's processes talk through NCCL
     with pytest.raises(UserError, match=r"there is no C\+\+ compiler; install g\+\+"):
-        check_layout(recipe_with(), Layout("DeepSpeed", 2), True)
+        check_topology(recipe_with(), Topology("DeepSpeed", 2), True)
     with pytest.raises(UserError, match=r"compile its Adam for the CPU"):
-        check_layout(recipe_with(), Layout("DeepSpeed", 3, True), False)
+        check_topology(recipe_with(), Topology("DeepSpeed", 3, True), False)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_what_is_missing_is_installed_for_the_python_in_use(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert pip_install("a", "b[c]") == "'/my env/bin/python' -m pip install a 'b[c]'"
     with pytest.raises(UserError, match=r"run: '/my env/bin/python' -m pip install 'rlhf-dpo\[deepspeed\]', or use"):
-        check_layout(recipe_with(), Layout("DeepSpeed", 2), False)
+        check_topology(recipe_with(), Topology("DeepSpeed", 2), False)
     for key, value in (("load_in_4bit", True), ("load_in_8bit", True), ("reference", "nf4"), ("report_to", ["wandb"])):
         package = "wandb" if key == "report_to" else "bitsandbytes"
         with pytest.raises(UserError, match=f"run: '/my env/bin/python' -m pip install {package}$"):

@@ -212,7 +212,7 @@ JUNK = (
     b'{"stage": [1]}', b'{"steps": 2, "seconds": NaN, "first_loss": null}', b'{"steps": -1}', b'{"steps": 1}', b'{"files": {"a": [1]}}',
     b'{"files": {"../x": 1}}', b'{"files": {"/etc/passwd": 1}}', b'{"files": []}', BOMB, FOLDER, "-> gone", "-> /dev/null", "-> .",
 )  # fmt: skip
-RUN_FILES = ("recipe.yaml", "provenance.json", "complete.json", "stopped.json", "metrics.jsonl", "checkpoint-2/whole.json",
+RUN_FILES = ("recipe.yaml", "provenance.json", "complete.json", "stopped.json", "metrics.jsonl", "checkpoint-2/manifest.json",
              "checkpoint-2/trainer_state.json", ".lock", "checkpoint-2")  # fmt: skip
 PROVENANCE = {
     "stage": "dpo",
@@ -229,7 +229,7 @@ def run_box(complete: bool = False) -> dict[str, object]:
     files = box() | {
         "out/recipe.yaml": recipe_text(RECIPES["dpo"]), "out/provenance.json": json.dumps(PROVENANCE | {"inputs": {}}).encode(),
         "out/metrics.jsonl": b'{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n', "out/checkpoint-2/a": b"x",
-        "out/checkpoint-2/whole.json": b'{"files": {"a": 1}}', "out/checkpoint-2/trainer_state.json": b'{"max_steps": 4}',
+        "out/checkpoint-2/manifest.json": b'{"files": {"a": 1}}', "out/checkpoint-2/trainer_state.json": b'{"max_steps": 4}',
     }  # fmt: skip
     return files | (
         {"out/complete.json": b'{"steps": 2, "seconds": 1.0, "weights_sha256": "ab", "train_examples": 3}'}
@@ -255,7 +255,9 @@ def without(files: dict[str, object], name: str) -> dict[str, object]:
 
 def _run_folders():
     damage = [(name, junk) for name in ("complete.json", "provenance.json") for junk in JUNK]
-    damage += [("checkpoint-2/whole.json", junk) for junk in JUNK[-10:]] + [("recipe.yaml", junk) for junk in JUNK[-6:]]
+    damage += [("checkpoint-2/manifest.json", junk) for junk in JUNK[-10:]] + [
+        ("recipe.yaml", junk) for junk in JUNK[-6:]
+    ]
     damage += [
         ("checkpoint-²", FOLDER),
         ("metrics.jsonl", b'[1]\n3\n{"step": "x"}\n\xff\n'),

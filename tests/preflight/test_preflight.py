@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.__main__ import main
 from rlhf.config.recipe import Recipe
-from rlhf.distributed.topology import Layout
+from rlhf.distributed.topology import Topology
 from rlhf.preflight.bandwidth import bus_bandwidth, interface_speed, link_of, run_bounded, used_interfaces
 from rlhf.preflight.judge_hosts import host_rows, judge_devices, judge_nodes, judge_versions
 from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_interfaces, speed_row
@@ -118,21 +118,21 @@ def test_run_bounded():
 
 
 @pytest.mark.parametrize(
-    "values, layout, world, expected",
+    "values, topology, world, expected",
     [
-        ({}, Layout("DDP"), 4, 16_000),  # 1000 x (4 weight + 4 gradient + 8 Adam)
-        ({"dtype": "bfloat16"}, Layout("DDP"), 4, 8_000),
-        ({"use_peft": True}, Layout("DDP"), 4, 4_000),
-        ({"use_peft": True, "load_in_4bit": True}, Layout("DDP"), 4, 500),
-        ({}, Layout("DeepSpeed", 1), 4, 10_000),  # 4000 + 4000 + 8000 / 4
-        ({}, Layout("DeepSpeed", 2), 4, 7_000),  # 4000 + (4000 + 8000) / 4
-        ({}, Layout("DeepSpeed", 3), 4, 4_000),
-        ({}, Layout("FSDP", fsdp_version=2), 4, 4_000),
-        ({}, Layout("DeepSpeed", 3, offload=True), 4, 1_000),  # gradients alone stay on the device
+        ({}, Topology("DDP"), 4, 16_000),  # 1000 x (4 weight + 4 gradient + 8 Adam)
+        ({"dtype": "bfloat16"}, Topology("DDP"), 4, 8_000),
+        ({"use_peft": True}, Topology("DDP"), 4, 4_000),
+        ({"use_peft": True, "load_in_4bit": True}, Topology("DDP"), 4, 500),
+        ({}, Topology("DeepSpeed", 1), 4, 10_000),  # 4000 + 4000 + 8000 / 4
+        ({}, Topology("DeepSpeed", 2), 4, 7_000),  # 4000 + (4000 + 8000) / 4
+        ({}, Topology("DeepSpeed", 3), 4, 4_000),
+        ({}, Topology("FSDP", fsdp_version=2), 4, 4_000),
+        ({}, Topology("DeepSpeed", 3, offload=True), 4, 1_000),  # gradients alone stay on the device
     ],
 )
-def test_training_bytes(values, layout, world, expected):
-    assert training_bytes(1000, Recipe("dpo", "r.yaml", values, {}), layout, world) == expected
+def test_training_bytes(values, topology, world, expected):
+    assert training_bytes(1000, Recipe("dpo", "r.yaml", values, {}), topology, world) == expected
 
 
 def test_num_parameters_reads_headers_only(tmp_path):

@@ -17,7 +17,7 @@ import yaml
 from rlhf import __version__
 from rlhf.config.recipe import HARMLESS, Recipe
 from rlhf.errors import UserError
-from rlhf.files import Lock, is_disk_trouble
+from rlhf.files import Lock, is_disk_error
 from rlhf.runs.checkpoints import (
     checkpoint_damage,
     digest_files,
@@ -250,7 +250,7 @@ def test_checkpoint_with_a_file_of_another_size_is_passed_over(tmp_path, content
 @pytest.mark.parametrize("content", ["", '{"files": {"a"', "null", "{}", "[]"])
 def test_checkpoint_with_a_damaged_manifest_is_passed_over(tmp_path, content):
     checkpoint(tmp_path, 9)
-    (checkpoint(tmp_path, 10) / "whole.json").write_text(content)
+    (checkpoint(tmp_path, 10) / "manifest.json").write_text(content)
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
 
 
@@ -267,7 +267,7 @@ def test_folder_that_is_called_nearly_like_a_checkpoint(tmp_path, name):
 
 def test_the_manifest_lists_files_with_sizes_and_checksums(tmp_path):
     path = checkpoint(tmp_path, 10)
-    found = json.loads((path / "whole.json").read_text())
+    found = json.loads((path / "manifest.json").read_text())
     sha = {name: hashlib.sha256(content).hexdigest() for name, content in (("m", b"12345678"), ("o", b"1234"))}
     assert found == {
         "files": {"model.safetensors": [8, sha["m"]], "part/optimizer.pt": [4, sha["o"]]},
@@ -299,7 +299,7 @@ def test_damage_is_named(tmp_path):
     assert checkpoint_damage(path) == "model.safetensors has 3 bytes, 8 were written"
     (path / "model.safetensors").unlink()
     assert checkpoint_damage(path) == "model.safetensors is missing"
-    (path / "whole.json").unlink()
+    (path / "manifest.json").unlink()
     assert checkpoint_damage(path) == "it was never finished (no manifest that can be read)"
 
 
@@ -397,8 +397,8 @@ def test_fresh_folder(tmp_path):
         (ValueError("shape"), False),
     ],
 )
-def test_disk_trouble(error, trouble):
-    assert is_disk_trouble(error) is trouble
+def test_disk_error(error, trouble):
+    assert is_disk_error(error) is trouble
 
 
 # --- disk space ------------------------------------------------------------------------------------------------------

@@ -40,11 +40,11 @@ class File:
 
 def pretend_other_engine(checkpoint):
     """The manifest tells of another engine, and its own files are not there."""
-    manifest = json.loads((checkpoint / "whole.json").read_text())
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["layout"] = {"engine": "DeepSpeed ZeRO-3", "split": "DeepSpeed ZeRO-3", "processes": 8}
     (checkpoint / "adapter_model.safetensors").unlink()
     del manifest["files"]["adapter_model.safetensors"]
-    (checkpoint / "whole.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
@@ -100,9 +100,9 @@ def test_an_optimizer_with_a_state_of_its_own_shape_says_so(written, tmp_path, c
     assert not list(checkpoint.glob("portable-*"))
     note = "note: checkpoints will be read by this engine only, not under another launch file: Adafactor keeps "
     assert note in capsys.readouterr().out
-    pretend = json.loads((checkpoint / "whole.json").read_text())
+    pretend = json.loads((checkpoint / "manifest.json").read_text())
     pretend["layout"] = {"engine": "FSDP", "split": "FSDP", "processes": 2}
-    (checkpoint / "whole.json").write_text(json.dumps(pretend))
+    (checkpoint / "manifest.json").write_text(json.dumps(pretend))
     assert main(["sft", file.path]) == 2
     assert "was written by 2 processes under FSDP, and can't be read by 1 under one process" in capsys.readouterr().err
 

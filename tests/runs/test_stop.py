@@ -273,7 +273,7 @@ def test_two_processes_stop_at_the_same_step(to, number, recipe, tiny_llama, few
     steps = json.loads((out / "stopped.json").read_text())["step"]
     assert f"Stopped after step {steps} of 3000 ({number.name})" in shown[0]
     assert ("exitcode  : 85" if to == "second process" else "got signal: 15") in shown[0]
-    assert (out / f"checkpoint-{steps}" / "whole.json").is_file()
+    assert (out / f"checkpoint-{steps}" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
