@@ -49,7 +49,7 @@ class Bench:
         stage: `sft`, `reward` or `dpo`.
         variants: name to what it is; the first is the baseline of the ratios.
         modes: name to how its batches are packed (None: not at all), which is checked once its trainer is built.
-        build: (variant, context, clock) to a trainer; `clock` times what comes before the first step.
+        build: (variant, plan, clock) to a trainer; `clock` times what comes before the first step.
     """
 
     stage: str
@@ -209,7 +209,7 @@ def worker(bench: Bench, args) -> None:
         Path(args.out).write_text(json.dumps({"flops": matmul_peak(args)}))
         return
     clock = Clock()
-    trainer = bench.build(args.worker, load_context(bench, args), clock)
+    trainer = bench.build(args.worker, load_plan(bench, args), clock)
     check_variant(args.worker, bench.modes[args.worker], trainer)
     batches = watch_batches(trainer)
     ends, cuda = watch_steps(trainer)
@@ -231,20 +231,19 @@ def worker(bench: Bench, args) -> None:
     Path(args.out).write_text(json.dumps(found))
 
 
-def load_context(bench: Bench, args):
-    """What a stage's `build` gets, from the recipe that all variants share."""
-    from rlhf.config.build import build_configs
+def load_plan(bench: Bench, args):
+    """The plan of the recipe that all variants share."""
     from rlhf.config.recipe import load_recipe
     from rlhf.console import quiet_libraries
-    from rlhf.models.folder import locate
-    from rlhf.training.stage import Context, read_data
+    from rlhf.distributed.topology import topology_of_environment
+    from rlhf.training.plan import make_plan
 
     quiet_libraries()
     scratch = Path(args.folder) / f"cache-{args.worker}-{os.getpid()}"  # nothing is found from an earlier round
     flags = ["--reference_cache", str(scratch)] if bench.stage == "dpo" else []
     recipe = load_recipe(f"{args.folder}/recipe.yaml", bench.stage, flags)
     stage = sys.modules["__main__"].STAGE
-    return Context(recipe, *build_configs(recipe), read_data(stage, recipe), locate(recipe.get("model_name_or_path"), ""))  # fmt: skip
+    return make_plan(stage, recipe, topology_of_environment())
 
 
 class Clock:

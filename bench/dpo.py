@@ -22,10 +22,10 @@ VARIANTS = {
 MODES = {"trl": None, "trl-precomputed": None, "packed": "rows", "shared": "pairs"}
 
 
-def build(variant, context, clock):
+def build(variant, plan, clock):
     if variant.startswith("trl"):
-        return build_trl(variant, context, clock)
-    trainer = STAGE.build(dataclasses.replace(context, packing_mode=MODES[variant]))
+        return build_trl(variant, plan, clock)
+    trainer = STAGE.build(dataclasses.replace(plan, packing_mode=MODES[variant]), None)
     if not trainer.reference_seconds > 0:
         raise SystemExit(
             f"{variant}: the cached reference took no time: it was not computed, or its time was not taken"
@@ -34,7 +34,7 @@ def build(variant, context, clock):
     return trainer
 
 
-def build_trl(variant, context, clock):
+def build_trl(variant, plan, clock):
     from datasets import Dataset
     from trl import DPOTrainer, get_peft_config
 
@@ -44,14 +44,14 @@ def build_trl(variant, context, clock):
     class Clocked(DPOTrainer):
         _precompute_ref_logps = clock(DPOTrainer._precompute_ref_logps)
 
-    context.args.precompute_ref_log_probs = variant == "trl-precomputed"
-    tokenizer = load_tokenizer(context.model_name)
+    plan.args.precompute_ref_log_probs = variant == "trl-precomputed"
+    tokenizer = load_tokenizer(plan.model_name)
     return Clocked(
-        model=load_policy(context.model_name, tokenizer, context.model_args),
-        args=context.args,
-        train_dataset=Dataset.from_list(context.data.train),
+        model=load_policy(plan.model_name, tokenizer, plan.model_args),
+        args=plan.args,
+        train_dataset=Dataset.from_list(plan.data.train),
         processing_class=tokenizer,
-        peft_config=get_peft_config(context.model_args),
+        peft_config=get_peft_config(plan.model_args),
     )
 
 

@@ -19,10 +19,9 @@ VARIANTS = {
 MODES = {"trl": None, "packed": "rows", "shared": "pairs"}
 
 
-def build(variant, context, clock):
-    if variant == "trl":  # the stage builds TRL's trainer and packs it; what is left without packing is TRL's own
-        context.stage_args.packing = False
-    return STAGE.build(dataclasses.replace(context, packing_mode=MODES[variant]))
+def build(variant, plan, clock):
+    # the stage builds TRL's trainer and packs it; what is left without packing is TRL's own
+    return STAGE.build(dataclasses.replace(plan, packing_mode=MODES[variant]), None)
 
 
 if __name__ == "__main__":

@@ -17,25 +17,25 @@ VARIANTS = {
 MODES = {"trl": None, "trl-padding-free": None, "packed": "rows"}
 
 
-def build(variant, context, clock):
+def build(variant, plan, clock):
     if variant == "packed":
-        return STAGE.build(context)
+        return STAGE.build(plan, None)
     from datasets import Dataset
     from trl import SFTTrainer, get_peft_config
 
     from rlhf.models.loading import load_policy
     from rlhf.models.tokenizer import load_tokenizer
 
-    max_length, context.args.packing = context.args.max_length, False
+    max_length, plan.args.packing = plan.args.max_length, False
     if variant == "trl-padding-free":  # which wants rows that are short enough already
-        context.args.padding_free, context.args.max_length = True, None
-    tokenizer = load_tokenizer(context.model_name)
+        plan.args.padding_free, plan.args.max_length = True, None
+    tokenizer = load_tokenizer(plan.model_name)
     trainer = SFTTrainer(
-        model=load_policy(context.model_name, tokenizer, context.model_args),
-        args=context.args,
-        train_dataset=Dataset.from_list(context.data.train),
+        model=load_policy(plan.model_name, tokenizer, plan.model_args),
+        args=plan.args,
+        train_dataset=Dataset.from_list(plan.data.train),
         processing_class=tokenizer,
-        peft_config=get_peft_config(context.model_args),
+        peft_config=get_peft_config(plan.model_args),
     )
     if longer := sum(len(row["input_ids"]) > max_length for row in trainer.train_dataset):
         raise SystemExit(

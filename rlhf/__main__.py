@@ -275,14 +275,17 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         evaluate(options.recipe, rest, options.check)
         return None
-    from rlhf.training.run import run_stage
+    from rlhf.training.run import check_stage, run_stage
 
     if options.launch and not options.check:
         raise UserError(
             f"--launch goes with --check; to train: accelerate launch --config_file {options.launch} -m rlhf "
             f"{options.command} {options.recipe}"
         )
-    run_stage(stage, options.recipe, rest, options.check, options.launch, options.fresh)
+    if options.check:
+        check_stage(stage, options.recipe, rest, options.launch, options.fresh)
+    else:
+        run_stage(stage, options.recipe, rest, options.fresh)
     return None
 
 

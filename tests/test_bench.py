@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
+from rlhf.distributed.topology import topology_of_environment
 from rlhf.packing import packing_mode
-from rlhf.training.stage import Context, read_data
+from rlhf.training.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
 CASES = [("dpo", ["--variants", "trl", "shared"])] + [
@@ -46,25 +46,25 @@ def bench_module(name, monkeypatch):
 
 
 @pytest.fixture
-def context(recipe, tiny_llama, few_pairs, tmp_path):
+def plan(recipe, tiny_llama, few_pairs, tmp_path):
     def make(stage):
         file = recipe(stage.name, model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "out"),
                       use_cpu=True, bf16=False)  # fmt: skip
         loaded = load_recipe(file, stage.name)
-        return Context(loaded, *build_configs(loaded), read_data(stage, loaded), tiny_llama)
+        return make_plan(stage, loaded, topology_of_environment())
 
     return make
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward", "sft"])
-def test_each_variant_is_what_its_name_says(name, context, monkeypatch):
+def test_each_variant_is_what_its_name_says(name, plan, monkeypatch):
     """And one that is not is refused: where the argument is lost, or a build forgets it."""
     bench, compare = bench_module(name, monkeypatch), bench_module("compare", monkeypatch)
     assert bench.MODES.keys() == bench.VARIANTS.keys()
     for variant, mode in bench.MODES.items():
         if variant == "trl-padding-free":  # wants rows that are short enough
             continue
-        trainer = bench.build(variant, context(bench.STAGE), compare.Clock())
+        trainer = bench.build(variant, plan(bench.STAGE), compare.Clock())
         assert packing_mode(trainer.model) == mode
         compare.check_variant(variant, mode, trainer)
         for other in {None, "rows", "pairs"} - {mode}:
@@ -72,31 +72,31 @@ def test_each_variant_is_what_its_name_says(name, context, monkeypatch):
                 compare.check_variant(variant, other, trainer)
 
 
-def test_a_lost_argument_publishes_no_number(context, monkeypatch, tmp_path):
+def test_a_lost_argument_publishes_no_number(plan, monkeypatch, tmp_path):
     """As when `pack` moves, or no longer listens: the worker ends before it measures."""
     bench, compare = bench_module("reward", monkeypatch), bench_module("compare", monkeypatch)
-    made = context(bench.STAGE)
-    monkeypatch.setattr("dataclasses.replace", lambda context, **lost: context)
-    monkeypatch.setattr(compare, "load_context", lambda bench, args: made)
+    made = plan(bench.STAGE)
+    monkeypatch.setattr("dataclasses.replace", lambda plan, **lost: plan)
+    monkeypatch.setattr(compare, "load_plan", lambda bench, args: made)
     args = argparse.Namespace(worker="packed", out=str(tmp_path / "out.json"), folder=str(tmp_path), profile=None)
     with pytest.raises(SystemExit, match="packed: batches are packed as pairs, expected rows"):
         compare.worker(compare.Bench("reward", bench.VARIANTS, bench.MODES, bench.build), args)
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_reference_that_took_no_time_publishes_no_number(context, monkeypatch):
+def test_a_reference_that_took_no_time_publishes_no_number(plan, monkeypatch):
     import rlhf.training.dpo
 
     bench, compare = bench_module("dpo", monkeypatch), bench_module("compare", monkeypatch)
     trainer_class = rlhf.training.dpo.trainer_class
 
-    def without_clock(context):
+    def without_clock(plan, stopper):
         return type(
             "Trainer",
-            (trainer_class(context),),
+            (trainer_class(plan, stopper),),
             {"reference_seconds": property(lambda self: 0.0, lambda self, x: None)},
         )
 
-    monkeypatch.setattr(rlhf.dpo, "trainer_class", without_clock)
+    monkeypatch.setattr(rlhf.training.dpo, "trainer_class", without_clock)
     with pytest.raises(SystemExit, match="shared: the cached reference took no time"):
-        bench.build("shared", context(bench.STAGE), compare.Clock())
+        bench.build("shared", plan(bench.STAGE), compare.Clock())

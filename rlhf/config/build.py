@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from rlhf.config.recipe import Recipe, allowed_keys
-from rlhf.config.stage_config import StageConfig
 from rlhf.errors import UserError
 
 
@@ -37,7 +36,6 @@ def build_configs(recipe: Recipe):
     training.setdefault("report_to", "none")
     try:
         args, model_args = config_class(**training), ModelConfig(**groups["ModelConfig"])
-        stage_args = StageConfig(**groups["StageConfig"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{recipe.path}: {' '.join(str(error).split())}") from error
     named = recipe.get("lora_target_modules")
@@ -45,7 +43,7 @@ def build_configs(recipe: Recipe):
         model_args.lora_target_modules = named  # TRL 1.16 makes a list of one a pattern, which then matches no module
     if is_flash(model_args.attn_implementation):
         model_args.attn_implementation = _flash_or_packed(recipe, bool(args.use_cpu))
-    return args, model_args, stage_args
+    return args, model_args, recipe.ours
 
 
 def _set_precision(training: dict[str, Any], recipe: Recipe) -> None:

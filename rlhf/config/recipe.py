@@ -9,6 +9,7 @@ values, key_effects.py what has an effect, recipe_checks.py what must hold betwe
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ HARMLESS = frozenset(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """A validated recipe: `values` as given (file plus command line), and where each came from."""
+    """A validated recipe: `values` as given (file plus command line), and where each came from; never written to."""
 
     stage: str
     path: str
@@ -50,6 +51,25 @@ class Recipe:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
+
+    @functools.cached_property
+    def ours(self) -> StageConfig:
+        """The keys of our own, with their defaults; of a training stage."""
+        names = {field.name for field in dataclasses.fields(StageConfig)}
+        return StageConfig(**{key: value for key, value in self.values.items() if key in names})
+
+    @property
+    def is_quantised(self) -> bool:
+        """The trained model's base is in 4 or 8 bits."""
+        return bool(self.get("load_in_4bit") or self.get("load_in_8bit"))
+
+    @property
+    def uses_lora(self) -> bool:
+        return bool(self.get("use_peft"))
+
+    def replace(self, key: str, value: Any) -> Recipe:
+        """The same recipe with another value of a key."""
+        return Recipe(self.stage, self.path, {**self.values, key: value}, self.lines)
 
 
 def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Recipe:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 STAGES = ("sft", "reward", "dpo", "evaluate")
-
-
 TRAINING_STAGES = ("sft", "reward", "dpo")
 
 
-@dataclass
+@dataclass(frozen=True)
 class StageConfig:
     """What SFT, reward and DPO recipes need beyond TRL's classes."""
 
@@ -110,7 +108,7 @@ class StageConfig:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Keys of an evaluate recipe."""
 

@@ -32,6 +32,7 @@ class Topology:
         name: the launch file, or what is known of it.
         mixed_precision: what it asks for; `no` where it leaves that to the recipe.
         parallel: kinds of parallelism that it asks for and that are not supported here.
+        started: this very process was launched so; False: a file says what a later launch will set up.
     """
 
     engine: str
@@ -41,6 +42,7 @@ class Topology:
     name: str = "the launch file"
     mixed_precision: str = "no"
     parallel: tuple[str, ...] = ()
+    started: bool = False
 
     def record(self, processes: int) -> dict[str, Any]:
         """For a checkpoint's manifest: the engine, whether and how it splits what it saves, and over how many processes."""
@@ -56,7 +58,7 @@ def topology_of_environment() -> Topology:
         UserError: a variable holds what accelerate never writes there.
     """
     env = os.environ
-    more: dict[str, Any] = {"mixed_precision": env.get("ACCELERATE_MIXED_PRECISION", "no").lower()}
+    more: dict[str, Any] = {"started": True, "mixed_precision": env.get("ACCELERATE_MIXED_PRECISION", "no").lower()}
     if env.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
         more["parallel"] = tuple(
             kind

@@ -30,10 +30,10 @@ from rlhf.files import read_json, read_json_lines
 from rlhf.inference.generate import SIDES, bar, generate, pair_logps, score
 from rlhf.runs.card import refresh_cards
 from rlhf.runs.folder import begin_run, finish_run, open_run
+from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
-from rlhf.training.plan import check_finished_models
-from rlhf.training.stage import maker_of, waits_for
+from rlhf.training.plan_checks import check_finished_models
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
 

@@ -40,8 +40,9 @@ from rlhf.preflight.probes import (
 from rlhf.preflight.rendezvous import Ranks, who
 from rlhf.preflight.table import Row
 from rlhf.runs.checkpoints import newest_checkpoint
+from rlhf.runs.lineage import maker_of
 from rlhf.training.checks import bytes_needed, refuse_damaged
-from rlhf.training.stage import maker_of
+from rlhf.training.plan import merges
 
 WRITE_BYTES = 64 << 20
 
@@ -223,11 +224,9 @@ class Checks:
         """Room in the output folder and the reference's cache, and how fast a checkpoint is written (rank 0)."""
         recipe, needed = self.recipe, None
         if recipe and recipe.stage in TRAINING_STAGES and (source := model_folder(recipe)):
-            merge = recipe.get("merge_adapter")
-            if merge is None:
-                merge = not (recipe.get("load_in_4bit") or recipe.get("load_in_8bit"))
+            merge = merges(recipe.ours, recipe.is_quantised)
             newest = newest_checkpoint(Path(recipe.values["output_dir"]))
-            needed = bytes_needed(str(source), bool(recipe.get("use_peft")), bool(merge), newest)
+            needed = bytes_needed(str(source), recipe.uses_lora, merge, newest)
         speed = None
         if not error and not self.quick:
             speed, error = write_speed(folder, f"{name}-speed", WRITE_BYTES)
@@ -235,8 +234,8 @@ class Checks:
         self.rows.append(
             judge_folder("output folder", folder, error, unseen, unwritten, hosts, disk_facts(folder), needed)
         )
-        if recipe and recipe.stage == "dpo" and recipe.get("reference", "cached") == "cached":
-            cache = nearest_folder(recipe.get("reference_cache") or str(cache_dir() / "reference"))
+        if recipe and recipe.stage == "dpo" and recipe.ours.reference == "cached":
+            cache = nearest_folder(recipe.ours.reference_cache or str(cache_dir() / "reference"))
             trouble = write_canary(cache, f"{name}-cache")
             remove_canary(cache, f"{name}-cache")
             self.rows.append(

@@ -25,9 +25,9 @@ from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
 from rlhf.distributed.topology import Topology
 from rlhf.models.embedded import NAME, PREFIX, cache_dir
+from rlhf.runs.lineage import maker_of
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_recipe
-from rlhf.training.stage import maker_of
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")
@@ -297,7 +297,7 @@ def training_bytes(parameters: int, recipe: Recipe, topology: Topology, world: i
     """
     one = 2.0 if recipe.get("dtype") in ("bfloat16", "float16") else 4.0
     held = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else one
-    trained = 0.0 if recipe.get("use_peft") else one
+    trained = 0.0 if recipe.uses_lora else one
     weights, gradients, adam = parameters * held, parameters * trained, parameters * trained * 2
     stage = 3 if topology.engine == "FSDP" else topology.zero_stage
     if topology.offload:

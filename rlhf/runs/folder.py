@@ -36,21 +36,23 @@ from rlhf.runs.records import read_complete, read_recipe
 OURS = re.compile(r"\.lock|stop|\.partial|\.rlhf-preflight-.*")  # may lie in a folder that is otherwise empty
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunFolder:
     """An output folder that is ours to write.
 
     Attributes:
         folder: the output directory.
         complete: what `complete.json` says, or None while there is work to do.
-        resume_from: the newest whole checkpoint folder, or None to begin.
+        resume_from: the newest complete checkpoint folder; None to start from scratch.
         lock: held while this process writes there.
+        resumes_unsharded: the state in `resume_from` is unsharded, so that any launch file can read it.
     """
 
     folder: Path
     complete: dict[str, Any] | None
     resume_from: str | None
     lock: Lock | None = None
+    resumes_unsharded: bool = False
 
 
 def open_run(recipe: Recipe, inputs: dict[str, str]) -> RunFolder:

@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 from rlhf.config.recipe import Recipe
-from rlhf.distributed.processes import say
 from rlhf.distributed.topology import check_quantised
 from rlhf.errors import UserError, pip_install
 from rlhf.models.folder import check_model_folder
+from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.records import read_complete
-from rlhf.training.stage import Context, maker_of, waits_for
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -72,56 +71,6 @@ def check_devices(args, recipe: Recipe) -> None:
             f"launch/ddp.yaml --num_processes {count} -m rlhf {recipe.stage} {recipe.path}`, or one with "
             "CUDA_VISIBLE_DEVICES=0"
         )
-
-
-def check_merge(context: Context) -> bool:
-    """Whether the finished model is to be merged; refuses an adapter whose base would be nowhere on the disk."""
-    from rlhf.models.folder import is_adapter
-
-    model_args, stage_args, recipe = context.model_args, context.stage_args, context.recipe
-    merge = stage_args.merge_adapter
-    if merge is None:
-        merge = not (model_args.load_in_4bit or model_args.load_in_8bit)
-    continues_adapter = recipe.stage != "reward" and stage_args.continue_adapter
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if recipe.get(key) and is_adapter(context.model_name) and not continues_adapter:
-            raise UserError(
-                f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
-                "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
-            )
-    if model_args.use_peft and not merge and is_adapter(context.model_name) and not continues_adapter:
-        raise UserError(
-            f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
-            "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"
-        )
-    return merge
-
-
-def check_length(context: Context) -> str | None:
-    """Refuse a max_length beyond the positions the model has (an index error deep in an embedding otherwise).
-
-    Returns:
-        The commit of a model from the hub, for the record.
-    """
-    from transformers import AutoConfig
-
-    from rlhf.models.folder import base_of
-
-    whole = AutoConfig.from_pretrained(base_of(context.model_name), trust_remote_code=context.args.trust_remote_code)
-    config = whole.get_text_config()
-    commit = getattr(whole, "_commit_hash", None)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    wanted = context.args.max_length
-    if positions and (wanted is None or wanted > positions):
-        if not context.recipe.get("max_length"):
-            context.args.max_length = min(positions, wanted or positions)  # TRL's default, not the user's word
-            say(f"note: max_length is {context.args.max_length}, all the positions this model has")
-            return commit
-        raise UserError(
-            f"{context.recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
-            f"{context.recipe.get('model_name_or_path')}; use {positions} or less"
-        )
-    return commit
 
 
 def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:

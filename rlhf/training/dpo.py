@@ -15,82 +15,52 @@ and bounded before anything is trained.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
 from rlhf.data.formats import preference_rows
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError
-from rlhf.training.stage import Context, Stage
-from rlhf.training.trainer import pack, use_global_batches
+from rlhf.runs.stop import Stopper
+from rlhf.training.sft import load
+from rlhf.training.stage import Plan, Stage
 from rlhf.upstream import check_upstream
 
 
-def load(context: Context):
-    """(policy, tokenizer)"""
-    from rlhf.models.loading import load_policy
-    from rlhf.models.tokenizer import load_tokenizer
-
-    args, model_args = context.args, context.model_args
-    tokenizer = load_tokenizer(context.model_name, context.stage_args.chat_template, args.trust_remote_code)
-    return load_policy(
-        context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=continues_adapter(context)
-    ), tokenizer
-
-
-def continues_adapter(context: Context) -> bool:
-    """Whether the policy is an SFT adapter that is trained further."""
-    from rlhf.models.folder import is_adapter
-
-    return is_adapter(context.model_name) and context.stage_args.continue_adapter and context.model_args.use_peft
-
-
-def build(context: Context):
-    """TRL's DPOTrainer for this recipe, with the check of step 0."""
-    from datasets import Dataset
-    from trl import get_peft_config
-
+def build(plan: Plan, stopper: Stopper | None = None):
+    """TRL's DPOTrainer for this plan, with the check of step 0."""
     from rlhf.models.loading import load_nf4, load_policy
     from rlhf.packing import lm_head
+    from rlhf.training.trainer import trainer_arguments, use_global_batches
 
-    args, model_args, stage_args = context.args, context.model_args, context.stage_args
-    check_upstream("dpo", model_args.load_in_4bit or model_args.load_in_8bit or stage_args.reference == "nf4")
+    args, model_args = plan.args, plan.model_args
+    check_upstream("dpo", model_args.load_in_4bit or model_args.load_in_8bit or plan.reference == "nf4")
     if args.use_cpu:
         lm_head.install()
-    args.precompute_ref_log_probs = stage_args.reference == "cached"
-    model, tokenizer = load(context)
+    loaded = load(plan)
     reference = None
-    if not model_args.use_peft and stage_args.reference == "online":
+    if not model_args.use_peft and plan.reference == "online":
         reference = load_policy(
-            context.model_name, tokenizer, model_args, args.trust_remote_code, continue_adapter=False
+            plan.model_name, loaded.tokenizer, model_args, args.trust_remote_code, continue_adapter=False
         )
-    elif stage_args.reference == "nf4":
-        reference = load_nf4(reference_name(context), tokenizer, model.dtype, args.trust_remote_code)
-    trainer = trainer_class(context)(
-        model=model,
-        ref_model=reference,
-        args=args,
-        train_dataset=Dataset.from_list(context.data.train),
-        eval_dataset=Dataset.from_list(context.data.heldout) if context.data.heldout else None,
-        processing_class=tokenizer,
-        peft_config=None if continues_adapter(context) else get_peft_config(model_args),
-    )
-    if stage_args.reference == "nf4":
-        check_bias(trainer, context, tokenizer)
-    use_global_batches(trainer, context, trainer.is_packed)
+    elif plan.reference == "nf4":
+        reference = load_nf4(reference_name(plan), loaded.tokenizer, loaded.model.dtype, args.trust_remote_code)
+    trainer = trainer_class(plan, stopper)(ref_model=reference, **trainer_arguments(plan, loaded))
+    if plan.reference == "nf4":
+        check_bias(trainer, plan, loaded.tokenizer)
+    use_global_batches(trainer, plan, trainer.is_packed)
     return trainer
 
 
-def reference_name(context: Context) -> str:
+def reference_name(plan: Plan) -> str:
     """The model that a 4-bit reference is made of, located."""
     from rlhf.models.folder import locate
 
-    name = context.stage_args.reference_model
-    return locate(name, context.recipe.where("reference_model"), say=say) if name else context.model_name
+    name = plan.stage_args.reference_model
+    return locate(name, plan.recipe.where("reference_model"), say=say) if name else plan.model_name
 
 
-def check_bias(trainer, context: Context, tokenizer) -> None:
+def check_bias(trainer, plan: Plan, tokenizer) -> None:
     """Show what the 4-bit reference costs and saves; refuse it where it is off by more than the recipe allows.
 
     Raises:
@@ -101,10 +71,10 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
     from rlhf.models.loading import load_policy
     from rlhf.training.reference import measure_bias
 
-    args, stage_args, recipe = context.args, context.stage_args, context.recipe
+    args, stage_args, recipe = plan.args, plan.stage_args, plan.recipe
     exact = trainer.model
     if stage_args.reference_model:
-        exact = load_policy(reference_name(context), tokenizer, context.model_args, args.trust_remote_code, False)
+        exact = load_policy(reference_name(plan), tokenizer, plan.model_args, args.trust_remote_code, False)
         exact = exact.to(args.device).eval()
         add_fused_lm_head(exact)  # as TRL's trainer calls it
     small = trainer.accelerator.unwrap_model(trainer.ref_model).get_memory_footprint() / 1e6
@@ -112,7 +82,7 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
     whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights) / 1e6
     found = measure_bias(trainer, exact, args.beta)
     say(
-        f"  reference {reference_name(context)} in 4 bits (NF4): {small:.0f} MB instead of {whole:.0f} MB\n"
+        f"  reference {reference_name(plan)} in 4 bits (NF4): {small:.0f} MB instead of {whole:.0f} MB\n"
         f"            its bias on {found['pairs']} pairs: an answer's log-probability {found['mean_nats']:.2f} nats (worst "
         f"{found['worst_nats']:.2f}), a pair's margin {found['mean_margin_nats']:.2f} (worst {found['worst_margin_nats']:.2f})\n"
         f"            DPO's loss at step 0 is {found['loss']:.3f} instead of {found['exact_loss']:.3f}"
@@ -128,17 +98,17 @@ def check_bias(trainer, context: Context, tokenizer) -> None:
         )
 
 
-def check(context: Context) -> None:
+def check(plan: Plan) -> None:
     """Refuse a reference, or the shape of an adapter, that can't be: before the model loads."""
-    check_reference(context)
-    if continues_adapter(context):
-        check_same_adapter(context)
+    check_reference(plan)
+    if plan.continues_adapter:
+        check_same_adapter(plan)
 
 
-def check_reference(context: Context) -> None:
-    """Refuse a reference that can't be, and fall back where a cached one is not possible yet."""
-    args, stage_args, recipe = context.args, context.stage_args, context.recipe
-    if args.sync_ref_model and context.model_args.use_peft:
+def check_reference(plan: Plan) -> None:
+    """Refuse a reference that can't be."""
+    args, stage_args, recipe = plan.args, plan.stage_args, plan.recipe
+    if args.sync_ref_model and plan.model_args.use_peft:
         raise UserError(f"{recipe.where('sync_ref_model')}: sync_ref_model needs full fine-tuning; remove `use_peft`")
     if args.sync_ref_model and stage_args.reference == "cached":
         raise UserError(
@@ -147,12 +117,12 @@ def check_reference(context: Context) -> None:
     if stage_args.reference == "nf4":
         from rlhf.models.folder import is_adapter
 
-        if context.model_args.load_in_4bit or context.model_args.load_in_8bit:
+        if plan.model_args.load_in_4bit or plan.model_args.load_in_8bit:
             raise UserError(
                 f"{recipe.where('reference')}: a quantised policy is its own 4-bit reference, exact and for nothing; use "
                 "`reference: cached` or `reference: online`"
             )
-        name = reference_name(context)
+        name = reference_name(plan)
         if is_adapter(name):
             raise UserError(
                 f"{recipe.where('reference')}: {name} is an adapter, and only a whole model can be quantised; set "
@@ -164,33 +134,29 @@ def check_reference(context: Context) -> None:
             f"note: the loss {' and '.join(local)} compares the pairs that are computed together (or counts their tokens): "
             "its value depends on how the global batch is split"
         )
-    if stage_args.reference == "cached" and os.environ.get("ACCELERATE_USE_FSDP") == "true" and not args.use_cpu:
-        # the trainer shards the model, and so brings it to the GPU, only when training starts
-        say("note: under FSDP the reference's pass is made in every step (`reference: online`), not cached")
-        stage_args.reference = "online"
 
 
-def check_same_adapter(context: Context) -> None:
+def check_same_adapter(plan: Plan) -> None:
     """An adapter that goes on keeps its own shape: a recipe that names another shape is told so."""
     from peft import PeftConfig
 
-    adapter = PeftConfig.from_pretrained(context.model_name)
+    adapter = PeftConfig.from_pretrained(plan.model_name)
     for key, attribute in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-        wanted, found = context.recipe.get(key), getattr(adapter, attribute)
+        wanted, found = plan.recipe.get(key), getattr(adapter, attribute)
         if wanted is not None and wanted != found:
             raise UserError(
-                f"{context.recipe.where(key)}: {key}={wanted}, but the adapter that goes on has {found}; set {found}, or "
+                f"{plan.recipe.where(key)}: {key}={wanted}, but the adapter that goes on has {found}; set {found}, or "
                 "`continue_adapter: false` to merge it and train a new one"
             )
 
 
-def trainer_class(context: Context):
+def trainer_class(plan: Plan, stopper: Stopper | None = None):
     """DPOTrainer on packed rows, with the cached reference, that checks its start before its first step."""
     from trl import DPOTrainer
 
     from rlhf.training.reference import add_reference_logps
     from rlhf.training.start_check import check_start
-    from rlhf.training.trainer import GlobalBatches
+    from rlhf.training.trainer import GlobalBatches, pack
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
@@ -205,14 +171,14 @@ def trainer_class(context: Context):
             """Pack once, as soon as the model stands: TRL's constructor asks for the reference before it ends."""
             if not hasattr(self, "is_packed"):
                 make_ref_adapter_equal(self.model)
-                self.is_packed = pack(self, context, context.packing_mode or "pairs")
+                self.is_packed = pack(self, plan)
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             self._make_ready()
             path = "packed" if self.is_packed else self.model.config._attn_implementation
-            folder = context.stage_args.reference_cache
+            folder = plan.stage_args.reference_cache
             started = time.perf_counter()
-            found = add_reference_logps(self, dataset, path, folder and Path(folder), context.stopper)
+            found = add_reference_logps(self, dataset, path, folder and Path(folder), stopper)
             self.reference_seconds += time.perf_counter() - started
             return found
 
@@ -222,7 +188,7 @@ def trainer_class(context: Context):
             return super()._prepare_inputs(inputs) | {name: x.to(self.args.device) for name, x in exact.items()}
 
         def training_step(self, model, inputs, *args, **kwargs):
-            if not self._start_checked and self.state.global_step == 0 and context.stage_args.reference != "nf4":
+            if not self._start_checked and self.state.global_step == 0 and plan.reference != "nf4":
                 check_start(self, model, inputs)
             self._start_checked = True
             return super().training_step(model, inputs, *args, **kwargs)
@@ -257,4 +223,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["prompt_ids"] + row["chosen_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-DPO = Stage("dpo", "DPO", preference_rows, load, build, probe, check, continues_adapter)
+DPO = Stage("dpo", "DPO", preference_rows, load, build, probe, packing_mode="pairs", check=check)

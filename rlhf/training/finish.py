@@ -2,57 +2,75 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.runs.card import write_card
 from rlhf.runs.folder import RunFolder, finish_run
 from rlhf.runs.records import describe_complete
-from rlhf.training.plan import Prepared
-from rlhf.training.stage import Context, Stage
+from rlhf.training.stage import Plan, Stage
 
 
-def finish(stage: Stage, prepared: Prepared, trainer, run: RunFolder, seconds: float) -> None:
-    """Write the model on the main rank, load it again, compare; an error there ends all ranks."""
+def finish(stage: Stage, plan: Plan, trainer, run: RunFolder, seconds: float) -> None:
+    """Write the model on the main rank, load it again, compare; an error there ends all ranks.
+
+    Args:
+        seconds: that training took.
+    """
     probe = stage.probe(trainer.train_dataset)
-    model, expected = finished_model(stage, prepared.context, trainer, probe)
-    on_main(lambda: _write_model(stage, prepared, trainer, run, seconds, model, expected, probe))
+    model, expected = finished_model(stage, plan, trainer, probe)
+
+    def write() -> None:
+        say("Writing the model, loading it again and comparing ...")
+        saved = save_finished_model(stage, plan, trainer, run, model, expected, probe)
+        summary = summarise_training(stage, trainer, run, seconds) | saved
+        write_card(run.folder, summary)
+        finish_run(run, summary)
+        announce_finished(stage, run, summary)
+
+    on_main(write)
     trainer.accelerator.end_training()
 
 
-def _write_model(
-    stage: Stage, prepared: Prepared, trainer, run: RunFolder, seconds: float, model, expected, probe
-) -> None:
+def save_finished_model(stage: Stage, plan: Plan, trainer, run: RunFolder, model, expected, probe) -> dict[str, Any]:
+    """What `save_finished` says of the files it has written."""
     import torch
 
     from rlhf.models.finished import save_finished
-    from rlhf.models.folder import is_adapter
     from rlhf.models.precision import compute_dtype
 
     exact = compute_dtype(trainer.model, trainer.accelerator.mixed_precision) == torch.float32
-    say("Writing the model, loading it again and comparing ...")
-    saved = save_finished(
-        model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=prepared.merge,
+    return save_finished(
+        model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=plan.merge,
         probe=probe, expected=expected, exact=expected is None or exact,
     )  # fmt: skip
+
+
+def summarise_training(stage: Stage, trainer, run: RunFolder, seconds: float) -> dict[str, Any]:
+    """What complete.json says of the training; of the files, `save_finished` does."""
+    from rlhf.models.folder import is_adapter
+
     history = [h for h in trainer.state.log_history if "loss" in h]
-    summary = {
+    return {
         "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
         "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
         "last_loss": history[-1]["loss"] if history else None,
-        "kind": "adapter" if is_adapter(str(run.folder)) else "merged model", **saved,
+        "kind": "adapter" if is_adapter(str(run.folder)) else "merged model"
     }  # fmt: skip
-    write_card(run.folder, summary)
-    finish_run(run, summary)
+
+
+def announce_finished(stage: Stage, run: RunFolder, summary: dict[str, Any]) -> None:
     say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
-    say(f"  written and reloaded: largest logit difference {saved['max_logit_difference']:.1e}")
-    if saved["bytes_before_dequantising"]:
-        merged = sum(size for name, size in saved["files"].items() if name.endswith(".safetensors"))
+    say(f"  written and reloaded: largest logit difference {summary['max_logit_difference']:.1e}")
+    if before := summary["bytes_before_dequantising"]:
+        merged = sum(size for name, size in summary["files"].items() if name.endswith(".safetensors"))
         say(
-            f"  merged into the dequantised base: {merged / 1e6:.0f} MB instead of "
-            f"{saved['bytes_before_dequantising'] / 1e6:.0f} MB; `merge_adapter: false` keeps the adapter on 4 bits"
+            f"  merged into the dequantised base: {merged / 1e6:.0f} MB instead of {before / 1e6:.0f} MB; "
+            "`merge_adapter: false` keeps the adapter on 4 bits"
         )
 
 
-def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int]]):
+def finished_model(stage: Stage, plan: Plan, trainer, probe: list[list[int]]):
     """The trained model in one piece on the main process, whatever it was split over.
 
     Returns:
@@ -78,11 +96,10 @@ def finished_model(stage: Stage, context: Context, trainer, probe: list[list[int
 
     unset_hf_deepspeed_config()  # or ZeRO-3 would split what is loaded now
     from peft import get_peft_model
-    from trl import get_peft_config
 
-    again = stage.load(context)[0]
-    if context.model_args.use_peft and not hasattr(again, "peft_config"):
-        again = get_peft_model(again, get_peft_config(context.model_args))
+    again, _, adapter = stage.load(plan)
+    if adapter is not None:
+        again = get_peft_model(again, adapter)
     missing = again.load_state_dict(trained, strict=False)
     assert not missing.unexpected_keys, f"trained parameters that a new model lacks: {missing.unexpected_keys[:3]}"
     return again, expected

@@ -1,335 +1,156 @@
-"""Everything of a start but the weights: configs, tokenizer and template, lengths, module names, scheduler, reporters, disk.
+"""The plan of a run: everything that can be decided and checked without weights, once, for `--check` and for the start.
 
-`prepare` is what a run does before its model loads, and all that `--check` does, so that both say the same.
+`read_inputs` needs no torch: it answers within a second where a run is complete. `make_plan` builds TRL's configs, looks at
+the model's config, its tokenizer and its modules, and refuses what would fail later.
 """
 
 from __future__ import annotations
 
-import heapq
-import sys
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rlhf.config.build import build_configs
-from rlhf.config.recipe import Recipe, load_recipe
-from rlhf.console import quiet_libraries
-from rlhf.distributed.processes import say
-from rlhf.errors import UserError, quote
+from rlhf.config.recipe import Recipe
+from rlhf.config.stage_config import StageConfig
+from rlhf.distributed.processes import prepare_processes, say
+from rlhf.distributed.topology import Topology, check_topology
 from rlhf.models.embedded import is_fetched
-from rlhf.runs.folder import RunFolder, check_disk
-from rlhf.runs.stop import Stopper
-from rlhf.training.checks import bytes_needed, check_length, check_merge
-from rlhf.training.lengths import too_long
-from rlhf.training.stage import Context, Stage, StageData, maker_of, waits_for
-
-STILL_TO_WRITE = "what is still to be written (a checkpoint beside the last one, and the finished model)"
-
-
-MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # rows that are tokenised before a start: about 3 s
+from rlhf.models.folder import check_model_folder
+from rlhf.runs.folder import RunFolder, open_run
+from rlhf.runs.lineage import maker_of, starting_model, waits_for
+from rlhf.runs.provenance import model_digest
+from rlhf.training.checks import check_devices, check_extras
+from rlhf.training.plan_checks import (
+    check_examples,
+    check_hub_login,
+    check_merge,
+    check_modules,
+    check_optimizer,
+    check_reporters,
+    check_scheduler,
+    decide_max_length,
+    load_plan_tokenizer,
+)
+from rlhf.training.rows import StageData, read_data
+from rlhf.training.stage import Plan, Stage
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What is decided before the weights load.
+class Inputs:
+    """What a run is given, read without torch.
 
     Attributes:
-        context: the configs, the rows and the located model.
-        model_commit: the commit of a model from the hub.
-        merge: whether the finished model is written merged.
-        portable: whether checkpoints hold their state unsharded, so that any launch file can resume them.
+        digests: sha256 of data and input model by the key that names them; the model's is left out until it is made.
+        maker: the command that makes the input model, where a recipe of the same folder does; else ''.
+        waits: that command has yet to do so.
+        run: the output folder.
     """
 
-    context: Context
-    model_commit: str | None
-    merge: bool
-    portable: bool
-
-    def bytes_needed(self, resume_from: str | None) -> int:
-        return bytes_needed(self.context.model_name, self.context.model_args.use_peft, self.merge, resume_from)
+    data: StageData
+    digests: dict[str, str]
+    maker: str
+    waits: bool
+    run: RunFolder
 
 
-def prepare(
-    stage: Stage, recipe: Recipe, data: StageData, configs: tuple, model_name: str, stopper: Stopper | None = None
-) -> Prepared:
-    """Check all that can be known without weights, cheap things first.
+def read_inputs(stage: Stage, recipe: Recipe, may_wait: bool = False) -> Inputs:
+    """Read the rows and look at the input model's files and at the output folder.
 
     Args:
-        configs: of `build_configs`.
-        model_name: the model to start from, as `locate` returned it.
+        may_wait: the input model need not be there if a recipe of the same folder will make it.
+
+    Raises:
+        UserError: bad data, a damaged model folder, an output folder that is not this run's, a package that a key needs.
+    """
+    name = recipe.values["model_name_or_path"]
+    maker = maker_of(recipe, name)
+    data = read_data(recipe, stage.to_rows)
+    digests, waits = dict(data.digests), bool(may_wait and waits_for(recipe, name))
+    if not waits:
+        digests["model_name_or_path"] = model_digest(name)
+    run = open_run(recipe, digests)
+    if not run.complete:
+        check_extras(recipe)
+        if not waits and os.path.isdir(folder := Path(name).expanduser()):
+            check_model_folder(folder, recipe.where("model_name_or_path"), maker)
+    return Inputs(data, digests, maker, waits, run)
+
+
+def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs | None = None) -> Plan:
+    """Decide everything that a run needs decided before its weights load, cheap checks first.
+
+    Args:
+        topology: of this process's own launch, or of a launch file that a later run will use.
+        inputs: of `read_inputs`, which is called where there are none.
 
     Raises:
         UserError: with the place and the fix.
     """
-    context = Context(recipe, *configs, data, model_name, stopper)
-    check_scheduler(context)
-    check_optimizer(context)
-    check_reporters(context)
-    check_hub_login(context)
-    commit = check_length(context)
-    merge = check_merge(context)
-    stage.check(context)
-    tokenizer = load_stage_tokenizer(stage, context)
-    packed = check_modules(stage, context)
-    check_examples(stage, context, tokenizer, packed)
-    portable = context.stage_args.portable_checkpoints
-    return Prepared(context, commit, merge, context.model_args.use_peft if portable is None else portable)
-
-
-def check_only(stage: Stage, recipe: Recipe, data: StageData, run: RunFolder) -> str:
-    """What `--check` does beyond recipe and data; returns what could not be known yet, or ''."""
-    name, waits = starting_model(recipe)
-    if name.startswith("embedded:") and not is_fetched():
-        return f"not checked yet: tokenizer, lengths and module names, since {name} is fetched when a run starts"
-    say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
-    quiet_libraries(len(data.train))
     from rlhf.models.folder import locate
 
-    configs = build_configs(recipe)
-    prepared = prepare(stage, recipe, data, configs, locate(name, recipe.where("model_name_or_path"), "", say))
-    check_disk(run.folder, prepared.bytes_needed(run.resume_from), STILL_TO_WRITE)
-    maker = maker_of(recipe, recipe.values["model_name_or_path"])
-    return f"its model will come from: {maker}; until then it is checked with {name}" if waits else ""
+    inputs = inputs or read_inputs(stage, recipe)
+    args, model_args, stage_args = build_configs(recipe)
+    if topology.started:
+        check_devices(args, recipe)
+    check_topology(recipe, topology, args.use_cpu)
+    if topology.started:
+        prepare_processes(args)
+    name = recipe.values["model_name_or_path"] if topology.started else starting_model(recipe)[0]
+    model_name = locate(name, recipe.where("model_name_or_path"), inputs.maker if topology.started else "", say)
+    args.max_length, commit = decide_max_length(recipe, args, model_name)
+    reference = decide_reference(stage_args, topology, args.use_cpu)
+    if stage.name == "dpo":
+        args.precompute_ref_log_probs = reference == "cached"
+    plan = Plan(
+        recipe, args, model_args, stage_args, topology, inputs.data, model_name, commit, reference,
+        continues_adapter=continues_adapter(stage.name, model_name, stage_args, model_args.use_peft),
+        merge=merges(stage_args, quantised=model_args.load_in_4bit or model_args.load_in_8bit),
+        portable=saves_portably(stage_args, model_args.use_peft), packing_mode=stage.packing_mode if stage_args.packing else None,
+    )  # fmt: skip
+    for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
+        check(plan)
+    tokenizer = load_plan_tokenizer(plan)
+    packs = check_modules(plan)
+    check_examples(plan, tokenizer, packs)
+    return plan
 
 
-def starting_model(recipe: Recipe) -> tuple[str, bool]:
-    """The model that a recipe starts from; where a sibling recipe has yet to make it, the one that this starts from.
-
-    Returns:
-        (name, whether the recipe's own model is yet to be made)
-    """
-    name, waits = recipe.values["model_name_or_path"], False
-    seen = set()
-    while waits_for(recipe, name) and name not in seen:
-        seen.add(name)
-        _, stage, file = maker_of(recipe, name).split(" ", 2)
-        recipe, waits = load_recipe(file, stage), True
-        name = recipe.values["model_name_or_path"]
-    return name, waits
+def unknown_yet(recipe: Recipe) -> str:
+    """Why a plan can't be made before the run starts; '' where it can."""
+    name, _ = starting_model(recipe)
+    if name.startswith("embedded:") and not is_fetched():
+        return f"not checked yet: tokenizer, lengths and module names, since {name} is fetched when a run starts"
+    return ""
 
 
-def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[str, str]) -> None:
-    """Models that an evaluation measures: there, of the right kind, with a tokenizer; no weights.
-
-    Args:
-        names: `base_model`, `sft_model`, `dpo_model`, `reward_model` to a name.
-        waiting: of the same keys, the command that has yet to make the model, or ''.
-    """
-    from transformers import AutoTokenizer
-
-    from rlhf.models.folder import is_reward_model, locate
-
-    for key, name in names.items():
-        if waiting.get(key) or (name.startswith("embedded:") and not is_fetched()):
-            continue
-        located = locate(name, recipe.where(key), maker_of(recipe, name), say)
-        if Path(located).is_dir() and is_reward_model(located) != (key == "reward_model"):
-            kinds = ("a policy", "a reward model")
-            found, expected = kinds if key == "reward_model" else kinds[::-1]
-            raise UserError(f"{recipe.where(key)}: {name} holds {found}; '{key}' names {expected}")
-        try:
-            AutoTokenizer.from_pretrained(located)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(
-                f"{recipe.where(key)}: the tokenizer of {name} can't be loaded: {_sentence(error)}"
-            ) from None
+# --- decisions -------------------------------------------------------------------------------------------------------
 
 
-def check_scheduler(context: Context) -> None:
-    """Make the learning rate's scheduler over a dummy parameter: it refuses arguments that it lacks or doesn't know."""
-    import torch
-    from transformers import get_scheduler
-
-    args, recipe = context.args, context.recipe
-    steps = args.max_steps if args.max_steps > 0 else 1000
-    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    try:
-        get_scheduler(
-            args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs or {}
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        key = "lr_scheduler_kwargs" if recipe.get("lr_scheduler_kwargs") else "lr_scheduler_type"
-        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        raise UserError(
-            f"{recipe.where(key)}: the scheduler {name} can't be made with lr_scheduler_kwargs="
-            f"{quote(args.lr_scheduler_kwargs)}: {_sentence(error)}"
-        ) from None
+def decide_reference(
+    stage_args: StageConfig, topology: Topology, on_cpu: bool
+) -> Literal["cached", "online", "nf4"]:  # fmt: skip
+    """What the recipe says; but under FSDP on GPUs the trainer shards the model, and so brings it to the GPU, only when
+    training starts: the cached pass before that would run on the CPU, so the reference's pass is made in every step."""
+    if stage_args.reference == "cached" and topology.engine == "FSDP" and not on_cpu:
+        say("note: under FSDP the reference's pass is made in every step (`reference: online`), not cached")
+        return "online"
+    return stage_args.reference
 
 
-def check_optimizer(context: Context) -> None:
-    """An optimizer from another package must be there, with the keys that it asks for."""
-    from transformers import Trainer
+def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:
+    """Whether the input model is an adapter that is trained further; a reward model merges it first."""
+    from rlhf.models.folder import is_adapter
 
-    args, recipe = context.args, context.recipe
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError, AssertionError, TypeError) as error:
-        name = getattr(args.optim, "value", args.optim)
-        if "model" in str(error).lower() and not isinstance(error, ImportError):
-            return  # LOMO asks for the model itself
-        raise UserError(f"{recipe.where('optim')}: optim {name} can't be used: {_sentence(error)}") from None
+    return stage != "reward" and is_adapter(model_name) and stage_args.continue_adapter and use_peft
 
 
-def check_reporters(context: Context) -> None:
-    """Each reporter must exist, with its package installed; their callbacks say so when they are made."""
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    recipe = context.recipe
-    try:
-        for callback in get_reporting_integration_callbacks(context.args.report_to):
-            callback()
-    except (ImportError, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{recipe.where('report_to')}: report_to {quote(recipe.get('report_to'))} can't be used: "
-            + _sentence(error).replace("pip install", f"{sys.executable} -m pip install")
-        ) from None
+def merges(stage_args: StageConfig, quantised: bool) -> bool:
+    """Whether the finished model is written merged: unless it is quantised, where the recipe says nothing."""
+    return not quantised if stage_args.merge_adapter is None else stage_args.merge_adapter
 
 
-def check_hub_login(context: Context) -> None:
-    """`push_to_hub` needs a login and the network: to be known before training, not after it."""
-    if not context.args.push_to_hub:
-        return
-    from huggingface_hub import whoami
-
-    try:
-        whoami()
-    except Exception as error:  # as in models.locate: the hub's client raises a dozen kinds, of two HTTP libraries
-        raise UserError(
-            f"{context.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {_sentence(error)} "
-            "Log in with `hf auth login` (or set HF_TOKEN), or remove push_to_hub and upload the finished folder later"
-        ) from None
-
-
-def load_stage_tokenizer(stage: Stage, context: Context):
-    """The tokenizer with its chat template, as the stage loads it."""
-    from rlhf.models.tokenizer import load_tokenizer
-
-    args, recipe = context.args, context.recipe
-    template = context.stage_args.chat_template
-    try:
-        return load_tokenizer(context.model_name, template, args.trust_remote_code, encoder=stage.name == "reward")
-    except UserError as error:
-        where = recipe.where("chat_template" if template is not None else "model_name_or_path")
-        raise UserError(f"{where}: {error}") from None
-    except (OSError, ValueError, KeyError, ImportError) as error:  # no or damaged tokenizer files, a package missing
-        raise UserError(
-            f"{recipe.where('model_name_or_path')}: the tokenizer of {context.model_name} can't be loaded: {_sentence(error)}"
-        ) from None
-
-
-def check_modules(stage: Stage, context: Context) -> bool:
-    """Build the architecture on the meta device (no memory), and put LoRA on it: names of modules, attention, sizes.
-
-    Returns:
-        Whether its batches will be packed.
-
-    Raises:
-        UserError: LoRA's target modules aren't in the model, or it can't be built with this attention.
-    """
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-    from trl import get_peft_config
-
-    from rlhf.distributed.sharding import loading_unsharded
-    from rlhf.models.folder import base_of
-    from rlhf.packing import why_not
-
-    recipe, args, model_args = context.recipe, context.args, context.model_args
-    options = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(base_of(context.model_name), **options)
-    auto = AutoModelForCausalLM
-    if stage.name == "reward":
-        auto, config.num_labels = AutoModelForSequenceClassification, 1
-    if attention := packed_attention(model_args.attn_implementation):
-        options["attn_implementation"] = attention
-    try:
-        with loading_unsharded(), torch.device("meta"):
-            model = auto.from_config(config, **options)
-    except (ValueError, ImportError) as error:
-        key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
-        raise UserError(f"{recipe.where(key)}: {context.model_name} can't be built: {_sentence(error)}") from None
-    packed = context.stage_args.packing and why_not(model) is None
-    if not model_args.use_peft or stage.continues_adapter(context):
-        return packed
-    named, linear = model_args.lora_target_modules, _linear_layers(model)
-    missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
-    reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
-    adapter = get_peft_config(model_args)
-    if stage.name == "reward":  # as reward.load sets it: the new head is trained and saved, not adapted
-        heads = [
-            n
-            for n, m in model.named_children()
-            if n != model.base_model_prefix and next(m.parameters(), None) is not None
-        ]
-        adapter.task_type, adapter.modules_to_save = "SEQ_CLS", [*(adapter.modules_to_save or []), *heads]
-    try:
-        with torch.device("meta"):
-            get_peft_model(model, adapter)
-    except ValueError as error:  # PEFT's NoMatchingPeftModuleError is one
-        reason = reason or _sentence(error)
-    if reason:
-        key = "lora_target_modules" if recipe.get("lora_target_modules") else "use_peft"
-        raise UserError(
-            f"{recipe.where(key)}: {reason.removesuffix('.')}; its linear layers are {', '.join(linear)}. "
-            "With lora_target_modules `all-linear` is right for any model"
-        )
-    return packed
-
-
-def _matches(model, name: str) -> bool:
-    """As PEFT matches the names of a list: a module's whole name or its end."""
-    return any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules())
-
-
-def _linear_layers(model) -> list[str]:
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})
-
-
-def packed_attention(name: str | None) -> str | None:
-    """The attention that the model itself is built with: flash attention names packing's own kernels, not the model's."""
-    return None if name is None or "flash" in name or "/" in name else name
-
-
-def check_examples(stage: Stage, context: Context, tokenizer, packed: bool) -> None:
-    """Report what max_length cuts, and refuse what the start would refuse once all rows are tokenised.
-
-    Of many rows every n-th is looked at, and those with the longest texts: some seconds, whatever their number.
-
-    Raises:
-        UserError: no example is left, or one is longer than max_tokens_per_device.
-    """
-    from rlhf.training.lengths import answers_cut, cost, line
-
-    args, stage_args, recipe, rows = context.args, context.stage_args, context.recipe, context.data.train
-    report = answers_cut(
-        rows, tokenizer, args.max_length, stage.name, getattr(args, "truncation_mode", "keep_start"), MOST_ROWS
-    )
-    if report.left_out.rows == len(rows):
-        raise UserError(
-            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it ({line(report)})"
-        )
-    if text := line(report):
-        say(f"note: {text}")
-    if stage_args.global_batch_size is None:
-        return
-    longest = heapq.nlargest(MOST_LONG_ROWS, rows, key=lambda row: sum(map(len, _texts(row))))
-    tokens, place = max(
-        (cost(tokenizer, row, args.max_length, stage.name, not packed), row["place"]) for row in longest
-    )
-    if tokens > stage_args.max_tokens_per_device:
-        raise too_long(recipe, place, tokens, stage_args.max_tokens_per_device)
-
-
-def _texts(row: dict) -> list[str]:
-    if "text" in row:
-        return [row["text"]]
-    return [
-        m["content"] for key in ("prompt", "completion", "chosen", "rejected", "messages") for m in row.get(key, ())
-    ]
-
-
-def _sentence(error: BaseException) -> str:
-    """A library's error on one line, at most 300 characters, ending with a full stop."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.endswith((".", "!", "?")) else text + "."
+def saves_portably(stage_args: StageConfig, use_peft: bool) -> bool:
+    """Whether checkpoints hold their state unsharded: with LoRA, where the recipe says nothing."""
+    return use_peft if stage_args.portable_checkpoints is None else stage_args.portable_checkpoints

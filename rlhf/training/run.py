@@ -1,153 +1,183 @@
-"""What every training stage does around TRL's trainer: check, open the run folder, train with progress, finish whole.
+"""What every training stage does around TRL's trainer: plan, open the run folder, build, train, finish.
 
-The stages (sft.py, reward.py, dpo.py) say how their rows are read and how their trainer is built; the order of things
-is here: everything that can be wrong in a recipe, in the data or on the disk is found before a model loads.
+The stages (sft.py, reward.py, dpo.py) say how their rows are read and how their trainer is built. Everything that can be
+wrong in a recipe, in the data or on the disk is found before a model loads (plan.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
-from rlhf.distributed.processes import on_main, prepare_processes, say
-from rlhf.distributed.topology import check_topology, topology_of_environment, topology_of_file
+from rlhf.distributed.processes import on_main, say
+from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
-from rlhf.models.folder import check_model_folder
 from rlhf.runs.checkpoints import read_manifest
-from rlhf.runs.folder import RunFolder, begin_run, check_disk, fresh_folder, open_run
+from rlhf.runs.folder import RunFolder, begin_run, check_disk, fresh_folder
+from rlhf.runs.lineage import maker_of, starting_model
 from rlhf.runs.metrics import add_callbacks
-from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import describe_complete
 from rlhf.runs.resume import take_over
 from rlhf.runs.stop import OutOfMemory, Stopper, watch
-from rlhf.training import plan
-from rlhf.training.checks import check_devices, check_extras, on_cpu
+from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
-from rlhf.training.stage import Context, Stage, StageData, maker_of, read_data, waits_for
+from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
+from rlhf.training.rows import StageData
+from rlhf.training.stage import Plan, Stage
 
 
-def run_stage(
-    stage: Stage, recipe_path: str, overrides: list[str], check_only: bool = False, launch_file: str | None = None,
-    fresh: bool = False,
-) -> None:  # fmt: skip
-    """Check everything, then train the stage unless its folder is already complete.
+def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool = False) -> None:
+    """Plan, then train the stage unless its folder is already complete.
 
     Args:
-        check_only: check recipe, data and output folder; train nothing.
-        launch_file: to be checked with them.
-        fresh: begin anew in a new folder beside the recipe's.
+        fresh: train in a new folder beside the recipe's.
 
     Raises:
-        Stopped: it was asked to stop, and can go on.
+        Stopped: it was asked to stop, and can be resumed.
         UserError: with the place and the fix, before a model loads.
     """
-    recipe = load_recipe(recipe_path, stage.name, overrides)
-    if fresh:
-        recipe.values["output_dir"] = str(fresh_folder(Path(recipe.values["output_dir"])))
-        if check_only:
-            say(f"--fresh: the run would go to {recipe.values['output_dir']}")
-    if launch_file:
-        layout = topology_of_file(launch_file)
-        check_topology(recipe, layout, layout.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # that imports torch
-    made_by = maker_of(recipe, recipe.get("model_name_or_path"))
-    data = read_data(stage, recipe)
-    inputs = dict(data.digests)
-    waits = check_only and waits_for(recipe, recipe.get("model_name_or_path"))
-    if not waits:
-        inputs["model_name_or_path"] = model_digest(recipe.get("model_name_or_path"))
-    run = open_run(recipe, inputs)
-    if run.complete:
-        say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
-        return
-    check_extras(recipe)
-    if not waits and os.path.isdir(folder := Path(recipe.get("model_name_or_path")).expanduser()):
-        check_model_folder(folder, recipe.where("model_name_or_path"), made_by)
-    if check_only:
-        describe_data(recipe, data)
-        unknown = plan.check_only(stage, recipe, data, run)
-        say(f"{recipe.path}: ok ({len(data.train)} training rows)" + (f"; {unknown}" if unknown else ""))
-        return
-    with Stopper(run.folder) as stopper:
-        try:
-            _train(stage, recipe, data, run, inputs, made_by, stopper)
-        finally:
-            if run.lock:
-                run.lock.release()
-
-
-def _train(
-    stage: Stage,
-    recipe: Recipe,
-    data: StageData,
-    run: RunFolder,
-    inputs: dict[str, str],
-    made_by: str,
-    stopper: Stopper,
-) -> None:
+    recipe = _load(stage, recipe_path, overrides, fresh)
+    inputs = read_inputs(stage, recipe)
+    if inputs.run.complete:
+        return announce_complete(stage, inputs.run)
     say(f"\n=== {stage.title}: {recipe.path}")
-    describe_data(recipe, data)
-    quiet_libraries(len(data.train))
-    import torch
+    describe_data(recipe, inputs.data)
+    quiet_libraries(len(inputs.data.train))
+    with Stopper(inputs.run.folder) as stopper:
+        plan = make_plan(stage, recipe, topology_of_environment(), inputs)
+        with open_folder(plan, inputs.run) as run:
+            trainer = build(stage, plan, run, inputs.digests, stopper)
+            seconds = train(plan, trainer, run, stopper)
+            finish(stage, plan, trainer, run, seconds)
 
-    from rlhf.models.folder import locate
-    from rlhf.runs.checkpointing import FaultTolerance, end_if_stopped
-    from rlhf.runs.portable import PortableState
 
-    configs = args, model_args, stage_args = build_configs(recipe)
-    check_devices(args, recipe)
-    check_topology(recipe, topology_of_environment(), args.use_cpu)
-    prepare_processes(args)
-    name = locate(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"), made_by, say)
-    prepared = plan.prepare(stage, recipe, data, configs, name, stopper)
-    context = prepared.context
-    layout = topology_of_environment().record(args.world_size)
-    run.resume_from, unsharded = take_over(run, recipe.where("output_dir"), layout)
-    check_disk(run.folder, prepared.bytes_needed(run.resume_from), plan.STILL_TO_WRITE)
-    trainer = _build(stage, context)
-    configured = {"model": vars(model_args), "stage": vars(stage_args), "model_commit": prepared.model_commit}
-    configured["data"] = data.summary and data.summary.record()
-    on_main(lambda: _begin(run, recipe, inputs, args.to_dict() | configured, data))
-    _announce(stage, context, trainer, run)
-    add_callbacks(trainer, run.folder, stage.title)
-    watchdog_s, max_spike = 60 * stage_args.watchdog_minutes or None, stage_args.max_gradient_spike or None
-    safety = FaultTolerance(
-        run.folder, stopper, layout, watchdog_s, max_spike, portable=prepared.portable,
-        restore=PortableState(Path(run.resume_from)) if unsharded else None,
-    )  # fmt: skip
-    trainer.use_fault_tolerance(safety)
-    started = time.time()
+def check_stage(
+    stage: Stage, recipe_path: str, overrides: list[str], launch_file: str | None = None, fresh: bool = False
+) -> None:
+    """`--check`: all that `run_stage` does before weights load, changing nothing.
+
+    Args:
+        launch_file: that the run will be started with.
+
+    Raises:
+        UserError: what `run_stage` would raise.
+    """
+    recipe = _load(stage, recipe_path, overrides, fresh)
+    if fresh:
+        say(f"--fresh: the run would go to {recipe.values['output_dir']}")
+    topology = Topology("one process")
+    if launch_file:
+        topology = topology_of_file(launch_file)
+        check_topology(recipe, topology, topology.engine in ("DeepSpeed", "FSDP") and on_cpu(recipe))  # imports torch
+    inputs = read_inputs(stage, recipe, may_wait=True)
+    if inputs.run.complete:
+        return announce_complete(stage, inputs.run)
+    describe_data(recipe, inputs.data)
+    unknown = unknown_yet(recipe) or _check_plan(stage, recipe, inputs, topology)
+    say(f"{recipe.path}: ok ({len(inputs.data.train)} training rows)" + (f"; {unknown}" if unknown else ""))
+
+
+def _check_plan(stage: Stage, recipe: Recipe, inputs: Inputs, topology: Topology) -> str:
+    """Make the plan; returns what will be checked again at the start."""
+    name, waits = starting_model(recipe)
+    say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
+    quiet_libraries(len(inputs.data.train))
+    check_room(make_plan(stage, recipe, topology, inputs), inputs.run)
+    maker = maker_of(recipe, recipe.values["model_name_or_path"])
+    return f"its model will come from: {maker}; until then it is checked with {name}" if waits else ""
+
+
+def _load(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool) -> Recipe:
+    recipe = load_recipe(recipe_path, stage.name, overrides)
+    return recipe.replace("output_dir", str(fresh_folder(Path(recipe.values["output_dir"])))) if fresh else recipe
+
+
+def announce_complete(stage: Stage, run: RunFolder) -> None:
+    say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
+
+
+@contextlib.contextmanager
+def open_folder(plan: Plan, run: RunFolder) -> Iterator[RunFolder]:
+    """Lock the run folder, and find the checkpoint to resume from and the room that is still needed.
+
+    Raises:
+        UserError: another run writes there, its checkpoint can't be read under this launch file, the disk is too full.
+    """
+    opened = take_over(run, plan.recipe.where("output_dir"), plan.topology.record(plan.args.world_size))
     try:
-        train_or_restore(trainer, run)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, args.process_index, stage_args.max_tokens_per_device) from None
-    watch(None)
-    end_if_stopped(trainer)
-    finish(stage, prepared, trainer, run, time.time() - started)
+        check_room(plan, opened)
+        yield opened
+    finally:
+        if opened.lock:
+            opened.lock.release()
 
 
-def _begin(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
-    begin_run(run, recipe, inputs, arguments)
+def check_room(plan: Plan, run: RunFolder) -> None:
+    needed = bytes_needed(plan.model_name, plan.model_args.use_peft, plan.merge, run.resume_from)
+    check_disk(
+        run.folder, needed, "what is still to be written (a checkpoint beside the last one, and the finished model)"
+    )
+
+
+def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper):
+    """The stage's trainer, with at least one example, its run folder begun and described on the screen."""
+    args, recipe = plan.args, plan.recipe
+    trainer = stage.build(plan, stopper)
+    if len(trainer.train_dataset) == 0:
+        raise UserError(
+            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
+        )
+    configured = {
+        "model": vars(plan.model_args), "stage": vars(plan.stage_args), "model_commit": plan.model_commit,
+        "data": plan.data.summary and plan.data.summary.record(),
+    }  # fmt: skip
+    on_main(lambda: _begin(run, recipe, digests, args.to_dict() | configured, plan.data))
+    _announce(plan, trainer, run)
+    add_callbacks(trainer, run.folder, stage.title)
+    return trainer
+
+
+def _begin(run: RunFolder, recipe: Recipe, digests: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
+    begin_run(run, recipe, digests, arguments)
     write_skipped(run.folder, data.skipped)
     write_train_prompts(run.folder, data.train)
 
 
-def _build(stage: Stage, context: Context):
-    """The stage's trainer, with at least one example to train on."""
-    trainer = stage.build(context)
-    if len(trainer.train_dataset) == 0:
-        raise UserError(
-            f"{context.recipe.where('max_length')}: max_length={context.args.max_length} leaves no training example; raise it"
-        )
-    return trainer
+def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
+    """Train to the end; returns the seconds it took.
+
+    Raises:
+        Stopped: it was asked to stop, and can be resumed.
+        OutOfMemory: of the GPU.
+    """
+    import torch
+
+    from rlhf.runs.checkpointing import FaultTolerance, end_if_stopped
+    from rlhf.runs.portable import PortableState
+
+    stage_args = plan.stage_args
+    trainer.use_fault_tolerance(FaultTolerance(
+        run.folder, stopper, plan.topology.record(plan.args.world_size),
+        watchdog_s=60 * stage_args.watchdog_minutes or None, max_spike=stage_args.max_gradient_spike or None,
+        portable=plan.portable, restore=PortableState(Path(run.resume_from)) if run.resumes_unsharded else None,
+    ))  # fmt: skip
+    started = time.time()
+    try:
+        train_or_restore(trainer, run)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, plan.args.process_index, stage_args.max_tokens_per_device) from None
+    watch(None)
+    end_if_stopped(trainer)
+    return time.time() - started
 
 
 def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemory:
@@ -184,25 +214,25 @@ def describe_data(recipe: Recipe, data: StageData) -> None:
         say(f"{name}: {text}")
 
 
-def _announce(stage: Stage, context: Context, trainer, run: RunFolder) -> None:
-    args, data = trainer.args, context.data
+def _announce(plan: Plan, trainer, run: RunFolder) -> None:
+    args, data = plan.args, plan.data
     model = trainer.model
     total, trained = count_parameters(model)
-    kind = f"LoRA r={context.model_args.lora_r}" if context.model_args.use_peft else "full fine-tuning"
+    kind = f"LoRA r={plan.model_args.lora_r}" if plan.model_args.use_peft else "full fine-tuning"
     world = trainer.accelerator.num_processes
-    batch = context.stage_args.global_batch_size or (
+    batch = plan.stage_args.global_batch_size or (
         args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     )
     steps = (
         args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
     )
     heldout = f", {len(data.heldout)} held out" if data.heldout else ""
-    say(f"  model    {context.recipe.get('model_name_or_path')}  ({_count(total)} parameters)")
+    say(f"  model    {plan.recipe.get('model_name_or_path')}  ({_count(total)} parameters)")
     say(f"  trains   {_count(trained)} parameters ({trained / total:.1%}), {kind}")
     say(f"  data     {len(trainer.train_dataset)} examples{heldout}")
     say(f"  steps    {steps:g} of {batch} examples ({world} process{'es' if world > 1 else ''} on {args.device.type})")
     say(f"  output   {run.folder}")
-    if args.max_steps > 0 and context.recipe.get("num_train_epochs"):
+    if args.max_steps > 0 and plan.recipe.get("num_train_epochs"):
         say(f"note: max_steps={args.max_steps} ends the run, and num_train_epochs has no effect")
     dropped = len(data.train) - len(trainer.train_dataset)
     if dropped:

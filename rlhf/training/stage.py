@@ -1,57 +1,76 @@
-"""What a training stage is, and the rows that it is given."""
+"""The two types that a run is made of: a stage (SFT, reward model, DPO), and the plan it works by."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf.config.recipe import Recipe
-from rlhf.config.stage_config import TRAINING_STAGES
-from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
-from rlhf.data.heldout import check_heldout
+from rlhf.config.stage_config import StageConfig
 from rlhf.data.reading import Reading
-from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
-from rlhf.data.summary import DataSummary, line, skipped_line, summarise
-from rlhf.errors import UserError
-from rlhf.runs.records import read_recipe
+from rlhf.data.sources import Source
+from rlhf.distributed.topology import Topology
 from rlhf.runs.stop import Stopper
+from rlhf.training.rows import StageData
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 
-@dataclass
-class StageData:
-    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from.
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before weights load, once, by `make_plan`; nothing writes to it later.
 
     Attributes:
-        summary: what was found in the training rows.
-        skipped: place and reason of each row, also held-out, that could not be used (`bad_rows: skip`).
+        recipe: for the places that messages name; its values travel in the fields below.
+        args: TRL's config of the stage.
+        model_args: TRL's ModelConfig: dtype, quantisation, LoRA, attention.
+        stage_args: the keys of our own: data, packing, global batch, reference, checkpoints.
+        topology: what the launch file sets up.
+        data: the canonical rows.
+        model_name: the input model, located: a local folder, or a hub id.
+        model_commit: the commit of a model from the hub.
+        reference: where DPO's reference log-probabilities come from.
+        continues_adapter: the input model is an adapter, and is trained further.
+        merge: the finished model is written merged.
+        portable: checkpoints hold their state unsharded, so that any launch file can resume them.
+        packing_mode: how batches are packed where the model can be (packing/layout.py): rows, or pairs that share a prompt;
+            None: padded.
     """
 
-    train: list[dict[str, Any]]
-    heldout: list[dict[str, Any]] | None
-    digests: dict[str, str]
-    summary: DataSummary | None = None
-    skipped: list[dict[str, str]] = field(default_factory=list)
-
-    def describe(self) -> list[str]:
-        """What the rows are like, as lines for the screen."""
-        if self.summary is None:
-            return []
-        lines, leaks = [line(self.summary)], self.summary.leaks
-        if self.skipped:
-            total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
-            lines.append(skipped_line(self.skipped, total))
-        if leaks.rows:
-            lines.append(
-                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are in the training data too (first: {leaks.first}); "
-                "scores on them mean little"
-            )
-        return lines
+    recipe: Recipe
+    args: SFTConfig | RewardConfig | DPOConfig
+    model_args: ModelConfig
+    stage_args: StageConfig
+    topology: Topology
+    data: StageData
+    model_name: str
+    model_commit: str | None
+    reference: Literal["cached", "online", "nf4"]
+    continues_adapter: bool
+    merge: bool
+    portable: bool
+    packing_mode: Literal["pairs", "rows"] | None
 
 
-@dataclass
+class Loaded(NamedTuple):
+    """What a stage trains.
+
+    Attributes:
+        model: with its adapter, where that is trained further.
+        peft_config: of the adapter to be added; None with full fine-tuning or where `model` has its own.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: PeftConfig | None
+
+
+@dataclass(frozen=True)
 class Stage:
     """How a stage differs from the others.
 
@@ -59,133 +78,18 @@ class Stage:
         name: `sft`, `reward` or `dpo`.
         title: what it is called on the screen.
         to_rows: a Source to canonical rows; fills the Reading.
-        load: (context) to the model to train (a PeftModel where an adapter goes on) and its tokenizer.
-        build: (context) to TRL's trainer.
+        load: the model to train.
+        build: TRL's trainer; the Stopper ends what takes long before training.
         probe: the trainer's tokenised training set to a few rows of token ids.
-        check: (context) refuses what the stage can't do, before the model loads.
-        continues_adapter: (context) whether the input model is an adapter that is trained further.
+        packing_mode: how its batches are packed.
+        check: refuses what the stage can't do, before the model loads.
     """
 
     name: str
     title: str
     to_rows: Callable[[Source, Reading], list[dict[str, Any]]]
-    load: Callable[[Any], tuple[Any, Any]]
-    build: Callable[[Any], Any]
-    probe: Callable[[Any], list[list[int]]]
-    check: Callable[[Any], None] = lambda context: None
-    continues_adapter: Callable[[Any], bool] = lambda context: False
-
-
-@dataclass
-class Context:
-    """What a stage's `build` gets: configs, rows, the located input model, and who is asked to stop.
-
-    Attributes:
-        packing_mode: how batches are packed (packing/layout.py) in place of the stage's own way; for bench/.
-    """
-
-    recipe: Recipe
-    args: Any
-    model_args: Any
-    stage_args: Any
-    data: StageData
-    model_name: str
-    stopper: Stopper | None = None
-    packing_mode: Literal["pairs", "rows"] | None = None
-
-
-def maker_of(recipe: Recipe, name: str | None) -> str:
-    """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
-    if not name:
-        return ""
-    for stage in TRAINING_STAGES:
-        sibling = Path(recipe.path).parent / f"{stage}.yaml"
-        if stage == recipe.stage:
-            continue
-        output = (read_recipe(sibling) or {}).get("output_dir")  # a sibling that can't be read is for its own --check
-        if (
-            output
-            and isinstance(output, str)
-            and os.path.normpath(os.path.expanduser(output)) == os.path.normpath(name)
-        ):
-            return f"rlhf {stage} {sibling}"
-    return ""
-
-
-def waits_for(recipe: Recipe, name: str) -> str:
-    """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
-    return "" if os.path.lexists(Path(name) / "complete.json") else maker_of(recipe, name)
-
-
-def read_data(stage: Stage, recipe: Recipe) -> StageData:
-    """Read, validate and convert the training rows and the held-out rows of a recipe."""
-    reading, heldout_reading = (Reading(recipe.get("bad_rows", "error"), can_skip=True) for _ in range(2))
-    source, digests = _training_source(recipe, reading)
-    heldout = _heldout_source(recipe)
-    limit, heldout_limit = recipe.get("max_train_examples"), recipe.get("max_eval_examples")
-    heldout_rows = None
-    if share := recipe.get("heldout"):
-        rows = stage.to_rows(source, reading)
-        heldout_rows, heldout_reading.places = _split_off(rows, reading, share, recipe, source.name)
-        heldout_rows = heldout_rows[:heldout_limit]
-        heldout_reading.places = heldout_reading.places[:heldout_limit]
-        digests["heldout"] = f"{share:g} of {source.digest}"
-        rows, reading.places = rows[:limit], reading.places[:limit]
-    else:
-        rows = stage.to_rows(source.head(limit), reading)
-        if heldout:
-            digests["heldout"] = heldout.digest
-            heldout_rows = stage.to_rows(heldout.head(heldout_limit), heldout_reading)
-    if stage.name == "reward":
-        refuse_margins_in_some_rows(rows, reading.places)
-    elif any("margin" in row for row in rows):
-        reading.num_unused["margin"] = sum("margin" in row for row in rows)
-    summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
-    train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
-    return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
-
-
-def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
-    """(the source of the training rows, the digests of its files by key)"""
-    split = recipe.get("dataset_train_split")
-    if split is None and recipe.get("heldout") and recipe.get("dataset_name") == SAMPLE_NAME:
-        split = WHOLE
-    if recipe.get("chosen_dataset_name"):
-        sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
-        return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
-    name, config = recipe.get("dataset_name"), recipe.get("dataset_config")
-    source = load_source(name, split, config, recipe.where("dataset_name"))
-    return source, {"dataset_name": source.digest}
-
-
-def _heldout_source(recipe: Recipe) -> Source | None:
-    """The source of held-out rows that are not a part of the training data."""
-    split, where = recipe.get("dataset_test_split"), recipe.where
-    if recipe.get("eval_dataset_name"):
-        return load_source(recipe.get("eval_dataset_name"), split, None, where("eval_dataset_name"))
-    if split:
-        return load_source(recipe.get("dataset_name"), split, recipe.get("dataset_config"), where("dataset_test_split"))
-    if recipe.get("eval_strategy", "no") != "no" and not recipe.get("heldout"):
-        raise UserError(
-            f"{where('eval_strategy')}: there is nothing to evaluate on; set heldout, dataset_test_split or eval_dataset_name"
-        )
-    return None
-
-
-def _split_off(rows: list[dict], reading: Reading, share: float, recipe: Recipe, name: str) -> tuple[list, list[str]]:
-    """Take the held-out rows out of `rows`, and their places out of `reading`; returns both."""
-    sides = check_heldout(share, rows, recipe.where("heldout"), name)
-    parts = [
-        [(row, place) for row, place, side in zip(rows, reading.places, sides, strict=True) if side is wanted]
-        for wanted in (True, False)
-    ]
-    (heldout, heldout_places), (rows[:], reading.places) = (
-        [list(column) for column in zip(*part, strict=True)] for part in parts
-    )
-    kept = set(reading.places)
-    for found in (reading.low_scores, reading.equal_scores, reading.repeats):
-        found[:] = [place for place in found if place in kept]
-    return heldout, heldout_places
-
-
-_SIDES = ("chosen_dataset_name", "rejected_dataset_name")
+    load: Callable[[Plan], Loaded]
+    build: Callable[[Plan, Stopper | None], Trainer]
+    probe: Callable[[Dataset], list[list[int]]]
+    packing_mode: Literal["pairs", "rows"]
+    check: Callable[[Plan], None] = lambda plan: None

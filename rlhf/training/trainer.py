@@ -24,7 +24,7 @@ from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
 from rlhf.training.lengths import count_tokens, too_long
-from rlhf.training.stage import Context
+from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
 
 # What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).
@@ -98,25 +98,35 @@ def _first(items):
     return items[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class GlobalBatch:
+    """How a step's examples are chosen and split.
+
+    Attributes:
+        global_batch_size: examples an optimizer step, over all processes.
+        max_tokens_per_device: that a micro-batch may hold on one process.
+        padded: rows are padded, not packed.
+        num_tokens: of each training example, as `count_tokens` counts them.
+    """
+
+    global_batch_size: int
+    max_tokens_per_device: int
+    padded: bool
+    num_tokens: list[int]
+
+
 class GlobalBatches(CheckpointMixin):
     """Mixed in before SFTTrainer, RewardTrainer or DPOTrainer; does nothing until `use_global_batches` is called."""
 
     _step_weight: float | None = None  # of the micro-batch at hand; None outside of a step
-    _global = None
+    global_batch: GlobalBatch | None = None
     _flops_per_token: float | None = None
     _peak_flops: float | None = None  # of one device; None where it is not known
 
-    def use_global_batches(self, global_batch_size: int, max_tokens: int, padded: bool, num_tokens: list[int]) -> None:
-        """From now on a step takes `global_batch_size` examples over all processes.
-
-        Args:
-            global_batch_size: examples an optimizer step.
-            max_tokens: that a micro-batch may hold on one process.
-            padded: rows are padded, not packed.
-            num_tokens: of each training example, as `count_tokens` counts them.
-        """
+    def use_global_batches(self, batch: GlobalBatch) -> None:
+        """From now on a step takes `batch.global_batch_size` examples over all processes."""
         self.args.gradient_accumulation_steps = 1
-        self._global = {"size": global_batch_size, "max_tokens": max_tokens, "padded": padded, "num_tokens": num_tokens}
+        self.global_batch = batch
 
     def create_accelerator_and_postprocess(self):
         """Under FSDP with bf16, compute in it, but add gradients up in fp32 and leave what the model returns as it is.
@@ -132,12 +142,15 @@ class GlobalBatches(CheckpointMixin):
     # --- data
 
     def get_train_dataloader(self):
-        if self._global is None:
+        if self.global_batch is None:
             return super().get_train_dataloader()
-        size, seed = self._global["size"], self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        size, seed = (
+            self.global_batch.global_batch_size,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
         number = len(self.train_dataset)
         order = functools.partial(step_examples, num_examples=number, global_batch_size=size, seed=seed)
-        steps = self._steps(self.train_dataset, self._global["num_tokens"], order)
+        steps = self._steps(self.train_dataset, self.global_batch.num_tokens, order)
         return StepLoader(
             steps, -(-number // size), num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -148,7 +161,7 @@ class GlobalBatches(CheckpointMixin):
         rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
         return Steps(
             rows, num_tokens, self.data_collator, order, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
-            max_tokens=self._global["max_tokens"], padded=self._global["padded"],
+            max_tokens=self.global_batch.max_tokens_per_device, padded=self.global_batch.padded,
         )  # fmt: skip
 
     # --- training
@@ -187,7 +200,7 @@ class GlobalBatches(CheckpointMixin):
             cuda = self.args.device.type == "cuda"
             self._peak_flops = peak_flops(torch.cuda.get_device_name(self.args.device)) if cuda else None
         if self._peak_flops:
-            computed = tokens if self._global["padded"] else inputs["tokens"]
+            computed = tokens if self.global_batch.padded else inputs["tokens"]
             peak = self._peak_flops * self.accelerator.num_processes
             found["mfu"].append(self._flops_per_token * computed / seconds / peak)
 
@@ -227,15 +240,15 @@ class GlobalBatches(CheckpointMixin):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):  # fmt: skip
         """Every row once, whatever the number of processes."""
-        if self._global is None:
+        if self.global_batch is None:
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         from transformers.trainer_utils import EvalLoopOutput
 
         rows = dataloader.dataset
-        size, number = self._global["size"], len(rows)
-        num_tokens = [count_tokens(row, self.args.max_length, self._global["padded"]) for row in rows]
+        size, number = self.global_batch.global_batch_size, len(rows)
+        num_tokens = [count_tokens(row, self.args.max_length, self.global_batch.padded) for row in rows]
         steps = self._steps(rows, num_tokens, lambda step: list(range(step * size, min(number, (step + 1) * size))))
         model = self._wrap_model(self.model, training=False)
         model.eval()
@@ -285,7 +298,7 @@ class GlobalBatches(CheckpointMixin):
                     weights[name] += weight
             mask = part["batch"]["attention_mask"]
             positions[0] += mask.numel()
-            positions[1] += mask.numel() - int(mask.sum()) if self._global and self._global["padded"] else 0
+            positions[1] += mask.numel() - int(mask.sum()) if self.global_batch and self.global_batch.padded else 0
             if mode == "train" and not part["examples"]:
                 self._total_train_tokens -= int(mask.sum())
 
@@ -326,20 +339,28 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
     return counts if examples else dict.fromkeys(counts, 0)
 
 
-def pack(trainer, context: Context, mode: str) -> bool:
+def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
+    """What TRL's three trainers are built from alike."""
+    from datasets import Dataset
+
+    return {
+        "model": loaded.model, "args": plan.args, "processing_class": loaded.tokenizer, "peft_config": loaded.peft_config,
+        "train_dataset": Dataset.from_list(plan.data.train),
+        "eval_dataset": Dataset.from_list(plan.data.heldout) if plan.data.heldout else None,
+    }  # fmt: skip
+
+
+def pack(trainer, plan: Plan) -> bool:
     """Let the trainer's models compute on one padding-free row, or say why they can't (never a silent change).
 
     Returns:
         Whether they do.
-
-    Args:
-        mode: `pairs` where the batch is [chosen rows, rejected rows], whose prompts are then computed once; `rows` else.
     """
-    if not context.stage_args.packing:
+    if plan.packing_mode is None:
         return False
     from rlhf.packing import kernel_name, pack_backbone, why_not
 
-    asked = context.recipe.get("attn_implementation") if context.recipe else None
+    asked = plan.recipe.get("attn_implementation")
     models = [trainer.model]
     if getattr(trainer, "ref_model", None) is not None:
         models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
@@ -352,20 +373,20 @@ def pack(trainer, context: Context, mode: str) -> bool:
             )
         return False
     for model in models:
-        pack_backbone(model, mode)
+        pack_backbone(model, plan.packing_mode)
     if asked not in (None, "sdpa"):  # flash attention, eager
         device = trainer.args.device
         say(f"note: {asked} means packed attention here; on {device.type} it is computed by {kernel_name(device)}")
     return True
 
 
-def use_global_batches(trainer, context: Context, packed: bool) -> None:
+def use_global_batches(trainer, plan: Plan, packed: bool) -> None:
     """Give the trainer the recipe's global batch size, if it has one, after a look at its longest example.
 
     Raises:
         UserError: an example alone has more tokens than max_tokens_per_device.
     """
-    stage_args, args, recipe = context.stage_args, context.args, context.recipe
+    stage_args, args, recipe = plan.stage_args, plan.args, plan.recipe
     if stage_args.global_batch_size is None:
         return
 
@@ -375,4 +396,6 @@ def use_global_batches(trainer, context: Context, packed: bool) -> None:
     if longest > stage_args.max_tokens_per_device:
         place = rows[num_tokens.index(longest)]["place"]
         raise too_long(recipe, place, longest, stage_args.max_tokens_per_device)
-    trainer.use_global_batches(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)
+    trainer.use_global_batches(
+        GlobalBatch(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)
+    )

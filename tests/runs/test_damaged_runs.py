@@ -14,12 +14,12 @@ from rlhf.models import embedded
 from rlhf.models.folder import check_model_folder
 from rlhf.runs.checkpoints import checkpoint_damage, newest_checkpoint
 from rlhf.runs.folder import fresh_folder, open_run
+from rlhf.runs.lineage import maker_of
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import read_recipe
 from rlhf.runs.status import status_of_folder, statuses
 from rlhf.training.checks import bytes_needed, refuse_damaged
-from rlhf.training.stage import maker_of
 
 INPUTS = {"dataset_name": "d" * 64}
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -61,15 +61,14 @@ def test_every_stage_of_the_classic(tiny_gpt2, tiny_distilbert, alpaca, tmp_path
 
 def test_eos_is_in_the_labels_of_every_alpaca_row(tiny_gpt2, alpaca, tmp_path):
     """What SFT trains on: the prompt masked, the answer and its end not."""
-    from rlhf.config.build import build_configs
     from rlhf.config.recipe import load_recipe
+    from rlhf.distributed.topology import topology_of_environment
+    from rlhf.training.plan import make_plan
     from rlhf.training.sft import SFT, build
-    from rlhf.training.stage import Context, read_data
 
     flags = ["--model_name_or_path", tiny_gpt2, "--dataset_name", alpaca, "--output_dir", str(tmp_path / "o")]
     recipe = load_recipe(str(RECIPES / "sft.yaml"), "sft", flags)
-    args, model_args, stage_args = build_configs(recipe)
-    trainer = build(Context(recipe, args, model_args, stage_args, read_data(SFT, recipe), tiny_gpt2))
+    trainer = build(make_plan(SFT, recipe, topology_of_environment()))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     tokenizer = trainer.processing_class
     for labels, mask in zip(batch["labels"], batch["attention_mask"], strict=True):

@@ -140,17 +140,18 @@ def first_batch_rows(recipe_file, rows, tokenizer):
 def test_dpo_with_another_reference_is_stopped(sft_model, tiny_llama, recipe, few_pairs, tmp_path):
     from datasets import Dataset
 
-    from rlhf.training.dpo import trainer_class
-    from rlhf.training.stage import Context
+    from rlhf.distributed.topology import topology_of_environment
+    from rlhf.training.dpo import DPO, trainer_class
+    from rlhf.training.plan import make_plan
 
     file = recipe(
         "dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), reference="online"
     )
-    args, model_args, stage_args = build_configs(load_recipe(file, "dpo"))
+    plan = make_plan(DPO, load_recipe(file, "dpo"), topology_of_environment())
     rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
-    trainer = trainer_class(Context(None, args, model_args, stage_args, None, sft_model))(
+    trainer = trainer_class(plan)(
         model=AutoModelForCausalLM.from_pretrained(sft_model), ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama),
-        args=args, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(sft_model),
+        args=plan.args, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(sft_model),
     )  # fmt: skip
     with pytest.raises(
         UserError, match="DPO does not start from its reference: before the first update policy and reference differ by"

@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf.__main__ import main
-from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
+from rlhf.distributed.topology import topology_of_environment
 from rlhf.errors import UserError
 from rlhf.models.loading import load_nf4
 from rlhf.models.precision import compute_dtype
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.training.dpo import DPO
-from rlhf.training.stage import Context, read_data
+from rlhf.training.plan import make_plan
 from rlhf.training.start_check import Start, check_start, expected_loss, other_shape, refuse_wrong_start, starts
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -31,7 +31,7 @@ def make_trainer(recipe, few_pairs, tmp_path):
         file = recipe("dpo", model_name_or_path=model, dataset_name=few_pairs, output_dir=str(tmp_path / "out"), bf16=False,
                       use_cpu=True, **values)  # fmt: skip
         loaded = load_recipe(file, "dpo")
-        return DPO.build(Context(loaded, *build_configs(loaded), read_data(DPO, loaded), model))
+        return DPO.build(make_plan(DPO, loaded, topology_of_environment()), None)
 
     return make
 

@@ -1,0 +1,52 @@
+"""Which recipe of the same folder makes a model, and whether it has done so yet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rlhf.config.recipe import Recipe, load_recipe
+from rlhf.config.stage_config import TRAINING_STAGES
+from rlhf.runs.records import read_recipe
+
+
+def maker_of(recipe: Recipe, name: str | None) -> str:
+    """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
+    return " ".join(("rlhf", *found)) if (found := _sibling_that_makes(recipe, name)) else ""
+
+
+def _sibling_that_makes(recipe: Recipe, name: str | None) -> tuple[str, str] | None:
+    """(stage, file) of the recipe of the same folder whose output_dir is `name`."""
+    for stage in TRAINING_STAGES if name else ():
+        sibling = Path(recipe.path).parent / f"{stage}.yaml"
+        if stage == recipe.stage:
+            continue
+        output = (read_recipe(sibling) or {}).get("output_dir")  # a sibling that can't be read is for its own --check
+        if isinstance(output, str) and output and _same_path(output, name):
+            return stage, str(sibling)
+    return None
+
+
+def _same_path(one: str, other: str) -> bool:
+    return os.path.normpath(os.path.expanduser(one)) == os.path.normpath(other)
+
+
+def waits_for(recipe: Recipe, name: str) -> str:
+    """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
+    return "" if os.path.lexists(Path(name) / "complete.json") else maker_of(recipe, name)
+
+
+def starting_model(recipe: Recipe) -> tuple[str, bool]:
+    """The model that a recipe starts from; where a sibling recipe has yet to make it, the one that this starts from.
+
+    Returns:
+        (name, whether the recipe's own model is yet to be made)
+    """
+    name, waits = recipe.values["model_name_or_path"], False
+    seen = set()
+    while waits_for(recipe, name) and name not in seen:
+        seen.add(name)
+        stage, file = _sibling_that_makes(recipe, name)
+        recipe, waits = load_recipe(file, stage), True
+        name = recipe.values["model_name_or_path"]
+    return name, waits

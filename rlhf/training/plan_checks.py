@@ -1,0 +1,297 @@
+"""Checks of a plan before any weight loads: what libraries would refuse after minutes, and what a model can't do."""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.config.recipe import Recipe
+from rlhf.distributed.processes import say
+from rlhf.errors import UserError, quote
+from rlhf.models.embedded import is_fetched
+from rlhf.runs.lineage import maker_of
+from rlhf.training.lengths import too_long
+from rlhf.training.stage import Plan
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # rows that are tokenised before a start: about 3 s
+
+
+def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[str, str]) -> None:
+    """Models that an evaluation measures: there, of the right kind, with a tokenizer; no weights.
+
+    Args:
+        names: `base_model`, `sft_model`, `dpo_model`, `reward_model` to a name.
+        waiting: of the same keys, the command that has yet to make the model, or ''.
+    """
+    from transformers import AutoTokenizer
+
+    from rlhf.models.folder import is_reward_model, locate
+
+    for key, name in names.items():
+        if waiting.get(key) or (name.startswith("embedded:") and not is_fetched()):
+            continue
+        located = locate(name, recipe.where(key), maker_of(recipe, name), say)
+        if Path(located).is_dir() and is_reward_model(located) != (key == "reward_model"):
+            kinds = ("a policy", "a reward model")
+            found, expected = kinds if key == "reward_model" else kinds[::-1]
+            raise UserError(f"{recipe.where(key)}: {name} holds {found}; '{key}' names {expected}")
+        try:
+            AutoTokenizer.from_pretrained(located)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(
+                f"{recipe.where(key)}: the tokenizer of {name} can't be loaded: {_sentence(error)}"
+            ) from None
+
+
+def check_scheduler(plan: Plan) -> None:
+    """Make the learning rate's scheduler over a dummy parameter: it refuses arguments that it lacks or doesn't know."""
+    import torch
+    from transformers import get_scheduler
+
+    args, recipe = plan.args, plan.recipe
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs or {}
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        key = "lr_scheduler_kwargs" if recipe.get("lr_scheduler_kwargs") else "lr_scheduler_type"
+        name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise UserError(
+            f"{recipe.where(key)}: the scheduler {name} can't be made with lr_scheduler_kwargs="
+            f"{quote(args.lr_scheduler_kwargs)}: {_sentence(error)}"
+        ) from None
+
+
+def check_optimizer(plan: Plan) -> None:
+    """An optimizer from another package must be there, with the keys that it asks for."""
+    from transformers import Trainer
+
+    args, recipe = plan.args, plan.recipe
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError, AssertionError, TypeError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        if "model" in str(error).lower() and not isinstance(error, ImportError):
+            return  # LOMO asks for the model itself
+        raise UserError(f"{recipe.where('optim')}: optim {name} can't be used: {_sentence(error)}") from None
+
+
+def check_reporters(plan: Plan) -> None:
+    """Each reporter must exist, with its package installed; their callbacks say so when they are made."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    recipe = plan.recipe
+    try:
+        for callback in get_reporting_integration_callbacks(plan.args.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{recipe.where('report_to')}: report_to {quote(recipe.get('report_to'))} can't be used: "
+            + _sentence(error).replace("pip install", f"{sys.executable} -m pip install")
+        ) from None
+
+
+def check_hub_login(plan: Plan) -> None:
+    """`push_to_hub` needs a login and the network: to be known before training, not after it."""
+    if not plan.args.push_to_hub:
+        return
+    from huggingface_hub import whoami
+
+    try:
+        whoami()
+    except Exception as error:  # as in models.locate: the hub's client raises a dozen kinds, of two HTTP libraries
+        raise UserError(
+            f"{plan.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {_sentence(error)} "
+            "Log in with `hf auth login` (or set HF_TOKEN), or remove push_to_hub and upload the finished folder later"
+        ) from None
+
+
+def load_plan_tokenizer(plan: Plan):
+    """The tokenizer with its chat template, as the stage loads it."""
+    from rlhf.models.tokenizer import load_tokenizer
+
+    args, recipe = plan.args, plan.recipe
+    template = plan.stage_args.chat_template
+    try:
+        return load_tokenizer(plan.model_name, template, args.trust_remote_code, encoder=recipe.stage == "reward")
+    except UserError as error:
+        where = recipe.where("chat_template" if template is not None else "model_name_or_path")
+        raise UserError(f"{where}: {error}") from None
+    except (OSError, ValueError, KeyError, ImportError) as error:  # no or damaged tokenizer files, a package missing
+        raise UserError(
+            f"{recipe.where('model_name_or_path')}: the tokenizer of {plan.model_name} can't be loaded: {_sentence(error)}"
+        ) from None
+
+
+def check_modules(plan: Plan) -> bool:
+    """Build the architecture on the meta device (no memory), and put LoRA on it: names of modules, attention, sizes.
+
+    Returns:
+        Whether its batches will be packed.
+
+    Raises:
+        UserError: LoRA's target modules aren't in the model, or it can't be built with this attention.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from trl import get_peft_config
+
+    from rlhf.distributed.sharding import loading_unsharded
+    from rlhf.models.folder import base_of
+    from rlhf.packing import why_not
+
+    recipe, args, model_args = plan.recipe, plan.args, plan.model_args
+    options = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(base_of(plan.model_name), **options)
+    auto = AutoModelForCausalLM
+    if recipe.stage == "reward":
+        auto, config.num_labels = AutoModelForSequenceClassification, 1
+    if attention := packed_attention(model_args.attn_implementation):
+        options["attn_implementation"] = attention
+    try:
+        with loading_unsharded(), torch.device("meta"):
+            model = auto.from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
+        raise UserError(f"{recipe.where(key)}: {plan.model_name} can't be built: {_sentence(error)}") from None
+    packed = plan.packing_mode is not None and why_not(model) is None
+    if not model_args.use_peft or plan.continues_adapter:
+        return packed
+    named, linear = model_args.lora_target_modules, _linear_layers(model)
+    missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
+    reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
+    adapter = get_peft_config(model_args)
+    if recipe.stage == "reward":  # as reward.load sets it: the new head is trained and saved, not adapted
+        heads = [
+            n
+            for n, m in model.named_children()
+            if n != model.base_model_prefix and next(m.parameters(), None) is not None
+        ]
+        adapter.task_type, adapter.modules_to_save = "SEQ_CLS", [*(adapter.modules_to_save or []), *heads]
+    try:
+        with torch.device("meta"):
+            get_peft_model(model, adapter)
+    except ValueError as error:  # PEFT's NoMatchingPeftModuleError is one
+        reason = reason or _sentence(error)
+    if reason:
+        key = "lora_target_modules" if recipe.get("lora_target_modules") else "use_peft"
+        raise UserError(
+            f"{recipe.where(key)}: {reason.removesuffix('.')}; its linear layers are {', '.join(linear)}. "
+            "With lora_target_modules `all-linear` is right for any model"
+        )
+    return packed
+
+
+def _matches(model, name: str) -> bool:
+    """As PEFT matches the names of a list: a module's whole name or its end."""
+    return any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules())
+
+
+def _linear_layers(model) -> list[str]:
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})
+
+
+def packed_attention(name: str | None) -> str | None:
+    """The attention that the model itself is built with: flash attention names packing's own kernels, not the model's."""
+    return None if name is None or "flash" in name or "/" in name else name
+
+
+def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
+    """Report what max_length cuts, and refuse what the start would refuse once all rows are tokenised.
+
+    Of many rows every n-th is looked at, and those with the longest texts: some seconds, whatever their number.
+
+    Raises:
+        UserError: no example is left, or one is longer than max_tokens_per_device.
+    """
+    from rlhf.training.lengths import answers_cut, cost, line
+
+    args, stage_args, recipe, rows = plan.args, plan.stage_args, plan.recipe, plan.data.train
+    report = answers_cut(
+        rows, tokenizer, args.max_length, recipe.stage, getattr(args, "truncation_mode", "keep_start"), MOST_ROWS
+    )
+    if report.left_out.rows == len(rows):
+        raise UserError(
+            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it ({line(report)})"
+        )
+    if text := line(report):
+        say(f"note: {text}")
+    if stage_args.global_batch_size is None:
+        return
+    longest = heapq.nlargest(MOST_LONG_ROWS, rows, key=lambda row: sum(map(len, _texts(row))))
+    tokens, place = max(
+        (cost(tokenizer, row, args.max_length, recipe.stage, not packed), row["place"]) for row in longest
+    )
+    if tokens > stage_args.max_tokens_per_device:
+        raise too_long(recipe, place, tokens, stage_args.max_tokens_per_device)
+
+
+def _texts(row: dict) -> list[str]:
+    if "text" in row:
+        return [row["text"]]
+    return [
+        m["content"] for key in ("prompt", "completion", "chosen", "rejected", "messages") for m in row.get(key, ())
+    ]
+
+
+def _sentence(error: BaseException) -> str:
+    """A library's error on one line, at most 300 characters, ending with a full stop."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def check_merge(plan: Plan) -> None:
+    """Refuse an adapter whose base would be nowhere on the disk, or that quantised weights would round away."""
+    from rlhf.models.folder import is_adapter
+
+    recipe = plan.recipe
+    if plan.continues_adapter or not is_adapter(plan.model_name):
+        return
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if recipe.get(key):
+            raise UserError(
+                f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
+                "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
+            )
+    if plan.model_args.use_peft and not plan.merge:
+        raise UserError(
+            f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
+            "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"
+        )
+
+
+def decide_max_length(recipe: Recipe, args: TrainingArguments, model_name: str) -> tuple[int | None, str | None]:
+    """The recipe's max_length, or TRL's default as far as the model has positions (beyond them: an index error deep in an
+    embedding); and the commit of a model from the hub.
+
+    Raises:
+        UserError: the recipe's own max_length is more than the model's positions.
+    """
+    from transformers import AutoConfig
+
+    from rlhf.models.folder import base_of
+
+    whole = AutoConfig.from_pretrained(base_of(model_name), trust_remote_code=args.trust_remote_code)
+    config = whole.get_text_config()
+    commit = getattr(whole, "_commit_hash", None)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    wanted = args.max_length
+    if not positions or (wanted is not None and wanted <= positions):
+        return wanted, commit
+    if recipe.get("max_length"):
+        raise UserError(
+            f"{recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
+            f"{recipe.get('model_name_or_path')}; use {positions} or less"
+        )
+    found = min(positions, wanted or positions)
+    say(f"note: max_length is {found}, all the positions this model has")
+    return found, commit

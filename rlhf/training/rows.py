@@ -1,0 +1,124 @@
+"""The rows that a stage trains and is evaluated on: read, validated, split, with the digests of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.config.recipe import Recipe
+from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
+from rlhf.data.heldout import check_heldout
+from rlhf.data.reading import Reading
+from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
+from rlhf.data.summary import DataSummary, line, skipped_line, summarise
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from.
+
+    Attributes:
+        summary: what was found in the training rows.
+        skipped: place and reason of each row, also held-out, that could not be used (`bad_rows: skip`).
+    """
+
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]] | None
+    digests: dict[str, str]
+    summary: DataSummary | None = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """What the rows are like, as lines for the screen."""
+        if self.summary is None:
+            return []
+        lines, leaks = [line(self.summary)], self.summary.leaks
+        if self.skipped:
+            total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
+            lines.append(skipped_line(self.skipped, total))
+        if leaks.rows:
+            lines.append(
+                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are in the training data too (first: {leaks.first}); "
+                "scores on them mean little"
+            )
+        return lines
+
+
+def read_data(recipe: Recipe, to_rows: Callable[[Source, Reading], list[dict[str, Any]]]) -> StageData:
+    """Read, validate and convert the training rows and the held-out rows of a recipe.
+
+    Args:
+        to_rows: of the stage: a Source to canonical rows; fills the Reading.
+    """
+    reading, heldout_reading = (Reading(recipe.ours.bad_rows, can_skip=True) for _ in range(2))
+    source, digests = _training_source(recipe, reading)
+    heldout = _heldout_source(recipe)
+    limit, heldout_limit = recipe.ours.max_train_examples, recipe.ours.max_eval_examples
+    heldout_rows = None
+    if share := recipe.ours.heldout:
+        rows = to_rows(source, reading)
+        heldout_rows, heldout_reading.places = _split_off(rows, reading, share, recipe, source.name)
+        heldout_rows = heldout_rows[:heldout_limit]
+        heldout_reading.places = heldout_reading.places[:heldout_limit]
+        digests["heldout"] = f"{share:g} of {source.digest}"
+        rows, reading.places = rows[:limit], reading.places[:limit]
+    else:
+        rows = to_rows(source.head(limit), reading)
+        if heldout:
+            digests["heldout"] = heldout.digest
+            heldout_rows = to_rows(heldout.head(heldout_limit), heldout_reading)
+    if recipe.stage == "reward":
+        refuse_margins_in_some_rows(rows, reading.places)
+    elif any("margin" in row for row in rows):
+        reading.num_unused["margin"] = sum("margin" in row for row in rows)
+    summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
+    train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
+    return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
+
+
+def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
+    """(the source of the training rows, the digests of its files by key)"""
+    split = recipe.get("dataset_train_split")
+    if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
+        split = WHOLE
+    if recipe.ours.chosen_dataset_name:
+        sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
+        return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
+    name, config = recipe.ours.dataset_name, recipe.ours.dataset_config
+    source = load_source(name, split, config, recipe.where("dataset_name"))
+    return source, {"dataset_name": source.digest}
+
+
+def _heldout_source(recipe: Recipe) -> Source | None:
+    """The source of held-out rows that are not a part of the training data."""
+    split, where = recipe.ours.dataset_test_split, recipe.where
+    if recipe.ours.eval_dataset_name:
+        return load_source(recipe.ours.eval_dataset_name, split, None, where("eval_dataset_name"))
+    if split:
+        return load_source(recipe.ours.dataset_name, split, recipe.ours.dataset_config, where("dataset_test_split"))
+    if recipe.get("eval_strategy", "no") != "no" and not recipe.ours.heldout:
+        raise UserError(
+            f"{where('eval_strategy')}: there is nothing to evaluate on; set heldout, dataset_test_split or eval_dataset_name"
+        )
+    return None
+
+
+def _split_off(rows: list[dict], reading: Reading, share: float, recipe: Recipe, name: str) -> tuple[list, list[str]]:
+    """Take the held-out rows out of `rows`, and their places out of `reading`; returns both."""
+    sides = check_heldout(share, rows, recipe.where("heldout"), name)
+    parts = [
+        [(row, place) for row, place, side in zip(rows, reading.places, sides, strict=True) if side is wanted]
+        for wanted in (True, False)
+    ]
+    (heldout, heldout_places), (rows[:], reading.places) = (
+        [list(column) for column in zip(*part, strict=True)] for part in parts
+    )
+    kept = set(reading.places)
+    for found in (reading.low_scores, reading.equal_scores, reading.repeats):
+        found[:] = [place for place in found if place in kept]
+    return heldout, heldout_places
+
+
+_SIDES = ("chosen_dataset_name", "rejected_dataset_name")
