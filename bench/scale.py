@@ -301,7 +301,9 @@ def note_taker(watch, runs: list[dict]):
 
 def sizes(model) -> list[tuple[str, int, int, bool]]:
     """(name, bytes, elements, trained) of each parameter, whole where it is split over processes."""
-    counted = [(name, p, getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()]
+    from rlhf.distributed.sharding import num_elements
+
+    counted = [(name, p, num_elements(p)) for name, p in model.named_parameters()]
     return [(name, number * p.element_size(), number, p.requires_grad) for name, p, number in counted]
 
 

@@ -8,6 +8,7 @@ import sys
 
 from rlhf import __version__
 from rlhf.console import ended_bars, plain_bars
+from rlhf.distributed.processes import is_main, rank
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         with ended_bars():
             return run(options, rest) or 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_main():
             print(f"rlhf: {one_line(error, 590)}", file=sys.stderr)
         return 2
     except RankFailed as error:
@@ -190,8 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         from rlhf.files import is_disk_error
 
         if any(words in str(error) for words in LOST_PEER):
-            rank = os.environ.get("RANK", 0)
-            print(f"rlhf: process {rank} ends: another one has ended, and tells why", file=sys.stderr)
+            print(f"rlhf: process {rank()} ends: another one has ended, and tells why", file=sys.stderr)
             return 1
         if not is_disk_error(error):
             raise

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+from rlhf.distributed.processes import is_main
+
 TELL_EVERY_S = 20.0  # of a bar, in a log file
 NEEDED = 3  # metrics that are shown at any width of 60 columns or more: loss, accuracy, tokens/s
 
@@ -165,7 +167,7 @@ def ended_bars():
 
 
 def _tell(bar) -> None:
-    if int(os.environ.get("RANK", 0)) != 0:
+    if not is_main():
         return
     count = (lambda n: bar.format_sizeof(n, divisor=bar.unit_divisor)) if bar.unit_scale else (lambda n: f"{n:,}")
     of = f" of {count(bar.total)}" if bar.total else ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -83,39 +84,43 @@ def is_disk_error(error: BaseException) -> bool:
     return any(word in str(error) for word in words)  # safetensors' errors, and those of torch's zip writer
 
 
+def lock_file(file: IO, shared: bool = False) -> bool:
+    """Lock an open file without waiting; whether it is ours. The kernel releases it when the file or the process ends.
+
+    A file system without locks grants it to everybody.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 class Lock:
-    """An output folder is written by one run at a time; the kernel lets go of it when the process ends, however it does."""
+    """An output folder is written by one run at a time."""
 
     def __init__(self, folder: Path, where: str):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / ".lock"
         self.file = open(self.path, "a+", encoding="utf-8")
-        try:
-            self._take()
-        except BlockingIOError:
+        attempts = 3  # `rlhf status` looks whether it is held by holding it for a moment
+        while not lock_file(self.file) and attempts:
+            attempts -= 1
+            time.sleep(0.1)
+        if not attempts:
             self.file.seek(0)
             holder = self.file.read().strip()
             self.file.close()
             raise UserError(
                 f"{where}: output_dir {folder} is being written by another run ({holder}); wait for it, stop it, or give "
                 "--output_dir another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            return
+            )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
         self.file.flush()
-
-    def _take(self, attempts: int = 3) -> None:
-        for left in reversed(range(attempts)):
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:  # `rlhf status` looks whether it is held by holding it for a moment
-                if not left:
-                    raise
-                time.sleep(0.1)
 
     def release(self) -> None:
         """Let go of the folder, and remove it if there is nothing else in it."""
@@ -125,11 +130,21 @@ class Lock:
         self.file.close()
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: the old one or the new one is there, whatever happens."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 (hex) of a file, read block by block."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

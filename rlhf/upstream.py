@@ -129,7 +129,7 @@ TRANSFORMERS = [
     *_of("transformers.configuration_utils", "PreTrainedConfig", "models/loading.py", {
         "_name_or_path": "the base of a reward model",
     }, in_code=True),
-    *_of("transformers.configuration_utils", "PreTrainedConfig", "training/checks.py", {
+    *_of("transformers.configuration_utils", "PreTrainedConfig", "training/plan_checks.py", {
         "_commit_hash": "the model's commit in the provenance",
     }, in_code=True),
     *_of("transformers.modeling_utils", "PreTrainedModel", "packing/backbone.py", {
@@ -163,7 +163,7 @@ TRL = [
         name: "the check of DPO's start"
         for name in ("loss_types", "loss_weights", "label_smoothing", "use_weighting", "ref_model", "precompute_ref_logps")
     }, in_code=True, only="dpo"),
-    *_of("trl.trainer.dpo_config", "DPOConfig", "training/dpo.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
+    *_of("trl.trainer.dpo_config", "DPOConfig", "training/plan.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
     *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/reference.py", {
         "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns
         "ld_alpha": "the key of the reference cache",
@@ -237,12 +237,7 @@ OPTIONAL = [
         "_lazy_init_hp_params_optimizer_state": "checkpoints that any engine can read, under ZeRO-1 and 2",
     }, only="deepspeed"),
     *_of("deepspeed.runtime.zero.partition_parameters", "Init", "distributed/sharding.py", {
-        "ds_id": "the unsharded model under ZeRO-3",
-    }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "models/loading.py", {
-        "ds_shape": "the size of an embedding under ZeRO-3",
-    }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "training/throughput.py", {
+        "ds_id": "the unsharded model under ZeRO-3", "ds_shape": "the size of an embedding under ZeRO-3",
         "ds_numel": "the number of parameters under ZeRO-3",
     }, in_code=True, only="deepspeed"),
     *_of("deepspeed.runtime.zero.partition_parameters", "Init", "runs/portable.py", {
@@ -255,7 +250,7 @@ OPTIONAL = [
     *_of("bitsandbytes.nn.modules", "Linear4bit", "models/loading.py", {
         "support_avx512bf16_for_cpu": "gradients of a 4-bit model on CPUs",
     }, in_code=True, only="bitsandbytes"),
-    *_of("bitsandbytes.nn.modules", "Params4bit", "training/throughput.py", {
+    *_of("bitsandbytes.nn.modules", "Params4bit", "distributed/sharding.py", {
         "quant_state": "the number of weights of a 4-bit model",
     }, in_code=True, only="bitsandbytes"),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.data.prompts import normalise_prompt, prompt_hash
 from rlhf.errors import UserError, quote
+from rlhf.files import write_file
 
 TRAIN_PROMPTS = "prompts.hashes"  # 8 bytes a prompt, sorted: 80 MB for ten million
 BYTES = 8
@@ -86,9 +87,7 @@ def prompts_of(row: dict[str, Any]) -> Iterable[bytes]:
 def write_train_prompts(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the prompts of the training rows into a run folder, hashed and sorted (main rank only)."""
     hashes = sorted({prompt[:BYTES] for row in rows for prompt in prompts_of(row)})
-    partial = folder / f".{TRAIN_PROMPTS}.partial"
-    partial.write_bytes(b"".join(hashes))
-    partial.replace(folder / TRAIN_PROMPTS)
+    write_file(folder / TRAIN_PROMPTS, b"".join(hashes))
 
 
 def trained_on(folder: Path, rows: list[dict[str, Any]]) -> list[bool] | None:

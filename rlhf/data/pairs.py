@@ -13,6 +13,7 @@ from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
 from rlhf.data.summary import line, summarise
 from rlhf.errors import UserError
+from rlhf.files import write_file
 
 FILES = ("accepted_data.jsonl", "rejected_data.jsonl", "preference_data.jsonl")
 
@@ -38,9 +39,7 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str | None = Non
         FILES[2]: pairs,
     }
     for name, content in rows.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content), encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_file(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content))
     print(f"{dataset_name}: {line(summarise(pairs, reading))}")
     return len(pairs)
 

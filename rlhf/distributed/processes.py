@@ -8,8 +8,22 @@ from collections.abc import Callable
 from rlhf.errors import RankFailed, UserError
 
 
+def rank() -> int:
+    """Of this process, as its launcher says; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Among the processes of this host."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def say(text: str = "") -> None:

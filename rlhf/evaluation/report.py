@@ -35,6 +35,7 @@ from rlhf.evaluation.finished_runs import (
 )
 from rlhf.evaluation.overlap import heading
 from rlhf.evaluation.plots import PLOTS, draw, ties_note
+from rlhf.files import write_file
 from rlhf.runs.card import hyper_parameters
 from rlhf.runs.command import is_complete, shell_line
 from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
@@ -60,9 +61,7 @@ def write_report(target: str, output: str | None = None) -> Path:
     home = home_of(Path(target), selection)
     file = Path(output) if output else home / "report.html"
     text = render(selection, str(home))
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    write_file(file, text)
     for reason in selection.stale:
         say(f"warning: the results are not shown: {reason}")
     for stage, runs in selection.compared.items():

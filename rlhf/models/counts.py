@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-
-def size_of(parameter) -> int:
-    """Numbers that a parameter stands for: all of them under ZeRO-3, and unpacked where two are in a byte (4 bits)."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None and getattr(state, "shape", None) is not None:
-        return state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
+from rlhf.distributed.sharding import num_elements
 
 
 def is_added(name: str) -> bool:
@@ -19,5 +13,5 @@ def is_added(name: str) -> bool:
 def count_parameters(model) -> tuple[int, int]:
     """(parameters of the model itself, without what PEFT has added to it; parameters that are trained)"""
     named = list(model.named_parameters())
-    total = sum(size_of(parameter) for name, parameter in named if not is_added(name))
-    return total, sum(size_of(parameter) for _, parameter in named if parameter.requires_grad)
+    total = sum(num_elements(parameter) for name, parameter in named if not is_added(name))
+    return total, sum(num_elements(parameter) for _, parameter in named if parameter.requires_grad)

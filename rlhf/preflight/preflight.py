@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf.config.recipe import Recipe, load_recipe, stage_of
 from rlhf.config.stage_config import TRAINING_STAGES
-from rlhf.distributed.processes import is_main, say
+from rlhf.distributed.processes import is_main, say, world_size
 from rlhf.distributed.topology import topology_of_environment
 from rlhf.errors import UserError
 from rlhf.models.embedded import cache_dir
@@ -66,7 +66,7 @@ def preflight(
         UserError: something will not work; on all ranks, after the table. Where a rank does not come, there is no table.
     """
     recipe, mistake = _read(recipe_path, overrides, output_dir)
-    if mistake and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if mistake and world_size() == 1:
         raise UserError(mistake)
     ranks = Ranks(timeout_s)
     ranks.exchange_hosts()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import quote
-from rlhf.files import read_json, sync_folder, whole_number, write_file
+from rlhf.files import read_json, sha256_of, sync_file, sync_folder, whole_number, write_file
 from rlhf.runs.records import checkpoints
 
 MANIFEST = "manifest.json"
@@ -20,10 +19,8 @@ def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]
     """`{name: [bytes, sha256]}` of a checkpoint's files, each brought to the disk; of every `parts`-th one from `part`."""
     found = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)[part::parts]:
-        with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            os.fsync(opened.fileno())
-        found[str(file.relative_to(folder))] = [file.stat().st_size, digest]
+        sync_file(file)
+        found[str(file.relative_to(folder))] = [file.stat().st_size, sha256_of(file)]
     return found
 
 
@@ -92,10 +89,8 @@ def checkpoint_damage(folder: Path, verify: bool = False) -> str:
 
 
 def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
-    size, digest = (
-        noted if isinstance(noted, list) and len(noted) == 2 else (noted, None)
-    )  # before there were checksums
-    if whole_number(size) is None or not isinstance(digest, str | None):
+    size, digest = noted if isinstance(noted, list) and len(noted) == 2 else (None, None)
+    if whole_number(size) is None or not isinstance(digest, str):
         return f"its manifest says {quote(noted)} of {quote(name)}, expected size and sha256"
     if os.path.isabs(name) or ".." in Path(name).parts:
         return f"its manifest names {quote(name)}, a file outside of it"
@@ -104,10 +99,9 @@ def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
         return f"{quote(name)[1:-1]} is missing"
     if path.stat().st_size != size:
         return f"{name} has {path.stat().st_size} bytes, {size} were written"
-    if verify and digest:
-        with open(path, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                return f"the content of {name} is not what was written (sha256)"
+    if verify:
+        if sha256_of(path) != digest:
+            return f"the content of {name} is not what was written (sha256)"
     return ""
 
 

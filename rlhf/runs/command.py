@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.recipe import Recipe
+from rlhf.distributed.processes import world_size
 
 LAUNCH_FILE = "LAUNCH_FILE.yaml"  # stands for the one that could not be found out
 TOKEN = re.compile(r"--(?:hub_|push_to_hub_)?token(=.*)?")
@@ -50,7 +51,7 @@ def launcher_of(command_lines: Iterator[list[str]] | None = None) -> dict[str, A
         found = launcher_words(words)
         if found:
             return {"command": found, "complete": True}
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     if world == 1 and "true" not in (os.environ.get(f"ACCELERATE_USE_{engine}") for engine in ("DEEPSPEED", "FSDP")):
         return None
     guess = ["accelerate", "launch", "--config_file", LAUNCH_FILE, "--num_processes", str(world)]

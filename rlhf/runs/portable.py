@@ -8,7 +8,6 @@ trained parameter NAME `weight:NAME` (fp32 where the engine keeps a master copy)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlhf.distributed.processes import is_main
+from rlhf.distributed.sharding import full_tensor, is_zero3, shard_like, writable
 from rlhf.errors import UserError
 
 NAME = "portable-{:05d}.safetensors"
@@ -85,9 +85,9 @@ def _whole_state(trainer) -> Iterator[tuple[str, torch.Tensor]]:
     zero, optimizer = _zero(trainer), _inner(trainer)
     if zero is None:
         for name, parameter in _trained(trainer):
-            yield f"weight:{name}", _whole(parameter)
+            yield f"weight:{name}", full_tensor(parameter)
             for key, value in optimizer.state.get(parameter, {}).items():
-                yield f"{key}:{name}", _whole(torch.as_tensor(value))
+                yield f"{key}:{name}", full_tensor(torch.as_tensor(value))
         return
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -100,10 +100,6 @@ def _whole_state(trainer) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{key}:{name}", safe_get_full_optimizer_state(parameter, key)
         if "step" in state:
             yield f"step:{name}", torch.as_tensor(state["step"], dtype=torch.float32)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _trained(trainer) -> list[tuple[str, torch.nn.Parameter]]:
@@ -167,7 +163,7 @@ class PortableState:
                 "with --fresh"
             )
         for name, parameter in trained.items():
-            with _writable(parameter), torch.no_grad():
+            with writable(parameter), torch.no_grad():
                 if not parameter.is_meta and parameter.numel():
                     parameter.copy_(self.get("weight", name))
 
@@ -192,7 +188,7 @@ class PortableState:
         for number, parameter in enumerate(parameters):
             found = {kind: self.get(kind, name_of[id(parameter)]) for kind in ("step", *self.kept)}
             states[number] = {
-                kind: _like(value, parameter) if value.dim() else value
+                kind: shard_like(value, parameter) if value.dim() else value
                 for kind, value in found.items()
                 if value is not None
             }
@@ -202,7 +198,7 @@ class PortableState:
         zero = _zero(trainer)
         steps = [step for name in self.names if (step := self.get("step", name)) is not None]
         for flat in _flat_parameters(zero):
-            state = {kind: torch.zeros_like(flat) for kind in self.kept}
+            state = {kind: torch.zerosshard_like(flat) for kind in self.kept}
             if steps:
                 state["step"] = _step_for(zero.optimizer, float(max(steps)), flat)
             zero.optimizer.state[flat] = state
@@ -212,28 +208,6 @@ class PortableState:
             for kind in ("weight", *self.kept):
                 if (value := self.get(kind, name)) is not None:
                     _set_zero(parameter, kind, value)
-
-
-@contextlib.contextmanager
-def _writable(parameter):
-    """Whole for the time being, where ZeRO-3 has split it already."""
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        yield
-
-
-def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, split as the parameter is."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(parameter.to_local().device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _step_for(optimizer, step: float, flat: torch.Tensor):
@@ -253,7 +227,7 @@ def _set_zero(parameter, kind: str, value: torch.Tensor) -> None:
     )
 
     value = value.float().to(parameter.device)
-    if hasattr(parameter, "ds_id"):  # its whole setter lacks the padding of the last process
+    if is_zero3(parameter):  # its whole setter lacks the padding of the last process
         part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
         padded = torch.nn.functional.pad(
             value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.distributed.processes import world_size
 from rlhf.errors import UserError
 from rlhf.models import embedded
 from rlhf.runs.records import look_at_complete
@@ -74,5 +75,5 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+    found["processes"] = world_size()
     return found

@@ -33,6 +33,8 @@ def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder
     if is_main():
         try:
             lock = Lock(run.folder, where)
+            for partial in run.folder.glob(".*.partial"):  # of a write that a kill interrupted
+                partial.unlink()
             found[0] = newest_checkpoint(run.folder, verify=True, tell=lambda text: say(f"warning: {text}"))
             if found[0]:
                 found[2] = check_readable(found[0], topology)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from rlhf.config.recipe import load_recipe
 from rlhf.config.stage_config import STAGES
 from rlhf.errors import UserError, quote
-from rlhf.files import read_json, whole_number
+from rlhf.files import lock_file, read_json, whole_number
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.folder import refuse_other_run
 from rlhf.runs.metrics import read_metrics
@@ -113,13 +112,9 @@ def holder_of(folder: Path) -> str | None:
     """Who holds the run folder's lock (process, host and since when), or None."""
     try:
         with open(folder / ".lock", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "another process"
-    except OSError:  # no lock there, or a file system without
-        pass
-    return None
+            return None if lock_file(file, shared=True) else file.read().strip() or "another process"
+    except OSError:  # no lock there
+        return None
 
 
 # --- all stages of a folder -------------------------------------------------------------------------------------------

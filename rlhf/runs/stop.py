@@ -15,6 +15,8 @@ import threading
 import time
 from pathlib import Path
 
+from rlhf.distributed.processes import is_main, local_rank, world_size
+
 EXIT_STOPPED = 85  # the run was asked to stop; the same command goes on
 SAME_INTERRUPT_S = 1.0  # a launcher hands Ctrl-C on to processes that the terminal has told already
 STOP_FILE = "stop"
@@ -67,7 +69,7 @@ class Stopper:
         if number == signal.SIGINT and self.asked_by == "SIGINT" and now - self._asked_at > SAME_INTERRUPT_S:
             raise KeyboardInterrupt
         self.asked_by, self._asked_at = signal.Signals(number).name, now
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_main():
             again = "; once more stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\n{self.asked_by}: stopping after this step{again}\n".encode())
 
@@ -76,7 +78,7 @@ class Stopper:
 
         All processes must ask, at the same place. Two processes on a busy 2-core CPU take 0.2 ms for it.
         """
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of its host: a container may have been told alone
+        first = local_rank() == 0  # of its host: a container may have been told alone
         if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and first:
             self._looked_at = time.monotonic()
             self.asked_by = next((f"the file {file}" for file in self.files if file.exists()), "")
@@ -111,7 +113,7 @@ def exit_code_stopped() -> int:
     Where there is a RLHF_STOP_FILE, a file of that name with `.done` behind it says so too, for scripts that start training
     through accelerate's launcher: of any code but 0 that makes 1, and a traceback.
     """
-    if os.environ.get(STOP_FILE_VARIABLE) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if os.environ.get(STOP_FILE_VARIABLE) and local_rank() == 0:
         with contextlib.suppress(OSError):
             Path(os.environ[STOP_FILE_VARIABLE] + ".done").touch()
     return int(os.environ.get(EXIT_VARIABLE, EXIT_STOPPED))
@@ -125,7 +127,7 @@ def leave(code: int) -> None:
     To be removed when torch ends its threads by itself.
     """
     torch = sys.modules.get("torch")
-    if torch is None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if torch is None or world_size() == 1:
         sys.exit(code)
     if torch.distributed.is_initialized():
         with contextlib.suppress(Exception):  # another process may be gone; this one has its code already

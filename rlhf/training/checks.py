@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from rlhf.config.recipe import Recipe
+from rlhf.distributed.processes import world_size
 from rlhf.distributed.topology import check_quantised
 from rlhf.errors import UserError, pip_install
 from rlhf.models.folder import check_model_folder
@@ -64,7 +65,7 @@ def check_devices(args, recipe: Recipe) -> None:
 
     capability = torch.cuda.get_device_capability() if args.device.type == "cuda" else None
     check_quantised(recipe, args.device.type, capability)
-    if not args.use_cpu and torch.cuda.device_count() > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not args.use_cpu and torch.cuda.device_count() > 1 and world_size() == 1:
         count = torch.cuda.device_count()
         raise UserError(
             f"{count} GPUs are visible to one process; use them all with `accelerate launch --config_file "

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rlhf.data.formats import preference_rows
 from rlhf.distributed.processes import say
+from rlhf.distributed.sharding import num_elements
 from rlhf.errors import UserError
 from rlhf.runs.stop import Stopper
 from rlhf.training.sft import load
@@ -79,7 +80,7 @@ def check_bias(trainer, plan: Plan, tokenizer) -> None:
         add_fused_lm_head(exact)  # as TRL's trainer calls it
     small = trainer.accelerator.unwrap_model(trainer.ref_model).get_memory_footprint() / 1e6
     weights = [p for name, p in exact.named_parameters() if "lora_" not in name]
-    whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights) / 1e6
+    whole = sum(num_elements(p) * p.element_size() for p in weights) / 1e6
     found = measure_bias(trainer, exact, args.beta)
     say(
         f"  reference {reference_name(plan)} in 4 bits (NF4): {small:.0f} MB instead of {whole:.0f} MB\n"

@@ -77,11 +77,11 @@ def finished_model(stage: Stage, plan: Plan, trainer, probe: list[list[int]]):
         (model, None), or, where it was split: (model loaded anew with the trained parameters, on the main process only;
         the split model's logits on `probe`)
     """
-    from rlhf.distributed.sharding import unsharded
+    from rlhf.distributed.sharding import is_sharded, unsharded
     from rlhf.models.finished import probe_logits
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
-    if not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+    if not any(map(is_sharded, model.parameters())):
         return model, None
     expected = probe_logits(model, probe)
     trained = {}

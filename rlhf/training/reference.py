@@ -16,10 +16,8 @@ the file system has no locks, they at worst write the same thing twice).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ import torch
 
 from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.sharding import unsharded
+from rlhf.files import lock_file, write_file
 from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
 
@@ -71,18 +70,11 @@ class Shards:
             return
         content = encode(entries)
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        partial = self.folder / f".{os.getpid()}-{path.name}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            write_file(path, content)
         except OSError as error:
             say(f"note: reference log-probabilities are not kept ({error}); this run goes on with them in memory")
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
 
 def encode(entries: Logps) -> bytes:
@@ -243,11 +235,10 @@ def _take(turn: contextlib.ExitStack, path: Path) -> bool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = opened.enter_context(open(path, "a", encoding="utf-8"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a read-only cache, or a file system without locks
+        except OSError:  # a read-only cache
             return True
+        if not lock_file(file):
+            return False
         turn.enter_context(opened.pop_all())
     return True
 

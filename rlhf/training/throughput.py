@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rlhf.distributed.sharding import num_elements
+
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets (no sparsity; SXM where there are several). The first
 # name that stands in the device's own is taken.
 PEAK_FLOPS = {
@@ -25,11 +27,4 @@ def flops_per_token(model) -> float:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     looked_up = set() if head is not None and head.weight is embedding.weight else set(embedding.parameters())
     weights = [p for p in model.parameters() if p not in looked_up]
-    return 4.0 * sum(map(num_weights, weights)) + 2.0 * sum(num_weights(p) for p in weights if p.requires_grad)
-
-
-def num_weights(parameter) -> int:
-    """Weights of a parameter, as it was before ZeRO-3 split it or bitsandbytes packed two of them into a byte."""
-    if getattr(parameter, "quant_state", None) is not None:
-        return parameter.quant_state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return 4.0 * sum(map(num_elements, weights)) + 2.0 * sum(num_elements(p) for p in weights if p.requires_grad)

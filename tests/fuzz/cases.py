@@ -6,6 +6,7 @@ Each was found by hand or by the fuzzer to end in a traceback, a hang, an answer
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import struct
@@ -209,8 +210,8 @@ def _data():
 
 JUNK = (
     b"[1]", b'{"a": 1}', b"", b"{", b"null", b'"x"', b"\xff\xfe", b"[" * 10_000, b"1" * 5000, b'{"steps": "x"}', b'{"inputs": [1]}',
-    b'{"stage": [1]}', b'{"steps": 2, "seconds": NaN, "first_loss": null}', b'{"steps": -1}', b'{"steps": 1}', b'{"files": {"a": [1]}}',
-    b'{"files": {"../x": 1}}', b'{"files": {"/etc/passwd": 1}}', b'{"files": []}', BOMB, FOLDER, "-> gone", "-> /dev/null", "-> .",
+    b'{"stage": [1]}', b'{"steps": 2, "seconds": NaN, "first_loss": null}', b'{"steps": -1}', b'{"steps": 1}', b'{"files": {"a": [1, "0"]}}',
+    b'{"files": {"../x": [1, "0"]}}', b'{"files": {"/etc/passwd": [1, "0"]}}', b'{"files": []}', BOMB, FOLDER, "-> gone", "-> /dev/null", "-> .",
 )  # fmt: skip
 RUN_FILES = ("recipe.yaml", "provenance.json", "complete.json", "stopped.json", "metrics.jsonl", "checkpoint-2/manifest.json",
              "checkpoint-2/trainer_state.json", ".lock", "checkpoint-2")  # fmt: skip
@@ -224,12 +225,15 @@ PROVENANCE = {
 }
 
 
+SHA_OF_X = hashlib.sha256(b"x").hexdigest().encode()
+
+
 def run_box(complete: bool = False) -> dict[str, object]:
     """A run of dpo.yaml in the folder `out`, with a checkpoint of step 2."""
     files = box() | {
         "out/recipe.yaml": recipe_text(RECIPES["dpo"]), "out/provenance.json": json.dumps(PROVENANCE | {"inputs": {}}).encode(),
         "out/metrics.jsonl": b'{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n', "out/checkpoint-2/a": b"x",
-        "out/checkpoint-2/manifest.json": b'{"files": {"a": 1}}', "out/checkpoint-2/trainer_state.json": b'{"max_steps": 4}',
+        "out/checkpoint-2/manifest.json": b'{"files": {"a": [1, "%s"]}}' % SHA_OF_X, "out/checkpoint-2/trainer_state.json": b'{"max_steps": 4}',
     }  # fmt: skip
     return files | (
         {"out/complete.json": b'{"steps": 2, "seconds": 1.0, "weights_sha256": "ab", "train_examples": 3}'}

@@ -158,10 +158,13 @@ def test_a_fresh_folder_is_never_a_link_to_nothing(tmp_path):
     [
         ({"a": [1]}, "its manifest says [1] of 'a', expected size and sha256"),
         ({"a": ["x", 1]}, "its manifest says ['x', 1] of 'a', expected size and sha256"),
-        ({"/etc/passwd": 1}, "its manifest names '/etc/passwd', a file outside of it"),
-        ({"../manifest.json": 1}, "its manifest names '../manifest.json', a file outside of it"),
-        ({"a": 2}, "a has 1 bytes, 2 were written"),
-        ({"b" * 300: 1}, f"{'b' * 78} is missing"),
+        ({"a": 1}, "its manifest says 1 of 'a', expected size and sha256"),
+        ({"a": [1, None]}, "its manifest says [1, None] of 'a', expected size and sha256"),
+        ({"/etc/passwd": [1, "0"]}, "its manifest names '/etc/passwd', a file outside of it"),
+        ({"../manifest.json": [1, "0"]}, "its manifest names '../manifest.json', a file outside of it"),
+        ({"a": [2, "0"]}, "a has 1 bytes, 2 were written"),
+        ({"a": [1, "0"]}, "the content of a is not what was written (sha256)"),
+        ({"b" * 300: [1, "0"]}, f"{'b' * 78} is missing"),
         ({}, "it was never finished (no manifest that can be read)"),
     ],
 )
@@ -175,7 +178,7 @@ def test_a_damaged_manifest(tmp_path, files, damage):
 @pytest.mark.parametrize("layout", ["DDP", {"split": "no"}, {"engine": "DDP", "split": "no", "processes": "two"}])
 def test_a_damaged_layout(tmp_path, layout):
     (tmp_path / "a").write_text("x")
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"a": 1}, "layout": layout}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"a": [1, "0"]}, "layout": layout}))
     assert checkpoint_damage(tmp_path).startswith("its manifest says layout: ")
 
 

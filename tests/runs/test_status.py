@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.__main__ import main
 from rlhf.files import Lock
-from rlhf.runs.checkpoints import place_checkpoint
+from rlhf.runs.checkpoints import digest_files, place_checkpoint
 from rlhf.runs.stop import Stopper
 
 
@@ -18,7 +18,7 @@ def add_checkpoint(folder, step, of):
     partial.mkdir(parents=True)
     content = json.dumps({"global_step": step, "max_steps": of})
     (partial / "trainer_state.json").write_text(content)
-    place_checkpoint(partial, folder / f"checkpoint-{step}", {"trainer_state.json": [len(content), None]})
+    place_checkpoint(partial, folder / f"checkpoint-{step}", digest_files(partial))
 
 
 def add_metrics(folder, steps):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlhf.training.throughput import flops_per_token, num_weights, peak_flops
+from rlhf.distributed.sharding import num_elements
+from rlhf.training.throughput import flops_per_token, peak_flops
 
 
 def test_flops_by_hand(tiny_llama, tiny_distilbert):
@@ -30,7 +31,7 @@ def test_4_bit_weights_count_whole(tiny_llama):
     layer.weight.data = torch.randn(64, 128)
     layer.to("cpu")
     layer(torch.randn(1, 128))
-    assert layer.weight.numel() < 64 * 128 and num_weights(layer.weight) == 64 * 128
+    assert layer.weight.numel() < 64 * 128 and num_elements(layer.weight) == 64 * 128
 
 
 @pytest.mark.parametrize(
