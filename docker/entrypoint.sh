@@ -8,6 +8,10 @@
 #   RLHF_EXIT_STOPPED   the container's exit code when a run has saved and stopped (85); with 0 a restart policy leaves it be
 set -euo pipefail
 
+# In the image this file is started through a link
+# shellcheck source-path=SCRIPTDIR source=../launch/common.sh
+source "$(dirname "$(realpath "$0")")/../launch/common.sh"
+
 main() {
   # the health check counts from here
   touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
@@ -40,18 +44,14 @@ watch_over() {
   trap 'ask INT' INT
   "$@" <&0 &   # in the background a trap runs at once; bash makes it ignore SIGINT, which a terminal sends to all
   child=$!
-  wait "$child" || code=$?
-  while kill -0 "$child" 2> /dev/null; do   # a signal has ended the wait, not the command
-    code=0
-    wait "$child" || code=$?
-  done
+  wait_for_exit "$child" || code=$?
   if [ -e "$RLHF_STOP_FILE.done" ]; then code=85; fi   # the training processes' own word for it
   [ "$code" != 85 ] || code=$code_when_stopped
   exit "$code"
 }
 
 ask() {   # the run to save, or, where none is, the command to end
-  if trains; then
+  if is_running "${all_stages[@]}"; then
     [ -z "$asked" ] || [ "$1" != INT ] || { echo "rlhf: stopped at once" >&2; exit 130; }
     asked=$1
     echo "$1" > "$RLHF_STOP_FILE"
@@ -60,7 +60,5 @@ ask() {   # the run to save, or, where none is, the command to end
     kill -TERM "$child" 2> /dev/null || true
   fi
 }
-
-trains() { grep -lzxE 'sft|reward|dpo|evaluate' /proc/[0-9]*/cmdline > /dev/null 2>&1; }
 
 main "$@"

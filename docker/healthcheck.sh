@@ -7,10 +7,13 @@
 # A run that logs rarely (logging_steps) or loads for long needs more minutes. The reference's cache counts as progress too.
 set -euo pipefail
 
+# shellcheck source-path=SCRIPTDIR source=../launch/common.sh
+source "$(dirname "$(realpath "$0")")/../launch/common.sh"
+
 minutes=${RLHF_HEALTH_MINUTES:-30}
 read -ra folders <<< "${RLHF_HEALTH_DIRS:-/rlhf/runs /rlhf/models}"
 
-if ! grep -lzxE 'sft|reward|dpo' /proc/[0-9]*/cmdline > /dev/null 2>&1; then
+if ! is_running "${training_stages[@]}"; then
   echo "healthy: nothing is training here"
   exit 0
 fi

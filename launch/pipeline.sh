@@ -11,18 +11,21 @@
 # environment's, or else that of .venv beside this folder.
 set -euo pipefail
 
+root=$(dirname "$(dirname "$(realpath "$0")")")
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$root/launch/common.sh"
+
 usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+die() { echo "pipeline: $*" >&2; exit 2; }
 
 main() {
   [ $# -ge 1 ] || usage
   recipes=${1%/}; shift
-  [ -d "$recipes" ] || { echo "pipeline: no recipe folder at $recipes; try configs/quickstart" >&2; exit 2; }
-  root=$(cd "$(dirname "$0")/.." && pwd)
-  python=${PYTHON:-python}
-  if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+  [ -d "$recipes" ] || die "no recipe folder at $recipes; try configs/quickstart"
+  find_python
 
   if [ $# -ge 1 ]; then
-    [ -f "$1" ] || { echo "pipeline: no launch file at $1; launch/ has $(cd "$root/launch" && echo *.yaml)" >&2; exit 2; }
+    need_launch_file "$1"
     launch=(--launch "$1")
     run=("$python" -m accelerate.commands.launch --config_file "$@" -m rlhf)
     export RLHF_EXIT_STOPPED=0   # the launcher would make a traceback of any other; the file below tells
@@ -31,12 +34,7 @@ main() {
     run=("$python" -m rlhf)
   fi
 
-  stages=()
-  for stage in sft reward dpo evaluate; do
-    [ -f "$recipes/$stage.yaml" ] && stages+=("$stage")
-  done
-  [ ${#stages[@]} -gt 0 ] || { echo "pipeline: $recipes has none of sft.yaml, reward.yaml, dpo.yaml, evaluate.yaml" >&2; exit 2; }
-
+  find_stages "$recipes"
   for stage in "${stages[@]}"; do
     if [ "$stage" = evaluate ]; then launch=(); fi
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check "${launch[@]}"

@@ -5,16 +5,9 @@
 #   node.sh LOG_PREFIX FIRST_HOST SECOND_HOST PORT PROCESSES LAUNCH_FILE NUM_WORDS [WORDS BEFORE THE COMMAND] PYTHON WORDS ...
 set -euo pipefail
 
-gpus_here() {   # how many GPUs of this node the job has been given, in whichever way it asked
-  local list=${SLURM_STEP_GPUS:-${SLURM_JOB_GPUS:-}}
-  if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-    echo "$SLURM_GPUS_ON_NODE"
-  elif [ -n "$list" ]; then
-    awk -F, '{print NF}' <<< "$list"
-  else
-    echo 0
-  fi
-}
+root=$(dirname "$(dirname "$(realpath "$0")")")
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$root/slurm/common.sh"
 
 on_node() {
   local log=$1 first=$2 second=$3 port=$4 procs=$5 launch=$6 count=$7
@@ -35,8 +28,7 @@ on_node() {
     exit 2
   fi
   choose_interface "$([ "$rank" = 0 ] && echo "$second" || echo "$first")"
-  local cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}
+  share_cores "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}" "$procs"
   local flags=(--config_file "$launch" --num_processes $((nodes * procs)))
   if [ "$nodes" -gt 1 ]; then
     flags+=(--num_machines "$nodes" --machine_rank "$rank" --main_process_ip "$first" --main_process_port "$port")
@@ -57,19 +49,12 @@ choose_interface() {   # gloo and NCCL's bootstrap take the interface that leads
 # 30 s after a TERM and die of USR1, so it inherits that both are ignored, and is told not to handle TERM (torch's
 # PET_SIGNALS_TO_HANDLE). USR1 from outside (scancel --signal=USR1) asks the job to go on later, as its time limit does.
 shield() {
-  local code=0 pid
   export PET_SIGNALS_TO_HANDLE=SIGHUP
   export RLHF_EXIT_STOPPED=0   # train.sbatch asks for --status; any other code is a traceback of accelerate's
   trap ':' TERM
   trap 'echo "USR1 on $SLURM_NODEID" > "$RLHF_STOP_FILE"' USR1
   (trap '' TERM USR1 INT; exec "$@") &
-  pid=$!
-  wait "$pid" || code=$?
-  while kill -0 "$pid" 2> /dev/null; do
-    code=0
-    wait "$pid" || code=$?
-  done
-  return "$code"
+  wait_for_exit $!
 }
 
-if [ "${BASH_SOURCE[0]}" = "$0" ]; then on_node "$@"; exit; fi   # train.sbatch takes gpus_here from here
+on_node "$@"; exit

@@ -9,18 +9,18 @@
 # out of the queue.
 set -euo pipefail
 
+root=$(dirname "$(dirname "$(realpath "$0")")")
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$root/slurm/common.sh"
+
 main() {
   [ $# -ge 1 ] && [[ $1 != -* ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
   recipes=${1%/}; shift
-  root=$(cd "$(dirname "$0")/.." && pwd)
   [ -d "$recipes" ] || die "no recipe folder at $recipes; try configs/quickstart"
   read_words "$@"
-  read_site
-  stages=()
-  for stage in sft reward dpo evaluate; do
-    [ ! -f "$recipes/$stage.yaml" ] || stages+=("$stage")
-  done
-  [ ${#stages[@]} -gt 0 ] || die "$recipes has none of sft.yaml, reward.yaml, dpo.yaml, evaluate.yaml"
+  read_site   # here too: SBATCH_ACCOUNT, SBATCH_PARTITION and their like are for sbatch
+  export RLHF_ROOT=$root
+  find_stages "$recipes"
   check_all
   submit_all
 }
@@ -34,7 +34,7 @@ read_words() {
       --launch | --procs-per-node | --container)
         [ $# -ge 2 ] || die "$1 needs a value"
         case $1 in
-          --launch) launch=(--launch "$2"); [ -f "$2" ] || die "no launch file at $2; launch/ has $(cd "$root/launch" && echo *.yaml)" ;;
+          --launch) launch=(--launch "$2"); need_launch_file "$2" ;;
           --container) container=$2; more+=("$1" "$2") ;;
           *) more+=("$1" "$2") ;;
         esac
@@ -45,19 +45,6 @@ read_words() {
     esac
     shift
   done
-}
-
-read_site() {   # here too: SBATCH_ACCOUNT, SBATCH_PARTITION and their like are for sbatch
-  local env=${RLHF_SITE_ENV:-$root/slurm/site.env}
-  if [ -f "$env" ]; then
-    set +u; set -a
-    # shellcheck disable=SC1090
-    source "$env"
-    set +a; set -u
-  fi
-  python=${PYTHON:-python}
-  if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
-  export RLHF_ROOT=$root PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 }
 
 check_all() {   # launch files are looked at by the jobs: what they need is on the nodes, not here

@@ -33,7 +33,7 @@ def script(tmp_path):
         env = blank | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "RLHF_SITE_ENV": "/none",
                        "RLHF_LOGS": str(tmp_path / "logs"), "RLHF_ROOT": str(ROOT)} | env  # fmt: skip
         done = subprocess.run(["bash", str(SLURM / name), *map(str, words)], env=os.environ | env, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+                              capture_output=True, text=True, timeout=240)  # fmt: skip
         return done.returncode, done.stdout + done.stderr
 
     run.calls = lambda: (tmp_path / "calls").read_text().splitlines()
@@ -131,7 +131,7 @@ def test_pipeline_submits_nothing_where_a_recipe_is_wrong(script, recipes, tmp_p
 
 def test_gpus_of_a_node(script):
     """In whichever way a job has asked for them, and whatever Slurm's age."""
-    ask = f"source {SLURM}/node.sh; gpus_here"
+    ask = f"root={ROOT}; source {SLURM}/common.sh; gpus_here"
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     for env, found in (
         ({}, "0"),

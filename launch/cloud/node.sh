@@ -19,16 +19,22 @@
 # asked to stop, has saved, and goes on when started again. Start it through docker/entrypoint.sh, which takes the signals.
 set -euo pipefail
 
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root=$PWD
+# shellcheck source-path=SCRIPTDIR source=../common.sh
+source launch/common.sh
+
 say() { echo "[node $rank of $nodes] $*"; }
 die() { echo "node.sh: $*" >&2; exit 2; }
 
 main() {
-  cd "$(dirname "${BASH_SOURCE[0]}")/../.."
   find_place
   find_python
+  command -v "$python" > /dev/null || die "no $python; run launch/cloud/setup.sh on each node"
+  rlhf=("$python" -m rlhf)
   plan_processes
   use_store
-  find_stages
+  choose_stages
   local number=0 before='' stage
   for stage in "${stages[@]}"; do   # all, before anything trains
     [ "$stage" != evaluate ] || with=()
@@ -59,13 +65,6 @@ find_place() {
   unset PET_NNODES PET_NODE_RANK PET_NPROC_PER_NODE PET_MASTER_ADDR PET_MASTER_PORT
 }
 
-find_python() {
-  python=${PYTHON:-python}
-  if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-  command -v "$python" > /dev/null || die "no $python; run launch/cloud/setup.sh on each node"
-  rlhf=("$python" -m rlhf)
-}
-
 plan_processes() {
   case $procs in
     '' | 0 | auto | gpu | cpu) procs=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))') ;;
@@ -73,13 +72,9 @@ plan_processes() {
   esac
   total=$((nodes * procs))
   launch=${LAUNCH:-launch/$([ "$total" = 1 ] && echo single || echo ddp).yaml}
-  [ -f "$launch" ] || die "no launch file at $launch; launch/ has $(cd launch && echo *.yaml)"
-  if [ "$total" -gt 1 ] && grep -Eq "^distributed_type: *['\"]?NO\b" "$launch"; then
-    die "$launch is for one process, and this job has $total; use launch/ddp.yaml"
-  fi
+  need_launch_file "$launch" "$total"
   with=(--launch "$launch")
-  local cpus; cpus=$(nproc)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}
+  share_cores "$(nproc)" "$procs"
 }
 
 use_store() {   # links, so that the recipes' own paths (runs/..., models/...) lead there
@@ -95,16 +90,17 @@ use_store() {   # links, so that the recipes' own paths (runs/..., models/...) l
   export RLHF_CACHE=${RLHF_CACHE:-$RLHF_STORE/cache}
 }
 
-find_stages() {
+choose_stages() {
   recipes=${RECIPES:-configs/quickstart}
   local stage
   stages=()
   [ -d "$recipes" ] || die "no recipe folder at $recipes (RECIPES); try configs/quickstart"
-  for stage in ${STAGES:-sft reward dpo evaluate}; do
-    case $stage in sft | reward | dpo | evaluate) ;; *) die "'$stage' is no stage; STAGES takes sft, reward, dpo, evaluate" ;; esac
-    if [ -f "$(recipe "$stage")" ]; then stages+=("$stage"); elif [ -n "${STAGES:-}" ]; then die "no $(recipe "$stage")"; fi
+  for stage in ${STAGES:-}; do
+    is_stage "$stage" || die "'$stage' is no stage; STAGES takes $stage_names"
+    [ -f "$(recipe "$stage")" ] || die "no $(recipe "$stage")"
+    stages+=("$stage")
   done
-  [ ${#stages[@]} -gt 0 ] || die "$recipes has none of sft.yaml, reward.yaml, dpo.yaml, evaluate.yaml"
+  [ ${#stages[@]} -gt 0 ] || find_stages "$recipes"
 }
 
 recipe() { echo "$recipes/$1.yaml"; }
