@@ -299,7 +299,7 @@ def test_pods_of_the_training_operator(project):
     pods, one = project("pods"), project("one")
     replicas = of_kind("kubernetes-pytorchjob.yaml", "PyTorchJob")["spec"]["pytorchReplicaSpecs"]
     command = pod_command(replicas["Worker"]["template"]["spec"]["containers"][0])
-    nodes = Nodes(pods, command, torchjob_variables(2, 1), STAGES="sft", LAUNCH="launch/ddp.yaml", PREFLIGHT="no")
+    nodes = Nodes(pods, command, torchjob_variables(2, 1), STAGES="sft", LAUNCH="launch/ddp.yaml", RLHF_PREFLIGHT="no")
     assert nodes.wait() == [0, 0], nodes.shown()[-3000:] + nodes.shown(1)[-3000:]
     assert "(2 processes on cpu)" in nodes.shown()
     nodes = Nodes(one, command, [{"PROCS_PER_NODE": 1}], STAGES="sft")
@@ -316,7 +316,7 @@ def test_one_pod_of_two_is_evicted(project):
     pods = runtime["replicatedJobs"][0]["template"]["spec"]
     policy = pods["podFailurePolicy"]["rules"][1]["onExitCodes"]
     command = pod_command(pods["template"]["spec"]["containers"][0])
-    common = dict(STAGES="sft", LAUNCH="launch/ddp.yaml", PREFLIGHT="no")
+    common = dict(STAGES="sft", LAUNCH="launch/ddp.yaml", RLHF_PREFLIGHT="no")
     nodes = Nodes(folder, command, trainjob_variables(2, 1), **common)
     end = time.monotonic() + 120
     while not (folder / "runs" / "tiny" / "sft").is_dir() or len(losses(folder, "sft")) < 5:

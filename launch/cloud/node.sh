@@ -13,7 +13,7 @@
 #   LAUNCH          one of launch/*.yaml; default: single.yaml for one process, ddp.yaml for more
 #   PROCS_PER_NODE  default: one a GPU, or one where there is none
 #   RLHF_STORE      a folder that outlives the machine: runs/, models/ and the cache go there
-#   PREFLIGHT       no: several nodes don't test network and disks before training
+#   RLHF_PREFLIGHT  no: several nodes don't test network and disks before training
 #
 # What is complete is skipped and what was interrupted goes on, so starting it again is always right. Exit code 85: it was
 # asked to stop, has saved, and goes on when started again. Start it through docker/entrypoint.sh, which takes the signals.
@@ -124,8 +124,8 @@ run_stage() {
   trap '' TERM INT USR1
   export PET_SIGNALS_TO_HANDLE=SIGHUP
   export RLHF_EXIT_STOPPED=0   # any other code is a traceback of accelerate's; the status below tells
-  if [ "$nodes" -gt 1 ] && [ "${PREFLIGHT:-yes}" != no ]; then
-    on_all_nodes $((on + 1)) preflight "$(recipe "$stage")" --quick || die "the preflight has found trouble; PREFLIGHT=no leaves it out"
+  if [ "$nodes" -gt 1 ] && [ "${RLHF_PREFLIGHT:-yes}" != no ]; then
+    on_all_nodes $((on + 1)) preflight "$(recipe "$stage")" --quick || die "the preflight has found trouble; RLHF_PREFLIGHT=no leaves it out"
   fi
   on_all_nodes "$on" "$stage" "$(recipe "$stage")" || code=$?
   for _ in $(seq 30); do

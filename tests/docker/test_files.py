@@ -36,7 +36,9 @@ def settings(*files, **variables):
 
 
 def test_compose_files_are_valid():
-    services = settings("compose.yaml", RECIPES="configs/mine", LAUNCH="launch/zero3.yaml", PROCESSES="8", RLHF_UID="7")
+    services = settings(
+        "compose.yaml", RECIPES="configs/mine", LAUNCH="launch/zero3.yaml", RLHF_PROCESSES="8", RLHF_UID="7"
+    )
     assert set(services) == {"quickstart", "train", "tensorboard", "node-0", "node-1"}
     command = services["train"]["command"]
     words = command if isinstance(command, str) else " ".join(command)
