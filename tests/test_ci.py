@@ -1,0 +1,76 @@
+""".ci/run installs system packages: at a terminal it asks a person first, and it never stops a machine that has none."""
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+if not (ROOT / ".ci" / "run").is_file():
+    pytest.skip("this is an image, which holds a part of the project", allow_module_level=True)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine without make, and with an apt-get that only says what it was asked to do, and fails."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "apt-get").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[ "$1" != install ] || exit 9\n')
+    (tools / "apt-get").chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key != "CI"} | {"PATH": str(tools)}
+    return tmp_path / "asked", env
+
+
+def at_a_terminal(words, env):
+    """(exit code, what is shown)"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # Linux's way to say that nobody is left on the other side
+        pass
+    os.close(ours)
+    return process.wait(60), shown.decode()
+
+
+def test_a_person_is_asked_before_the_system_is_changed(machine):
+    asked, env = machine
+    code, shown = at_a_terminal([str(ROOT / ".ci" / "run")], env)
+    assert code == 2 and not asked.exists()
+    assert re.fullmatch(
+        r"\.ci/run: this would install make .* on this machine with apt-get; \.ci/run --yes allows it\r\n", shown
+    )
+
+
+@pytest.mark.parametrize(("words", "more"), [(["--yes"], {}), ([], {"CI": "true"})])
+def test_a_person_may_allow_it(words, more, machine):
+    asked, env = machine
+    assert at_a_terminal([str(ROOT / ".ci" / "run"), *words], env | more)[0] == 9
+    assert asked.read_text().splitlines()[1].startswith("install -y -qq --no-install-recommends make ")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ci_is_not_asked(terminal, machine):
+    """Neither without a terminal, nor with one that only its input or its output is."""
+    asked, env = machine
+    ours, theirs = pty.openpty()
+    done = subprocess.run([str(ROOT / ".ci" / "run")], stdin=theirs if terminal else subprocess.DEVNULL, env=env,
+                          capture_output=True, timeout=60)  # fmt: skip
+    os.close(ours), os.close(theirs)
+    assert done.returncode == 9 and "install" in asked.read_text()
+
+
+def test_ci_knows_one_word(machine):
+    asked, env = machine
+    done = subprocess.run([str(ROOT / ".ci" / "run"), "--no"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "usage: .ci/run [--yes]\n") and not asked.exists()
