@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
@@ -206,6 +207,8 @@ def _quiet_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log file needs no ten bars a second
+    # bitsandbytes 0.50 says at import, on CPUs with AVX512-BF16, that the optional package `kernels` is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int | None:

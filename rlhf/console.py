@@ -193,8 +193,6 @@ def quiet_libraries(num_rows: int = 0) -> None:
     logging.disable_progress_bar()
     if num_rows < 5000:
         datasets.disable_progress_bars()
-    # bitsandbytes 0.50 says at import that the optional package `kernels` is missing
-    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
     # deepspeed 0.19, which accelerate imports where it is installed, says on every CPU that it has found no GPU
     standard_logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
