@@ -352,7 +352,7 @@ def test_mistakes(env, says, project):
         (folder / "runs").mkdir()
         (folder / "runs" / "mine").touch()
     nodes = Nodes(folder, ["bash", "launch/cloud/node.sh"], [env])
-    assert nodes.wait(60) == [2] and says in nodes.shown(), nodes.shown()
+    assert nodes.wait() == [2] and says in nodes.shown(), nodes.shown()
 
 
 def test_a_mistake_in_a_recipe_is_told_by_each_node(project):
@@ -361,7 +361,7 @@ def test_a_mistake_in_a_recipe_is_told_by_each_node(project):
     with open(folder / "configs" / "tiny" / "dpo.yaml", "a") as file:
         file.write("learing_rate: 1\n")
     nodes = Nodes(folder, ["bash", "launch/cloud/node.sh"], torchjob_variables(2, 1))
-    assert nodes.wait(60) == [2, 2]
+    assert nodes.wait() == [2, 2]
     for i in (0, 1):
         assert "unknown key 'learing_rate'; did you mean 'learning_rate'?" in nodes.shown(i)
     assert not (folder / "runs").exists()
