@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2034,SC2154  # it sets variables for the script that sources it, and reads `root` from there
+# shellcheck shell=bash disable=SC2034,SC2154  # it sets and reads variables of the script that sources it
 # What the scripts of launch/, slurm/ and docker/ share. It is sourced and only defines. The script has set `root`, the
 # project's folder, where it calls a function that looks there, and has a function `die`.
 
@@ -20,7 +20,9 @@ find_stages() {   # FOLDER -> stages: those that it has recipes of
   [ ${#stages[@]} -gt 0 ] || die "$1 has none of ${stage_names//, /.yaml, }.yaml"
 }
 
-is_running() { grep -qzxE "$(IFS='|'; echo "$*")" /proc/[0-9]*/cmdline 2> /dev/null; }   # a process with one of these words
+is_running() {   # a process that has one of these words in its command line
+  grep -qzxE "$(IFS='|'; echo "$*")" /proc/[0-9]*/cmdline 2> /dev/null
+}
 
 find_python() {   # -> python: PYTHON, or the active environment's, or that of .venv in the project's folder
   python=${PYTHON:-python}

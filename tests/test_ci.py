@@ -1,4 +1,4 @@
-""".ci/run installs system packages: at a terminal it asks a person first, and it never stops a machine that has none."""
+""".ci/run installs system packages: it asks a person first, and never stops where nobody is asked."""
 
 import os
 import pty

@@ -125,7 +125,8 @@ run_stage() {
   export PET_SIGNALS_TO_HANDLE=SIGHUP
   export RLHF_EXIT_STOPPED=0   # any other code is a traceback of accelerate's; the status below tells
   if [ "$nodes" -gt 1 ] && [ "${RLHF_PREFLIGHT:-yes}" != no ]; then
-    on_all_nodes $((on + 1)) preflight "$(recipe "$stage")" --quick || die "the preflight has found trouble; RLHF_PREFLIGHT=no leaves it out"
+    on_all_nodes $((on + 1)) preflight "$(recipe "$stage")" --quick ||
+      die "the preflight has found trouble; RLHF_PREFLIGHT=no leaves it out"
   fi
   on_all_nodes "$on" "$stage" "$(recipe "$stage")" || code=$?
   for _ in $(seq 30); do
