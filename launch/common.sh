@@ -20,7 +20,8 @@ find_stages() {   # FOLDER -> stages: those that it has recipes of
   [ ${#stages[@]} -gt 0 ] || die "$1 has none of ${stage_names//, /.yaml, }.yaml"
 }
 
-is_running() {   # a process that has one of these words in its command line
+# A process with one of these words in its command line. -q: with -l, one that ends meanwhile makes grep's exit code 2.
+is_running() {
   grep -qzxE "$(IFS='|'; echo "$*")" /proc/[0-9]*/cmdline 2> /dev/null
 }
 
