@@ -6,6 +6,7 @@
 # make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
 # make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
 # make fuzz        N odd inputs (3000): recipes, command lines, data, run folders, ...; a table and what went wrong
+# make planted     defects planted in a copy, one at a time: a table of the tests that find them (about 4 minutes)
 # make lock        resolve requirements.lock anew
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint bench scale-proof faults fuzz lock
+.PHONY: setup quickstart test lint bench scale-proof faults fuzz planted lock
 setup: $(VENV)/.core
 
 $(VENV)/.core: requirements.lock pyproject.toml
@@ -54,6 +55,9 @@ scale-proof: $(VENV)/.dev
 
 faults: $(VENV)/.dev
 	$(BIN)/python tests/faults/faults.py --count $(or $(N),27) --seed $(or $(SEED),0)
+
+planted: $(VENV)/.dev
+	$(BIN)/python tests/planted/planted.py
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz/fuzz.py --count $(or $(N),3000) --seed $(or $(SEED),1)

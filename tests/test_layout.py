@@ -258,13 +258,16 @@ def test_pipeline_with_a_folder_without_recipes(tmp_path):
 def recorded(tmp_path):
     """Run the pipeline over empty recipes with a stand-in for Python, and tell what that was asked to do."""
 
-    def run(stages, *words, fails_at="nothing"):
+    def run(stages, *words, fails_at="nothing", stopped_at="nothing"):
         folder = tmp_path / "my recipes"  # a space, since users have them
         folder.mkdir()
         for stage in stages:
             (folder / f"{stage}.yaml").write_text("")
         python, log = tmp_path / "python", tmp_path / "log"
-        python.write_text(f'#!/bin/sh\necho "$*" >> "{log}"\ncase "$*" in *"{fails_at}") exit 2 ;; esac\n')
+        python.write_text(
+            f'#!/bin/sh\necho "$*" >> "{log}"\ncase "$*" in *"{fails_at}") exit 2 ;; esac\n'
+            f'case "$*" in *" -m rlhf "*"{stopped_at}") touch "$RLHF_STOP_FILE.done" ;; esac\n'
+        )
         python.chmod(0o755)
         done = pipeline(folder, *words, PYTHON=str(python))
         return done.returncode, [line.replace(str(folder), "R") for line in log.read_text().splitlines()]
@@ -301,3 +304,9 @@ def test_pipeline_trains_nothing_if_a_later_recipe_is_wrong(recorded):
 def test_pipeline_stops_at_the_stage_that_fails(recorded):
     code, calls = recorded(["sft", "dpo"], fails_at="sft.yaml")
     assert (code, calls[-1]) == (2, "-m rlhf sft R/sft.yaml")
+
+
+def test_pipeline_ends_with_the_stage_that_was_stopped(recorded):
+    """Under a launcher, which knows success and failure only: the stage ends with 0, and says by a file that it was stopped."""
+    code, calls = recorded(["sft", "dpo"], ROOT / "launch" / "ddp.yaml", stopped_at="sft.yaml")
+    assert code == 85 and calls[-1].endswith(" -m rlhf sft R/sft.yaml") and calls[-1].startswith("-m accelerate")

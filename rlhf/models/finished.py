@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ def save_finished(
     quantised = None if merge else getattr(model.config, "quantization_config", None)
     dtype = str(model.dtype).removeprefix("torch.")  # an adapter's base may be stored in another
     again, _ = load_finished(str(partial), reward=reward, dtype=dtype, device=device, quantization_config=quantised)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, probe_logits(again, probe), strict=True))
-    largest = max(float(a.abs().max()) for a in expected)
+    difference = _largest(a - b for a, b in zip(expected, probe_logits(again, probe), strict=True))
+    largest = _largest(expected)
     exact = (
         exact and quantised is None and next(again.parameters()).dtype == torch.float32
     )  # TRL trains QLoRA's adapter in bf16
@@ -161,3 +162,8 @@ def save_finished(
         "max_logit_difference": difference, "max_logit": largest,
         "bytes_before_dequantising": quantised_bytes if merge else None,
     }  # fmt: skip
+
+
+def _largest(tensors: Iterable[torch.Tensor]) -> float:
+    """The largest absolute value; NaN if there is one, which Python's `max` finds only where it comes first."""
+    return float(torch.stack([tensor.abs().max() for tensor in tensors]).max())

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.distributed.processes import on_main
+from rlhf.errors import RankFailed, UserError
+
 ROOT = Path(__file__).parent.parent.parent
 WORKER = str(Path(__file__).parent / "failing_worker.py")
 
@@ -39,6 +42,35 @@ def start_both(fault, recipe, before=()):
 
 def messages(text):
     return [line for line in text.splitlines() if line.startswith("rlhf: ")]
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a mistake"), 2), (OSError(28, "full"), 1), (None, 0)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_other_ranks_are_told_before_an_error_is_raised(rank, error, code, monkeypatch):
+    """The exchange of two ranks with a stand-in for the broadcast: who isn't told would wait for the main rank."""
+    sent, done = [], []
+
+    def work():
+        done.append(rank)
+        if error:
+            raise error
+
+    def broadcast(objects):
+        sent.extend(objects)
+        return objects if rank == 0 else [code]
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", broadcast)
+    raised = type(None)
+    try:
+        on_main(work)
+    except Exception as found:
+        raised = type(found)
+        assert rank == 0 or found.code == code
+    assert raised is (type(error) if rank == 0 or error is None else RankFailed)
+    assert done == ([0] if rank == 0 else []) and sent == [code if rank == 0 else 0]
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.errors import UserError
+from rlhf.errors import RunFailed, UserError
 from rlhf.inference.generate import pair_logps, score
-from rlhf.models.finished import load_finished
+from rlhf.models.finished import load_finished, probe_logits, save_finished
 from rlhf.models.folder import is_reward_model
 from rlhf.models.tokenizer import load_tokenizer, read_template, tokenize_pair
 
@@ -91,9 +91,11 @@ def test_pad_equal_to_eos_is_replaced_from_the_vocabulary(tiny_llama):
     assert tokenizer.pad_token == "<|endoftext|>" and tokenizer.eos_token == "<|im_end|>"
 
 
-def test_a_template_without_eos_is_refused(tiny_llama, tmp_path):
+@pytest.mark.parametrize("end", ["", "{% if m['role'] == 'user' %}{{ eos_token }}{% endif %}"], ids=["none", "prompt"])
+def test_a_template_without_eos_is_refused(end, tiny_llama, tmp_path):
+    """Nowhere, or after the user's messages only."""
     template = tmp_path / "endless.jinja"
-    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + end + "\n{% endfor %}")
     with pytest.raises(UserError, match=r"does not end an answer with the end-of-sequence token '<\|im_end\|>'"):
         load_tokenizer(tiny_llama, str(template))
 
@@ -173,6 +175,29 @@ def test_the_score_is_read_at_eos_and_padding_does_not_move_it(tiny_llama, recip
     with torch.no_grad():
         assert float(model(**batch).logits[0, 0]) == pytest.approx(alone, abs=1e-5)
     assert is_reward_model(str(out)) and not is_reward_model(tiny_llama)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_logits_that_are_no_numbers_are_noticed_in_any_row(row, tiny_llama, tmp_path):
+    model, tokenizer = load_finished(tiny_llama)
+    probe = [[3, 4, 5], [6, 7]]
+    expected = probe_logits(model, probe)
+    expected[row][0, -1, 0] = float("nan")
+    with pytest.raises(RunFailed, match="is not the one that was trained: its logits differ by nan"):
+        save_finished(model, tokenizer, tmp_path, reward=False, merge=True, probe=probe, expected=expected)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_answers_do_not_depend_on_their_batch(tiny_llama):
+    """Prompts of uneven lengths, together and one at a time."""
+    from rlhf.config.stage_config import EvaluateConfig
+    from rlhf.inference.generate import generate
+
+    model, tokenizer = load_finished(tiny_llama)
+    prompts = [[{"role": "user", "content": "Why? " * times}] for times in (1, 9, 3)]
+    alone = [generate(model, tokenizer, [prompt], EvaluateConfig(max_new_tokens=8))[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, EvaluateConfig(max_new_tokens=8)) == alone
+    assert len(set(alone)) == 3
 
 
 def test_smollm2_is_a_real_model_that_answers(smollm2):

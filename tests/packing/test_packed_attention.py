@@ -137,15 +137,16 @@ def test_cpu_kernel_keeps_the_row_once():
     assert sum(kept) == 120 * 8 * (6 + 2 + 2 + 6) + 120 * 6
 
 
-def test_chosen_does_not_reach_rejected():
+@pytest.mark.parametrize("attend", [by_segment, by_cpu_kernel, by_varlen])
+def test_chosen_does_not_reach_rejected(attend):
     """Other keys and values of c leave the outputs of r bit for bit alone, and r those of c."""
     lengths = [(3, 2, 4)]
     tensors = [torch.randn(1, 2, 9, 8) for _ in range(3)]
-    before = by_segment(*tensors, lengths, 0.3)
+    before = attend(*tensors, lengths, 0.3)
     changed = [x.clone() for x in tensors]
     for x in changed:
         x[:, :, 3:5] += 1
-    after = by_segment(*changed, lengths, 0.3)
+    after = attend(*changed, lengths, 0.3)
     assert torch.equal(before[:, 5:], after[:, 5:]) and torch.equal(before[:, :3], after[:, :3])
     assert not torch.equal(before[:, 3:5], after[:, 3:5])
 

@@ -26,8 +26,9 @@ from rlhf.runs.checkpoints import (
     remove_checkpoint,
     rotate_checkpoints,
 )
-from rlhf.runs.folder import begin_run, check_disk, finish_run, fresh_folder, open_run
+from rlhf.runs.folder import RunFolder, begin_run, check_disk, finish_run, fresh_folder, open_run
 from rlhf.runs.provenance import git_commit, hardware, model_digest
+from rlhf.runs.resume import take_over
 
 LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
@@ -319,6 +320,35 @@ def test_a_checkpoint_gets_its_name_last(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint(tmp_path, 10)
     assert newest_checkpoint(tmp_path, verify=True) == str(tmp_path / "checkpoint-9")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename loses nothing: files, manifest and folders were synced before it."""
+    sync, rename, synced = os.fsync, os.rename, []
+    named_after = []
+    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), synced.append(os.fstat(file).st_ino))[0])
+    monkeypatch.setattr(os, "rename", lambda a, b: (named_after.extend(synced), rename(a, b))[1])
+    path = checkpoint(tmp_path, 10)
+    parts = [path, *path.rglob("*")]
+    assert sorted(p.name for p in parts) == [
+        "checkpoint-10",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "part",
+    ]
+    assert {p.stat().st_ino for p in parts} <= set(named_after)
+    assert synced[-1] == tmp_path.stat().st_ino  # and its name after it
+
+
+def test_a_run_resumes_from_a_checkpoint_that_it_has_read(tmp_path, capsys):
+    """A bit of the newest has changed, and its size has not: the one before it is taken."""
+    checkpoint(tmp_path, 9)
+    (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(b"1234567X")
+    run = take_over(RunFolder(tmp_path, None, None), "r.yaml:1", LAYOUT)
+    assert run.resume_from == str(tmp_path / "checkpoint-9")
+    run.lock.release()
+    assert f"warning: {tmp_path}/checkpoint-10 is damaged and not used" in capsys.readouterr().out
 
 
 def test_a_half_deleted_checkpoint_is_not_whole(tmp_path, monkeypatch):

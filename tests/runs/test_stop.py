@@ -57,6 +57,28 @@ def test_what_is_not_finite_is_no_request(tmp_path):
         assert (stopper.agree("loss"), stopper.agreed) == ("loss", "")
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_to_one_process_is_one_to_all(asked, tmp_path):
+    file = tmp_path / "worker.py"
+    file.write_text(
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from rlhf.runs.stop import Stopper\n"
+        "rank = int(os.environ['RANK'])\n"
+        "torch.distributed.init_process_group('gloo', f'file://{sys.argv[1]}', rank=rank, world_size=2)\n"
+        "stopper = Stopper(Path(sys.argv[1]).parent)\n"
+        "print(repr(stopper.agree()), end=' ')\n"
+        "stopper.asked_by = 'SIGTERM' if rank == int(sys.argv[2]) else ''\n"
+        "print(stopper.agree(), stopper.agreed)\n"
+    )
+    started = [
+        subprocess.Popen([sys.executable, str(file), str(tmp_path / "store"), str(asked)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                         env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert [each.communicate(timeout=60)[0] for each in started] == ["'' SIGTERM SIGTERM\n"] * 2
+
+
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "merge_adapter": False, "lora_dropout": 0.1}
 
 

@@ -158,9 +158,12 @@ def make_trainer(model, folder, lora=True, **values):
 @pytest.mark.parametrize("values", [{}, {"ld_alpha": 0.5}, {"truncation_mode": "keep_end", "max_length": 40}])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_values_are_trls_own_in_the_order_of_the_rows(lora, values, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "MAX_TOKENS", 200)  # several batches
+    monkeypatch.setattr(reference, "MAX_TOKENS", 1600)
+    forward, sizes = reference.forward_logps, []
+    monkeypatch.setattr(reference, "forward_logps", lambda *a: (sizes.append(len(a[3])), forward(*a))[1])
     trainer = make_trainer(tiny_llama, tmp_path / "out", lora, **values)
     found = add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    assert sizes == [3, 3, 1]  # several batches of several pairs
     for row in found:
         chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
         assert row["ref_chosen_logps"] == pytest.approx(chosen.item(), rel=1e-5)
@@ -269,6 +272,16 @@ def test_reference_key_is_what_the_reference_is(tiny_llama, tiny_gpt2):
         key_of(tiny_llama, autocast="bf16"), key_of(tiny_llama, device="cuda"),
     ]  # fmt: skip
     assert len({key, *others}) == 1 + len(others)
+
+
+def test_what_else_decides_the_values_is_in_the_key(tiny_llama, tmp_path):
+    """The stage hands it on: precision, and the loss's option that leaves tokens out."""
+    keys = set()
+    for name, values in {"plain": {}, "autocast": {"bf16": True}, "part": {"ld_alpha": 0.5}}.items():
+        trainer = make_trainer(tiny_llama, tmp_path / name, **values)
+        add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+        keys.add(trainer._reference_key)
+    assert len(keys) == len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_reference_key_of_an_adapter_that_goes_on(tiny_llama):

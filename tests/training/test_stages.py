@@ -14,8 +14,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.__main__ import main
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import load_recipe
+from rlhf.distributed.topology import topology_of_environment
 from rlhf.errors import UserError
+from rlhf.models import finished
+from rlhf.models.tokenizer import read_template
 from rlhf.runs.metrics import read_metrics
+from rlhf.training.dpo import DPO
+from rlhf.training.plan import make_plan
+from rlhf.training.reward import REWARD
+from rlhf.training.sft import SFT
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 
@@ -63,6 +70,37 @@ def test_sft_writes_a_model_that_plain_transformers_loads(sft_model, tiny_llama,
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["versions"]["trl"] and len(provenance["inputs"]["dataset_name"]) == 64
     assert [m["step"] for m in read_metrics(folder) if "loss" in m] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [1.0, float("nan")])
+def test_a_model_that_reads_back_otherwise_is_not_complete(
+    damage, recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys
+):
+    """Nothing is in its place, and nothing says that the run is finished: an evaluation or DPO would go on with it."""
+    load = finished.load_finished
+
+    def changed(*args, **options):
+        model, tokenizer = load(*args, **options)
+        next(model.parameters()).data.add_(damage)
+        return model, tokenizer
+
+    monkeypatch.setattr(finished, "load_finished", changed)
+    out = tmp_path / "sft"
+    file = recipe(
+        "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), max_steps=1, **LORA
+    )
+    assert main(["sft", file]) == 1
+    assert "is not the one that was trained: its logits differ by" in capsys.readouterr().err
+    assert not (out / "complete.json").exists() and not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", [SFT, REWARD, DPO], ids=lambda stage: stage.name)
+def test_every_stage_takes_the_recipes_template(stage, recipe, tiny_llama, few_pairs, tmp_path):
+    """The model has one of its own, ChatML."""
+    file = recipe(stage.name, model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), chat_template="alpaca")  # fmt: skip
+    plan = make_plan(stage, load_recipe(file, stage.name), topology_of_environment())
+    tokenizer = stage.load(plan).tokenizer
+    assert tokenizer.chat_template == read_template("alpaca")
 
 
 def test_a_complete_stage_is_skipped_untouched(sft_model, tmp_path, capsys):
@@ -140,9 +178,7 @@ def first_batch_rows(recipe_file, rows, tokenizer):
 def test_dpo_with_another_reference_is_stopped(sft_model, tiny_llama, recipe, few_pairs, tmp_path):
     from datasets import Dataset
 
-    from rlhf.distributed.topology import topology_of_environment
-    from rlhf.training.dpo import DPO, trainer_class
-    from rlhf.training.plan import make_plan
+    from rlhf.training.dpo import trainer_class
 
     file = recipe(
         "dpo", model_name_or_path=sft_model, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), reference="online"

@@ -1,6 +1,7 @@
 """One global batch a step: the same numbers whatever a process may hold at a time, and the same as TRL's own batches."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -9,9 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.__main__ import main
+from rlhf.config.recipe import load_recipe
+from rlhf.distributed.topology import topology_of_environment
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
 from rlhf.runs.metrics import read_metrics
 from rlhf.training.lengths import count_tokens
+from rlhf.training.plan import make_plan
+from rlhf.training.reward import REWARD
+from rlhf.training.sft import SFT
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}
@@ -121,6 +127,59 @@ def test_equals_trls_own_batches(recipe, tiny_llama, few_pairs, tmp_path):
     )
     theirs = train(recipe, "dpo", tmp_path, "theirs", tiny_llama, few_pairs, per_device_train_batch_size=12, packing=False)  # fmt: skip
     assert_equal(theirs, ours)
+
+
+def test_the_smaller_last_batch_is_a_mean_too(recipe, tiny_llama, few_pairs, tmp_path):
+    """5 + 5 + 2 pairs, and a learning rate that changes nothing: DPO's loss is ln 2 in each step, also that of the two."""
+    values = dict(global_batch_size=5, max_tokens_per_device=900, max_steps=3, learning_rate=1e-12)
+    file = Path(recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), **LORA | values))  # fmt: skip
+    file.write_text("".join(x for x in file.read_text().splitlines(True) if "per_device_train" not in x))
+    assert main(["dpo", str(file)]) == 0
+    losses = [row["loss"] for row in read_metrics(tmp_path / "o") if "loss" in row]
+    assert losses == pytest.approx([math.log(2)] * 3, abs=1e-5)
+
+
+class OneOf:
+    """An accelerator that takes itself for one process of several."""
+
+    def __init__(self, accelerator, process_index, num_processes):
+        self.accelerator, self.process_index, self.num_processes = accelerator, process_index, num_processes
+
+    def __getattr__(self, name):
+        return getattr(self.accelerator, name)
+
+
+@pytest.mark.parametrize("stage", [SFT, REWARD], ids=["sft", "reward"])
+def test_every_world_size_takes_the_same_examples(stage, recipe, tiny_llama, few_pairs, tmp_path):
+    """12 rows, 5 a step, so 5 + 5 + 2: of 3 processes one has nothing to do in the last step, and counts for nothing."""
+    file = Path(recipe(stage.name, model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"),
+                       global_batch_size=5, max_tokens_per_device=900, max_length=512, **LORA))  # fmt: skip
+    file.write_text("".join(x for x in file.read_text().splitlines(True) if "per_device_train" not in x))
+    trainer = stage.build(make_plan(stage, load_recipe(str(file), stage.name), topology_of_environment()), None)
+    alone = trainer.accelerator
+    taken, idle = {}, 0
+    for world in (1, 2, 3):
+        taken[world] = [set(), set(), set()]
+        shares = [0.0, 0.0, 0.0]
+        for rank in range(world):
+            trainer.accelerator = OneOf(alone, rank, world)
+            for number, step in enumerate(trainer.get_train_dataloader()):
+                for part in step["micro_batches"]:
+                    weight = trainer._weighed(part, step, lambda batch: trainer._step_weight)
+                    shares[number] += weight / world
+                    if not part["examples"]:
+                        assert weight == 0
+                        idle += 1
+                        continue
+                    rows = zip(part["batch"]["input_ids"], part["batch"]["attention_mask"], strict=True)
+                    found = {tuple(ids[mask.bool()].tolist()) for ids, mask in rows}
+                    assert not found & taken[world][number]
+                    taken[world][number] |= found
+        if stage is REWARD:  # a mean of pairs; SFT's loss is divided by the global number of tokens already
+            assert shares == pytest.approx([1.0] * 3)
+    rows = 1 if stage is SFT else 2  # of an example
+    assert [len(examples) for examples in taken[1]] == [5 * rows, 5 * rows, 2 * rows]
+    assert taken[2] == taken[1] and taken[3] == taken[1] and idle == 1
 
 
 def test_bad_sizes(recipe, tiny_llama, few_pairs, tmp_path, capsys):

@@ -1,0 +1,474 @@
+"""The defects that planted.py plants: each is one that a refactoring could bring in, and that trains, saves or tells wrongly.
+
+Nothing here crashes at once: a defect that no test would miss is not worth planting. `old` is in its file exactly once, so
+that code which moves takes its defect along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One change of the source.
+
+    Attributes:
+        name: for --only.
+        what: what the change does, in a few words.
+        file: from the project's root.
+        old, new: the text that is there, and what is put in its place.
+        tests: pytest's selectors of quick tests that are expected to fail.
+    """
+
+    name: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PACKING = (
+    Defect(
+        "chosen-leaks-into-rejected", "the rejected answer attends to the chosen one instead of the prompt",
+        "rlhf/packing/attention.py",
+        "parts.append((slice(own, end), [slice(start, start + p), slice(own, end)], bias))",
+        "parts.append((slice(own, end), [slice(start + c, own), slice(own, end)], bias))",
+        ("tests/packing/test_packed_attention.py::test_chosen_does_not_reach_rejected",),
+    ),
+    Defect(
+        "rows-leak", "a packed row is one document: each pair attends to the pairs before it",
+        "rlhf/packing/backbone.py",
+        '"packed_segments": Segments(layout.segments, input_ids.device),',
+        '"packed_segments": Segments([(layout.num_tokens, 0, 0)], input_ids.device),',
+        ("tests/packing/test_packed_backbone.py::test_batches",),
+    ),
+    Defect(
+        "position-ids-go-on", "position_ids are not restarted in each segment",
+        "rlhf/packing/layout.py",
+        "positions.append(torch.arange(p + c))",
+        "positions.append(torch.arange(start, start + p + c))",
+        ("tests/packing/test_packed_layout.py::test_two_pairs_are_rows_i_and_i_plus_half",),
+    ),
+    Defect(
+        "rejected-after-chosen", "position_ids of the rejected answer go on where the chosen one ended",
+        "rlhf/packing/layout.py",
+        "positions.append(torch.arange(p, p + r))",
+        "positions.append(torch.arange(p + c, p + c + r))",
+        ("tests/packing/test_packed_layout.py::test_worked_example",),
+    ),
+    Defect(
+        "causal-top-left", "the causal rule of the shared prefix is aligned to the top left",
+        "rlhf/packing/attention.py",
+        ".tril(p) for p, _, r in self.lengths]",
+        ".tril() for p, _, r in self.lengths]",
+        ("tests/packing/test_packed_attention.py::test_equals_dense_mask",),
+    ),
+    Defect(
+        "varlen-keys-of-queries", "the varlen call takes the lengths of the queries for those of the keys",
+        "rlhf/packing/attention.py",
+        "for x in (query_lengths, key_lengths)",
+        "for x in (query_lengths, query_lengths)",
+        ("tests/packing/test_packed_attention.py::test_varlen_plan_example",),
+    ),
+    Defect(
+        "prefix-takes-all", "an answer that begins the other keeps no token of its own",
+        "rlhf/packing/layout.py",
+        "torch.minimum(chosen_length, rejected_length) - 1).clamp(min=0)",
+        "torch.minimum(chosen_length, rejected_length)).clamp(min=0)",
+        ("tests/packing/test_packed_layout.py::test_pair",),
+    ),
+    Defect(
+        "prompt-gradient-overwritten", "the prompt gets the gradient of the rejected answer only, not of both",
+        "rlhf/packing/attention.py",
+        "whole[:, :, part] += grad[:, :, at : at + length]",
+        "whole[:, :, part] = grad[:, :, at : at + length]",
+        ("tests/packing/test_packed_attention.py::test_equals_dense_mask",),
+    ),
+    Defect(
+        "head-gradient-unscaled", "the gradient through the LM head leaves out temperature and logit scale",
+        "rlhf/packing/lm_head.py",
+        ".add_(weight_VH[targets_N]).mul_(scale)",
+        ".add_(weight_VH[targets_N])",
+        ("tests/packing/test_lm_head.py::test_equals_trl",),
+    ),
+)  # fmt: skip
+
+_SHARE = 'share = part["examples"] * world / inputs["examples"]'
+
+TRAINING = (
+    Defect(
+        "micro-batches-weigh-alike", "each micro-batch has the same weight, however many pairs it holds",
+        "rlhf/training/trainer.py", _SHARE,
+        'share = 1 / len(inputs["micro_batches"])',
+        ("tests/training/test_trainer.py::test_the_split_changes_no_number[dpo]",),
+    ),
+    Defect(
+        "weight-by-tokens", "DPO's and the reward model's loss is normalised by tokens instead of pairs",
+        "rlhf/training/trainer.py", _SHARE,
+        'sizes = [int(p["batch"]["attention_mask"].sum()) for p in inputs["micro_batches"]]\n'
+        '        share = int(part["batch"]["attention_mask"].sum()) * world / sum(sizes)',
+        ("tests/training/test_trainer.py::test_the_split_changes_no_number[reward]",),
+    ),
+    Defect(
+        "sft-weight-by-examples", "SFT's loss, a mean over tokens, is weighted by examples once more",
+        "rlhf/training/trainer.py",
+        "self._step_weight = float(part[\"examples\"] > 0) if by_tokens else share",
+        "self._step_weight = share",
+        ("tests/training/test_trainer.py::test_the_split_changes_no_number[sft]",),
+    ),
+    Defect(
+        "partial-batch-as-full", "the last, smaller global batch of an epoch is divided by the full batch size",
+        "rlhf/training/trainer.py", _SHARE,
+        'share = part["examples"] * world / self._global["size"]',
+        ("tests/training/test_trainer.py::test_the_smaller_last_batch_is_a_mean_too",),
+    ),
+    Defect(
+        "partial-batch-dropped", "the last, smaller global batch of an epoch is left out",
+        "rlhf/training/batching.py",
+        "steps_per_epoch = -(-num_examples // global_batch_size)",
+        "steps_per_epoch = max(1, num_examples // global_batch_size)",
+        ("tests/training/test_batching.py::test_an_epoch_takes_every_row_once",),
+    ),
+    Defect(
+        "shuffle-by-world-size", "the order of the rows depends on the number of processes",
+        "rlhf/training/trainer.py",
+        "global_batch_size=size, seed=seed)",
+        "global_batch_size=size, seed=seed + self.accelerator.num_processes - 1)",
+        ("tests/training/test_trainer.py::test_every_world_size_takes_the_same_examples",),
+    ),
+    Defect(
+        "idle-process-counts", "a process that only computes along counts its example a second time (SFT)",
+        "rlhf/training/trainer.py",
+        "self._step_weight = float(part[\"examples\"] > 0) if by_tokens else share",
+        "self._step_weight = 1.0 if by_tokens else share",
+        ("tests/training/test_trainer.py::test_every_world_size_takes_the_same_examples",),
+    ),
+    Defect(
+        "metrics-of-last-micro-batch", "a step's metrics are plain means over its micro-batches",
+        "rlhf/training/trainer.py",
+        'sums[name] += values[-1] * weight if weight else 0.0',
+        'weight = bool(weight)\n                    sums[name] += values[-1] * weight',
+        ("tests/training/test_trainer.py::test_the_split_changes_no_number[dpo]",),
+    ),
+    Defect(
+        "pad-is-eos", "a tokenizer whose pad token is its EOS token is left so",
+        "rlhf/models/tokenizer.py",
+        "if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:",
+        "if tokenizer.pad_token is not None:",
+        ("tests/models/test_models.py::test_pad_equal_to_eos_is_replaced_from_the_vocabulary",),
+    ),
+    Defect(
+        "no-eos-in-labels", "Alpaca's template ends an answer without EOS",
+        "rlhf/models/chat_templates/alpaca.jinja",
+        '{{ "\\n\\n### Response:\\n" + message["content"].rstrip() + end }}',
+        '{{ "\\n\\n### Response:\\n" + message["content"].rstrip() }}',
+        ("tests/training/test_classic.py::test_eos_is_in_the_labels_of_every_alpaca_row",),
+    ),
+    Defect(
+        "any-eos-will-do", "a template is taken that has EOS before the answer, and none after it",
+        "rlhf/models/tokenizer.py",
+        "if tokenizer.eos_token_id not in whole[len(prompt) :]:",
+        "if tokenizer.eos_token_id not in whole:",
+        ("tests/models/test_models.py::test_a_template_without_eos_is_refused",),
+    ),
+    Defect(
+        "reward-head-unseeded", "the reward model's new head is drawn before the recipe's seed is set",
+        "rlhf/training/reward.py",
+        "    set_seed(args.seed)  # transformers draws",
+        "    # transformers draws",
+        ("tests/training/test_trainer.py::test_the_split_changes_no_number[reward]",),
+    ),
+    Defect(
+        "template-not-from-recipe", "SFT and DPO take the model's own chat template, not the recipe's",
+        "rlhf/training/sft.py",
+        "load_tokenizer(plan.model_name, plan.stage_args.chat_template, trust)",
+        "load_tokenizer(plan.model_name, None, trust)",
+        ("tests/training/test_stages.py::test_every_stage_takes_the_recipes_template",),
+    ),
+    Defect(
+        "start-never-checked", "the guard of DPO's loss at step 0 is never asked",
+        "rlhf/training/dpo.py",
+        "if not self._start_checked and self.state.global_step == 0 and",
+        "if not self._start_checked and self.state.global_step == 1 and",
+        ("tests/training/test_stages.py::test_dpo_with_another_reference_is_stopped",),
+    ),
+    Defect(
+        "not-finite-goes-on", "a loss that is not finite is forgotten if the step's last micro-batch has a finite one",
+        "rlhf/runs/checkpointing.py",
+        "self.fault_tolerance.finite = now if before is None else before & now",
+        "self.fault_tolerance.finite = now",
+        ("tests/runs/test_stop.py::test_a_loss_that_is_not_finite_ends_the_run",),
+    ),
+)  # fmt: skip
+
+REFERENCE = (
+    Defect(
+        "reference-without-adapter", "the cache's key leaves out the adapter that is the reference",
+        "rlhf/training/reference.py",
+        'if ".ref." in name or all(rest.startswith(base) for rest in inside):',
+        "if all(rest.startswith(base) for rest in inside):",
+        ("tests/training/test_reference.py::test_reference_key_of_an_adapter_that_goes_on",),
+    ),
+    Defect(
+        "reference-without-precision", "the cache's key leaves out the precision that the reference computes in",
+        "rlhf/training/reference.py",
+        "autocast=trainer.accelerator.mixed_precision, device=args.device.type,",
+        "device=args.device.type,",
+        ("tests/training/test_reference.py::test_what_else_decides_the_values_is_in_the_key",),
+    ),
+    Defect(
+        "reference-without-template", "the cache's key covers the answers, not the prompt that a template writes",
+        "rlhf/training/reference.py",
+        'digest.update(np.array([len(ids), num_prompt, *ids], dtype=np.int64).tobytes())',
+        'digest.update(np.array([len(ids), num_prompt, *row[side]], dtype=np.int64).tobytes())',
+        ("tests/training/test_reference.py::test_pair_key_changes_with",),
+    ),
+    Defect(
+        "reference-of-another-row", "reference values go to the rows in another order than they were computed",
+        "rlhf/training/reference.py",
+        "return dict(zip(batch, zip(chosen.float()",
+        "return dict(zip(sorted(batch), zip(chosen.float()",
+        ("tests/training/test_reference.py::test_values_are_trls_own_in_the_order_of_the_rows[lora-values0]",),
+    ),
+    Defect(
+        "damaged-reference-trusted", "a damaged file of the reference cache is read",
+        "rlhf/training/reference.py",
+        "if hashlib.sha256(content).hexdigest() != path.stem:",
+        "if not content:",
+        ("tests/training/test_reference.py::test_a_damaged_file_is_not_trusted",),
+    ),
+)  # fmt: skip
+
+_PLACE = """    write_file(partial / MANIFEST, json.dumps({"files": files, **more}) + "\\n")
+    for directory in {partial, *(f.parent for f in partial.rglob("*"))}:
+        sync_folder(directory)
+    if folder.exists():
+        remove_checkpoint(folder)
+    os.rename(partial, folder)
+"""
+
+RUNS = (
+    Defect(
+        "no-second-moment", "a checkpoint leaves out Adam's second moment",
+        "rlhf/runs/portable.py",
+        'yield f"{key}:{name}", full_tensor(torch.as_tensor(value))',
+        'if key != "exp_avg_sq":\n                    yield f"{key}:{name}", full_tensor(torch.as_tensor(value))',
+        ("tests/runs/test_portable.py::test_what_is_in_it",),
+    ),
+    Defect(
+        "schedule-starts-again", "a resumed run starts its learning rate's schedule from the beginning",
+        "rlhf/runs/portable.py",
+        'scheduler.last_epoch = int(self.get("schedule", "last_epoch"))',
+        "scheduler.last_epoch = 0",
+        ("tests/runs/test_portable.py::test_goes_on_from_one_piece_to_the_bit[sft]",),
+    ),
+    Defect(
+        "checksums-not-verified", "a checkpoint's checksums are written and never compared",
+        "rlhf/runs/checkpoints.py",
+        "damage = checkpoint_damage(path, verify)",
+        "damage = checkpoint_damage(path)",
+        ("tests/runs/test_checkpoint.py::test_a_changed_bit_is_found_when_the_content_is_read",),
+    ),
+    Defect(
+        "resume-from-damaged", "a run resumes from its newest checkpoint without reading it",
+        "rlhf/runs/resume.py",
+        "found[0] = newest_checkpoint(run.folder, verify=True, tell=",
+        "found[0] = newest_checkpoint(run.folder, tell=",
+        ("tests/runs/test_checkpoint.py::test_a_run_resumes_from_a_checkpoint_that_it_has_read",),
+    ),
+    Defect(
+        "named-before-manifest", "a checkpoint has its name before its manifest is written",
+        "rlhf/runs/checkpoints.py", _PLACE,
+        _PLACE.split("\n", 1)[1] + _PLACE.split("\n", 1)[0].replace("partial", "folder") + "\n",
+        ("tests/runs/test_checkpoint.py::test_a_checkpoint_is_on_the_disk_before_it_has_its_name",),
+    ),
+    Defect(
+        "named-before-fsync", "a checkpoint has its name before its files are on the disk",
+        "rlhf/runs/checkpoints.py",
+        "        sync_file(file)\n        found[",
+        "        found[",
+        ("tests/runs/test_checkpoint.py::test_a_checkpoint_is_on_the_disk_before_it_has_its_name",),
+    ),
+    Defect(
+        "half-deleted-looks-whole", "a checkpoint is deleted with its manifest among the rest, not first",
+        "rlhf/runs/checkpoints.py",
+        "    (folder / MANIFEST).unlink(missing_ok=True)\n    shutil.rmtree(folder)",
+        "    shutil.rmtree(folder)",
+        ("tests/runs/test_checkpoint.py::test_a_half_deleted_checkpoint_is_not_whole",),
+    ),
+    Defect(
+        "two-runs-in-a-folder", "two runs may write the same folder at a time",
+        "rlhf/files.py",
+        "while not lock_file(self.file) and attempts:",
+        "while not lock_file(self.file, shared=True) and attempts:",
+        ("tests/runs/test_checkpoint.py::test_two_runs_cannot_write_one_folder",),
+    ),
+    Defect(
+        "rotation-keeps-oldest", "save_total_limit keeps the oldest checkpoints",
+        "rlhf/runs/checkpoints.py",
+        "old = whole[: -max(keep, 1)] if keep else []",
+        "old = whole[max(keep, 1) :] if keep else []",
+        ("tests/runs/test_checkpoint.py::test_rotation_keeps_the_newest_and_the_best",),
+    ),
+    Defect(
+        "complete-before-verified", "complete.json is written before the model was loaded again and compared",
+        "rlhf/training/finish.py",
+        'say("Writing the model, loading it again and comparing ...")',
+        'finish_run(run, {"stage": stage.name, "steps": trainer.state.global_step})',
+        ("tests/training/test_stages.py::test_a_model_that_reads_back_otherwise_is_not_complete",),
+    ),
+    Defect(
+        "not-a-number-is-equal", "a written model whose logits are NaN is taken for the trained one",
+        "rlhf/models/finished.py",
+        "    if not difference <= tolerance:",
+        "    if difference > tolerance:",
+        ("tests/training/test_stages.py::test_a_model_that_reads_back_otherwise_is_not_complete",),
+    ),
+    Defect(
+        "complete-run-trains-again", "a run that is complete is trained again, over its finished model",
+        "rlhf/training/run.py",
+        "    if inputs.run.complete:\n        return announce_complete(stage, inputs.run)\n    say(",
+        "    say(",
+        ("tests/training/test_stages.py::test_a_complete_stage_is_skipped_untouched",),
+    ),
+    Defect(
+        "changed-data-unnoticed", "a run resumes on data that is not what it was",
+        "rlhf/runs/folder.py",
+        "recorded = _inputs_before(folder) if inputs else {}",
+        "recorded = {}",
+        ("tests/runs/test_checkpoint.py::test_changed_data_is_noticed",),
+    ),
+    Defect(
+        "adapter-not-merged", "a merged model is the base without its adapter",
+        "rlhf/models/finished.py",
+        "model = model if quantization_config is not None else model.merge_and_unload()",
+        "model = model if quantization_config is not None else model.unload()",
+        ("tests/training/test_stages.py::test_sft_adapter_is_small_and_loads_with_peft",),
+    ),
+    Defect(
+        "wrong-exit-code", "a run that was stopped ends with exit code 0, as if it were complete",
+        "rlhf/__main__.py",
+        "return exit_code_stopped()",
+        "exit_code_stopped()\n        return 0",
+        ("tests/runs/test_stop.py::test_stopped_while_the_reference_is_computed",),
+    ),
+    Defect(
+        "another-exit-code", "a stopped run ends with another code than the 85 that Slurm's and the cloud's scripts know",
+        "rlhf/runs/stop.py",
+        "EXIT_STOPPED = 85  #",
+        "EXIT_STOPPED = 75  #",
+        ("tests/runs/test_status.py::test_stopped_and_complete",),
+    ),
+    Defect(
+        "pipeline-trains-on", "the pipeline starts the next stage after one that was stopped under a launcher",
+        "launch/pipeline.sh",
+        'if [ -e "$RLHF_STOP_FILE.done" ]; then exit 85; fi',
+        'if [ -e "$RLHF_STOP_FILE.done" ]; then continue; fi',
+        ("tests/test_layout.py::test_pipeline_ends_with_the_stage_that_was_stopped",),
+    ),
+    Defect(
+        "ranks-disagree-to-stop", "a request to stop that one process has heard is not one to all",
+        "rlhf/runs/stop.py",
+        "torch.distributed.ReduceOp.MAX, group=self._group)",
+        "torch.distributed.ReduceOp.MIN, group=self._group)",
+        ("tests/runs/test_stop.py::test_a_request_to_one_process_is_one_to_all",),
+    ),
+    Defect(
+        "error-of-main-rank-only", "an error of the main rank is not told to the other ranks, which wait for it",
+        "rlhf/distributed/processes.py",
+        "except Exception as failure:  # of any kind: it is raised again below, once the other ranks know",
+        "except UserError as failure:",
+        ("tests/distributed/test_fail_together.py::test_the_other_ranks_are_told_before_an_error_is_raised",),
+    ),
+    Defect(
+        "token-in-provenance", "a token of the hub is written to provenance.json",
+        "rlhf/runs/folder.py",
+        'if k != "token" and not k.endswith("_token")}',
+        'if k != "token"}',
+        ("tests/runs/test_checkpoint.py::test_provenance_holds_no_token",),
+    ),
+)  # fmt: skip
+
+DATA = (
+    Defect(
+        "held-out-trained-on", "the rows that are held out stay in the training data",
+        "rlhf/training/rows.py",
+        "if side is wanted]",
+        "if side or not wanted]",
+        ("tests/data/test_heldout.py::test_the_quickstart_copied_for_one_csv",),
+    ),
+    Defect(
+        "held-out-by-columns", "which rows are held out depends on columns and answers, not on the prompt alone",
+        "rlhf/data/heldout.py",
+        'hashlib.sha256(normalise_prompt(spoken[:1]).encode("utf-8"))',
+        'hashlib.sha256(repr(row).encode("utf-8"))',
+        ("tests/data/test_heldout.py::test_all_stages_agree_whatever_the_order_and_the_columns",),
+    ),
+    Defect(
+        "seen-called-held-out", "an evaluation looks only at what its last model was trained on",
+        "rlhf/evaluation/overlap.py",
+        "seen = [a or b for a, b in zip(seen, hits, strict=True)]",
+        "seen = hits",
+        ("tests/data/test_heldout.py::test_overlap_follows_the_runs_that_a_model_came_from",),
+    ),
+    Defect(
+        "skipped-not-counted", "a row that can't be used is left out without being counted",
+        "rlhf/data/reading.py",
+        'reading.skipped.append({"place": source.where(index), "reason": str(error)})\n            continue',
+        "continue",
+        ("tests/data/test_columns.py::test_rows_that_cannot_be_used_are_left_out",),
+    ),
+    Defect(
+        "key-ignored", "the recipe's own keys (packing, reference, ...) are read and not used",
+        "rlhf/config/build.py",
+        "return args, model_args, recipe.ours",
+        "return args, model_args, type(recipe.ours)()",
+        ("tests/config/test_config.py::test_each_key_reaches_the_class_that_owns_it",),
+    ),
+    Defect(
+        "no-effect-unnoticed", "a key that has no effect in this recipe is not refused",
+        "rlhf/config/recipe.py",
+        "    check_effects(stage, values, recipe.where, {key for key, line in lines.items() if line is None})\n",
+        "",
+        ("tests/config/test_refusals.py::test_key_without_effect",),
+    ),
+    Defect(
+        "report-unescaped", "text of models and data is HTML in the report",
+        "rlhf/evaluation/report.py",
+        "autoescape=True",
+        "autoescape=False",
+        ("tests/evaluation/test_report.py::test_hostile_text_stays_text",),
+    ),
+    Defect(
+        "logps-one-late", "an evaluation scores each answer's tokens by the position after the right one",
+        "rlhf/inference/generate.py",
+        "logits_to_keep=longest - prompt + 1, use_cache=False\n        ).logits[:, :-1]",
+        "logits_to_keep=longest - prompt + 1, use_cache=False\n        ).logits[:, 1:]",
+        ("tests/models/test_models.py::test_log_probabilities_by_hand",),
+    ),
+    Defect(
+        "answers-padded-right", "an evaluation's prompts are padded on the right before it generates",
+        "rlhf/inference/generate.py",
+        'padding_side="left"',
+        'padding_side="right"',
+        ("tests/models/test_models.py::test_answers_do_not_depend_on_their_batch",),
+    ),
+    Defect(
+        "ties-are-wins", "a tie of two answers counts as a win",
+        "rlhf/evaluation/statistics.py",
+        "return 0.5 if a == b else float(a > b)",
+        "return float(a >= b)",
+        ("tests/evaluation/test_evaluate.py::test_compare",),
+    ),
+    Defect(
+        "embedded-unverified", "the embedded model is taken without comparing its checksum",
+        "rlhf/models/embedded.py",
+        "if digest != GGUF_SHA256:",
+        "if not digest:",
+        ("tests/models/test_embedded.py::test_wheel_with_another_gguf",),
+    ),
+)  # fmt: skip
+
+DEFECTS = (*PACKING, *TRAINING, *REFERENCE, *RUNS, *DATA)
