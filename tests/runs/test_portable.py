@@ -50,7 +50,7 @@ def pretend_other_engine(checkpoint):
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_goes_on_from_one_piece_to_the_bit(stage, written, tmp_path, monkeypatch, capsys):
     """In several files, as of a large model; nothing but them, the schedule and the step is read."""
-    monkeypatch.setattr(rlhf.portable, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(rlhf.runs.portable, "SHARD_BYTES", 4000)
     assert main([stage, written(stage, "whole")]) == 0
     file, out = File(stage, written(stage, "moved")), tmp_path / "moved"
     checkpoint = stop_after_one_step(file, out)
