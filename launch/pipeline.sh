@@ -48,8 +48,10 @@ main() {
   for stage in "${stages[@]}"; do
     if [ -e "$RLHF_STOP_FILE" ]; then exit 85; fi
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null   # its inputs exist by now
-    "${run[@]}" "$stage" "$recipes/$stage.yaml"
-    if [ -e "$RLHF_STOP_FILE.done" ]; then exit 85; fi
+    code=0
+    "${run[@]}" "$stage" "$recipes/$stage.yaml" || code=$?
+    if [ -e "$RLHF_STOP_FILE.done" ]; then exit 85; fi   # whatever a launcher that was signalled itself makes of it
+    [ "$code" = 0 ] || exit "$code"
   done
   "$python" -m rlhf report "$recipes"
 }

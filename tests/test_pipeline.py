@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,40 @@ def test_a_stage_that_is_stopped_ends_it(recipes, launch):
     shown = pipeline(recipes, *launch, code=EXIT_STOPPED)
     assert "Stopped after step 1 of 2" in shown and "Traceback" not in shown and "=== REWARD" not in shown
     assert not (run / "reward").exists()
+
+
+def test_ctrl_c_reaches_the_launcher_too(recipes):
+    """A terminal signals all processes: the launcher ends with a traceback and code 1, although the run has saved."""
+    for stage in ("reward", "dpo", "evaluate"):  # one is enough
+        (recipes / f"{stage}.yaml").unlink()
+    file = recipes / "sft.yaml"
+    file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 3000"))
+    out = recipes.parent / "runs" / "quickstart" / "sft"
+    command = [
+        str(ROOT / "launch" / "pipeline.sh"),
+        str(recipes),
+        str(ROOT / "launch" / "ddp.yaml"),
+        "--num_processes=2",
+    ]
+    started = subprocess.Popen(
+        command, cwd=recipes.parent, env=os.environ | {"PYTHON": sys.executable}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    shown = []
+    reader = threading.Thread(target=lambda: shown.append(started.stdout.read()))
+    reader.start()
+    try:
+        end = time.monotonic() + 300
+        while len(read_metrics(out)) < 3 and time.monotonic() < end and started.poll() is None:
+            time.sleep(0.1)
+        os.killpg(started.pid, signal.SIGINT)
+        code = started.wait(timeout=120)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+        reader.join(timeout=30)
+    assert code == EXIT_STOPPED and "(SIGINT); saved as runs/quickstart/sft/checkpoint-" in shown[0], shown[0][-3000:]
+    assert "Report" not in shown[0]
 
 
 def test_asked_to_stop_between_two_stages(recipes, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ REFUSED = {
     "average_tokens_across_devices": "a token always counts the same, on whichever process it is",
     "remove_unused_columns": "rows hold what the loss needs and nothing else",
     "label_names": "the stage knows its labels",
-    "dataset_text_field": "prompts and answers are found under any of the names in README.md; there is no text column",
+    "dataset_text_field": "prompts and answers are found under any of the names in docs/data.md; there is no text column",
     "dataset_kwargs": "data is prepared by this project (prompts, templates, lengths)",
     "use_cache": "training needs no key/value cache, and one would switch packing off",
     "logging_nan_inf_filter": "a loss that is not finite ends the run instead",

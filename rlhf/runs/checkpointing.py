@@ -334,17 +334,18 @@ def end_if_stopped(trainer) -> None:
         return
     checkpoint = newest_checkpoint(fault_tolerance.folder)
     if is_main():
-        note = {
-            "step": state.global_step,
-            "of": state.max_steps,
-            "by": fault_tolerance.stopper.agreed,
-            "checkpoint": checkpoint,
-        }
-        write_file(fault_tolerance.folder / "stopped.json", json.dumps(note) + "\n")
-        (fault_tolerance.folder / STOP_FILE).unlink(missing_ok=True)
+        stopper = fault_tolerance.stopper
+        note_stop(fault_tolerance.folder, stopper.agreed, state.global_step, state.max_steps, checkpoint)
     trainer.accelerator.wait_for_everyone()
     say(
         f"\nStopped after step {state.global_step} of {state.max_steps} ({fault_tolerance.stopper.agreed}); "
         f"{'saved as ' + checkpoint if checkpoint else 'no checkpoint could be written'}. The same command goes on from there."
     )
     raise Stopped
+
+
+def note_stop(folder: Path, by: str, step: int = 0, of: int = 0, checkpoint: str | None = None) -> None:
+    """Write stopped.json, and remove the file `stop`: it has been answered, and must not stop the next start too."""
+    note = {"step": step, "of": of, "by": by, "checkpoint": checkpoint}
+    write_file(folder / "stopped.json", json.dumps(note) + "\n")
+    (folder / STOP_FILE).unlink(missing_ok=True)

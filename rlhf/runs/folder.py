@@ -33,7 +33,8 @@ from rlhf.runs.command import command_of, launcher_of, shell_line
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_complete, read_recipe
 
-OURS = re.compile(r"\.lock|stop|\.partial|\.rlhf-preflight-.*")  # may lie in a folder that is otherwise empty
+# May be in a folder that is otherwise empty.
+OURS = re.compile(r"\.lock|stop|stopped\.json|\.partial|\.rlhf-preflight-.*")
 
 
 @dataclass(frozen=True)

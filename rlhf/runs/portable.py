@@ -198,7 +198,7 @@ class PortableState:
         zero = _zero(trainer)
         steps = [step for name in self.names if (step := self.get("step", name)) is not None]
         for flat in _flat_parameters(zero):
-            state = {kind: torch.zerosshard_like(flat) for kind in self.kept}
+            state = {kind: torch.zeros_like(flat) for kind in self.kept}
             if steps:
                 state["step"] = _step_for(zero.optimizer, float(max(steps)), flat)
             zero.optimizer.state[flat] = state

@@ -17,7 +17,7 @@ from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
-from rlhf.distributed.processes import on_main, say
+from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
@@ -27,7 +27,7 @@ from rlhf.runs.lineage import maker_of, starting_model
 from rlhf.runs.metrics import add_callbacks
 from rlhf.runs.records import describe_complete
 from rlhf.runs.resume import take_over
-from rlhf.runs.stop import OutOfMemory, Stopper, watch
+from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
@@ -130,8 +130,15 @@ def check_room(plan: Plan, run: RunFolder) -> None:
 
 def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper):
     """The stage's trainer, with at least one example, its run folder begun and described on the screen."""
+    from rlhf.runs.checkpointing import note_stop
+
     args, recipe = plan.args, plan.recipe
-    trainer = stage.build(plan, stopper)
+    try:
+        trainer = stage.build(plan, stopper)
+    except Stopped:  # in DPO's reference pass, before training
+        if is_main():
+            note_stop(run.folder, stopper.agreed)
+        raise
     if len(trainer.train_dataset) == 0:
         raise UserError(
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"

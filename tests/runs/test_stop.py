@@ -137,15 +137,19 @@ def test_stopped_and_gone_on(event, recipe, tiny_llama, few_pairs, tmp_path, mon
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_stopped_while_the_reference_is_computed(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
-    """What is done by then is in the cache."""
+@pytest.mark.parametrize("by", ["SIGUSR1", "the file stop"])
+def test_stopped_while_the_reference_is_computed(by, recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    """What is done by then is in the cache. The folder says that the run was stopped, and the next start is not."""
     from rlhf.training import reference
 
     monkeypatch.setattr(reference, "MAX_TOKENS", 600)
     forward = reference.forward_logps
-    monkeypatch.setattr(reference, "forward_logps", lambda *a: (os.kill(os.getpid(), signal.SIGUSR1), forward(*a))[1])
+    ask = (tmp_path / "o" / "stop").touch if "file" in by else lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    monkeypatch.setattr(reference, "forward_logps", lambda *a: (ask(), forward(*a))[1])
     file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), **LORA)
-    assert main(["dpo", file]) == EXIT_STOPPED
+    assert main(["dpo", file]) == EXIT_STOPPED == main(["dpo", file, "--status"])
+    assert json.loads((tmp_path / "o" / "stopped.json").read_text())["step"] == 0
+    assert not (tmp_path / "o" / "stop").exists()
     done = int(re.search(r"Stopped: (\d+) of 12 pairs of the reference are in the cache", capsys.readouterr().out)[1])
     monkeypatch.setattr(reference, "forward_logps", forward)
     assert 0 < done < 12 and main(["dpo", file]) == 0
