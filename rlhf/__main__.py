@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 
 from rlhf import __version__
 from rlhf.console import ended_bars, plain_bars
@@ -171,9 +172,12 @@ def main(argv: list[str] | None = None) -> int:
             return run(options, rest) or 0
     except UserError as error:
         if is_main():
-            print(f"rlhf: {one_line(error, 590)}", file=sys.stderr)
+            print(f"rlhf: {one_line(error, 590)}", file=sys.stderr, flush=True)
+        elif wait_for_main():
+            print(f"rlhf: rank {rank()}: {one_line(error, 590)}", file=sys.stderr, flush=True)
         return 2
     except RankFailed as error:
+        wait_for_main()
         return error.code
     except (OutOfMemory, RunFailed) as error:
         print(f"rlhf: {one_line(error, 590)}", file=sys.stderr)
@@ -201,6 +205,24 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+MAIN_WAIT_S = 30.0
+
+
+def wait_for_main() -> bool:
+    """Let rank 0 report an error that all ranks have found, before a rank that is quicker exits.
+
+    Where torchrun or accelerate has started the ranks, the first that exits makes it kill the others, rank 0 too. The same
+    happens to this rank once rank 0 has reported and exits; if it does not, the error is this rank's alone.
+
+    Returns:
+        Whether it is.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    time.sleep(MAIN_WAIT_S)
+    return True
 
 
 def _quiet_environment() -> None:

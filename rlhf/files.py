@@ -105,11 +105,7 @@ class Lock:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / ".lock"
         self.file = open(self.path, "a+", encoding="utf-8")
-        attempts = 3  # `rlhf status` looks whether it is held by holding it for a moment
-        while not lock_file(self.file) and attempts:
-            attempts -= 1
-            time.sleep(0.1)
-        if not attempts:
+        if not self._take():
             self.file.seek(0)
             holder = self.file.read().strip()
             self.file.close()
@@ -121,6 +117,13 @@ class Lock:
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {platform.node()}, since {now}")
         self.file.flush()
+
+    def _take(self) -> bool:
+        for _ in range(3):  # `rlhf status` looks whether it is held by holding it for a moment
+            if lock_file(self.file):
+                return True
+            time.sleep(0.1)
+        return False
 
     def release(self) -> None:
         """Let go of the folder, and remove it if there is nothing else in it."""

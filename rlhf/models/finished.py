@@ -67,24 +67,25 @@ def is_quantised(model) -> bool:
 
 
 def merge_adapter(model):
-    """The base of a PeftModel with its adapter added to the weights; a 4-bit base is dequantised first.
+    """The base of a PeftModel with its adapter added to the weights; a 4-bit base is dequantised first, in host memory.
 
-    PEFT would round the sum to 4 bits again, and lose most of an adapter's small changes in that.
+    PEFT would round the sum to 4 bits again, and lose most of an adapter's small changes in that. Beyond the dequantised
+    weights one adapted matrix is held at a time, and nothing on the GPU, where training has left little room.
     """
     from peft.tuners.lora import LoraLayer
 
     if not is_quantised(model):
         return model.merge_and_unload()
-    adapters = {
-        name.removeprefix("base_model.model."): layer.get_delta_weight("default").float()
+    adapted = {
+        name.removeprefix("base_model.model."): layer
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     }
-    whole = model.unload().dequantize()
+    merged = model.cpu().unload().dequantize()
     with torch.no_grad():
-        for name, delta in adapters.items():
-            whole.get_submodule(name).weight += delta.to(whole.dtype)
-    return whole
+        for name, layer in adapted.items():
+            merged.get_submodule(name).weight += layer.get_delta_weight("default").float().to(merged.dtype)
+    return merged
 
 
 def save_finished(

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf.distributed.processes import is_main, say
+from rlhf.distributed.processes import is_main, rank, say, world_size
 from rlhf.errors import UserError
 from rlhf.files import Lock
-from rlhf.runs.checkpoints import newest_checkpoint, read_manifest
+from rlhf.runs.checkpoints import checkpoint_damage, read_manifest
 from rlhf.runs.folder import RunFolder
+from rlhf.runs.records import checkpoints
 
 
 def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder:
@@ -28,25 +29,40 @@ def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder
     """
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None, "", False]
-    lock = None
+    lock, refused = None, ""
     if is_main():
         try:
             lock = Lock(run.folder, where)
             for partial in run.folder.glob(".*.partial"):  # of a write that a kill interrupted
                 partial.unlink()
-            found[0] = newest_checkpoint(run.folder, verify=True, tell=lambda text: say(f"warning: {text}"))
-            if found[0]:
-                found[2] = check_readable(found[0], topology)
-            (run.folder / "stopped.json").unlink(missing_ok=True)
         except UserError as error:
-            found[1] = str(error)
-    checkpoint, refused, unsharded = broadcast_object_list(found)
-    if refused:
+            refused = str(error)
+    if refused := broadcast_object_list([refused])[0]:
+        raise UserError(refused)
+    try:
+        checkpoint = verified_checkpoint(run.folder)
+        unsharded = bool(checkpoint) and check_readable(checkpoint, topology)
+    except BaseException:
         if lock:
             lock.release()
-        raise UserError(refused)
+        raise
+    if is_main():
+        (run.folder / "stopped.json").unlink(missing_ok=True)
     return dataclasses.replace(run, resume_from=checkpoint, lock=lock, resumes_unsharded=unsharded)
+
+
+def verified_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose checksums are right, or None; the ranks share the reading, and all must call it."""
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    paths = [str(path) for _, path in sorted(checkpoints(folder).items(), reverse=True)]
+    for path in broadcast_object_list([paths])[0]:
+        damage = checkpoint_damage(Path(path), verify=True, part=rank(), parts=world_size())
+        damage = next(filter(None, gather_object([damage])), "")
+        if not damage:
+            return path
+        say(f"warning: {path} is damaged and not used: {damage}")
+    return None
 
 
 def check_readable(checkpoint: str, topology: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+ROOT = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "packed_worker.py"
 COMMON = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "main_process_port": 0,
           "rdzv_backend": "static", "same_network": True, "use_cpu": False}  # fmt: skip
@@ -69,3 +71,26 @@ def assert_packed_equals_padded(layout, stage, model, kind, tmp_path):
     if stage == "dpo":
         files = list((tmp_path / "run" / "cache").rglob("*.safetensors"))
         assert 1 <= len(files) <= 2  # the main process writes, after the last batch and each half minute
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_fsdp2_holds_no_unsharded_gradients(lora, recipe, tiny_llama, few_pairs, tmp_path):
+    """Between micro-batches of full fine-tuning each of two ranks holds half of the fp32 gradients, not all of them.
+
+    LoRA's are exchanged once a step: unsharded until then, but they are few.
+    """
+    adapter = dict(use_peft=True, lora_target_modules="all-linear") if lora else {}
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "out"), bf16=False,
+                  global_batch_size=6, max_tokens_per_device=700, use_cpu=True, **(adapter | {"max_steps": 1}))  # fmt: skip
+    lines = Path(file).read_text().splitlines(keepends=True)
+    Path(file).write_text("".join(line for line in lines if not line.startswith("per_device")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "fsdp2.yaml"),
+               "--num_processes", "2", str(Path(__file__).parent / "gradients_worker.py"), str(tmp_path / "found.json"), "dpo", file]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    everything = 4 * found["trained"]
+    if lora:
+        assert (found["unsharded"], found["sharded"]) == (everything, 0)
+    else:
+        assert found["unsharded"] == 0 and everything / 2 <= found["sharded"] < 0.6 * everything

@@ -28,7 +28,7 @@ from rlhf.runs.checkpoints import (
 )
 from rlhf.runs.folder import RunFolder, begin_run, check_disk, finish_run, fresh_folder, open_run
 from rlhf.runs.provenance import git_commit, hardware, model_digest
-from rlhf.runs.resume import take_over
+from rlhf.runs.resume import take_over, verified_checkpoint
 
 LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
@@ -282,15 +282,23 @@ def test_several_processes_share_the_files_to_sum_up(tmp_path):
     assert [len(p) for p in parts] == [1, 1, 0] and parts[0] | parts[1] == digest_files(path)
 
 
-def test_a_changed_bit_is_found_when_the_content_is_read(tmp_path):
+def test_a_changed_bit_is_found_when_the_content_is_read(tmp_path, capsys):
     checkpoint(tmp_path, 9)
     (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(b"1234567X")
-    told = []
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # a quick look
-    assert newest_checkpoint(tmp_path, verify=True, tell=told.append) == str(tmp_path / "checkpoint-9")
-    assert told == [
-        f"{tmp_path}/checkpoint-10 is damaged and not used: the content of model.safetensors is not what was written (sha256)"
-    ]
+    assert verified_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert capsys.readouterr().out == (
+        f"warning: {tmp_path}/checkpoint-10 is damaged and not used: the content of model.safetensors is not what was written "
+        "(sha256)\n"
+    )
+
+
+def test_ranks_share_the_reading_of_a_checkpoint(tmp_path):
+    """Of two files each of two ranks reads one: the damage is found by one of them, and by that one alone."""
+    path = checkpoint(tmp_path, 10)
+    (path / "part" / "optimizer.pt").write_bytes(b"123X")
+    found = [checkpoint_damage(path, verify=True, part=part, parts=2) for part in range(2)]
+    assert found == ["", "the content of part/optimizer.pt is not what was written (sha256)"]
 
 
 def test_damage_is_named(tmp_path):
@@ -309,7 +317,7 @@ def test_a_checkpoint_that_is_written_again_replaces_the_damaged_one(tmp_path):
     path = checkpoint(tmp_path, 10)
     (path / "model.safetensors").write_bytes(b"another size")
     checkpoint(tmp_path, 10)
-    assert newest_checkpoint(tmp_path, verify=True) == str(path)
+    assert verified_checkpoint(tmp_path) == str(path)
     assert (path / "model.safetensors").read_bytes() == b"12345678"
 
 
@@ -319,7 +327,7 @@ def test_a_checkpoint_gets_its_name_last(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         checkpoint(tmp_path, 10)
-    assert newest_checkpoint(tmp_path, verify=True) == str(tmp_path / "checkpoint-9")
+    assert verified_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
