@@ -8,11 +8,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is for CPUs; GPU checks run apart
 
 import importlib.util
+import sys
 from pathlib import Path
 
+import forked
+import hypothesis
 import pytest
 
 from rlhf.data.sources import SAMPLE_DIR
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -147,6 +153,14 @@ def few_pairs(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     file.write_text("".join((SAMPLE_DIR / "train.jsonl").read_text().splitlines(keepends=True)[:12]))
     return str(file)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """`sys.executable`, here and in the processes that are started with it, is the Python of tests/forked.py."""
+    for name, value in forked.environment(FORKED_EXECUTABLE="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", forked.python())
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import math
-import multiprocessing
 import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from datasets import Dataset
@@ -125,13 +125,11 @@ def _write_and_read(folder, start):
 
 
 def test_two_runs_share_a_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    runs = [context.Process(target=_write_and_read, args=(str(tmp_path), start)) for start in (0, 40)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-    assert [run.exitcode for run in runs] == [0, 0]
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_reference as t; t._write_and_read"
+    )
+    runs = [forked.start("-c", f"{code}({str(tmp_path)!r}, {start})") for start in (0, 40)]
+    assert [forked.finish(run).returncode for run in runs] == [0, 0]
     want = some(100, 2)
     for start in (0, 40):
         for i in range(20):
