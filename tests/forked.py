@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import functools
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -103,6 +103,12 @@ def _import_all() -> None:
     for found in pkgutil.walk_packages(rlhf.__path__, "rlhf."):
         if not found.name.endswith("__main__"):
             importlib.import_module(found.name)
+    if importlib.util.find_spec("deepspeed"):  # accelerate imports it in every run
+        importlib.import_module("deepspeed")
+    for stage in ("dpo", "reward", "sft"):
+        rlhf.config.recipe.allowed_keys(stage)  # parses the source of three libraries
+    transformers = importlib.import_module("transformers.conversion_mapping")
+    transformers.get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns
     gc.freeze()  # or each child's first collection copies all of it
 
 
@@ -208,7 +214,7 @@ def python() -> str:
     atexit.register(
         lambda: (server.stdin.close(), server.wait(), [f.unlink() for f in Path(folder).iterdir()], os.rmdir(folder))
     )
-    assert server.stdout.readline() == "ready\n"
+    assert "ready\n" in iter(server.stdout.readline, ""), "the server has not started"  # libraries print before it
     return str(program)
 
 

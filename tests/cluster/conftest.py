@@ -36,8 +36,15 @@ class Cluster:
         self.place, self.folder = place, folder
         self.env = os.environ | {
             "PYTHON": sys.executable, "RLHF_LOGS": str(folder / "logs"), "RLHF_SITE_ENV": "/none", "OMP_NUM_THREADS": "1",
-            "RLHF_ROOT": "",
+            "RLHF_ROOT": "", "PYTHONPATH": f"{folder}/site:{ROOT}",
         }  # fmt: skip
+        (folder / "site").mkdir()
+        shutil.copy(ROOT / "tests" / "hold.py", folder / "site" / "sitecustomize.py")
+
+    def hold(self, step):
+        """Let no run go past a step (tests/hold.py); None: let it go on."""
+        file = self.folder / "site" / "hold"
+        file.write_text(str(step)) if step else file.unlink(missing_ok=True)
 
     def script(self, *words):
         return subprocess.run([str(SCRIPT), words[0], str(self.place), *words[1:]], env=self.env, cwd=self.folder,

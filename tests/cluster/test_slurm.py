@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,10 @@ def steps_are_past(folder, step):
 
 
 def train_for_a_while(cluster, file, out, *options, **variables):
-    """Submit the DPO recipe; returns the job's id when it has done 12 steps."""
+    """Submit the DPO recipe; returns the job's id when it has done 13 steps, and waits there for `cluster.hold(None)`."""
+    cluster.hold(13)
     job = cluster.sbatch(*options, TRAIN, "dpo", file, QUICK, **variables)
-    cluster.until(steps_are_past(out, 12), [job])
+    cluster.until(steps_are_past(out, 13), [job])
     return job
 
 
@@ -102,13 +104,23 @@ def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_pa
     """What a time limit sends, and then a preemption that gives time: both save the step they are at. Exact resumption."""
     file, out = recipe("dpo"), tmp_path / "dpo"
     whole = uninterrupted(file)
+    asked = "asking the run to save and stop"
+    cluster.hold(11)
     job = cluster.sbatch("--nodes=2", "--partition=patient", TRAIN, "dpo", file, QUICK)
     cluster.until(steps_are_past(out, 11), [job])
     cluster.run("scancel", "--signal=USR1", "--batch", job)
-    cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
+    cluster.until(lambda: asked in cluster.log(job), [job])
+    time.sleep(1.1)  # the run looks for the stop file once a second
+    cluster.hold(None)
+    cluster.until((out / "stopped.json").exists, [job])
     stopped = json.loads((out / "stopped.json").read_text())["step"]
+    cluster.hold(stopped + 5)
+    cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
     cluster.until(steps_are_past(out, stopped + 5), [job])
     urgent = cluster.sbatch(f"--nodes={NODES}", "--exclusive", "--partition=urgent", "--wrap", "sleep 1")
+    cluster.until(lambda: cluster.log(job).count(asked) == 2, [job, urgent])
+    time.sleep(1.1)
+    cluster.hold(None)
     assert cluster.wait(urgent, job) == ("COMPLETED", 0)
     log = cluster.log(job)
     assert (
@@ -129,13 +141,17 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     whole = uninterrupted(file)
     job = train_for_a_while(cluster, file, out, "--nodes=2")
     cluster.script("kill", f"{PREFIX}2")
+    cluster.hold(None)
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
     at = losses(out)[-1][0]
     assert f"Node failure on {PREFIX}2" in cluster.log(job)
     assert f"dpo: interrupted at step {at} of {STEPS}" in cluster.log(job)
     assert f"goes on after step {at // 10 * 10}" in cluster.log(job)
+    cluster.hold(at + 5)
     cluster.until(steps_are_past(out, at + 5), [job])
     urgent = cluster.sbatch("--nodes=3", "--exclusive", "--partition=urgent", "--wrap", "sleep 1")
+    cluster.until(lambda: "DUE TO PREEMPTION" in cluster.log(job), [job, urgent])
+    cluster.hold(None)
     assert cluster.wait(urgent, job) == ("COMPLETED", 0)
     log = cluster.log(job)
     assert "DUE TO PREEMPTION" in log and "attempt 3:" in log
@@ -149,6 +165,7 @@ def test_the_first_node_is_gone_at_once(cluster, recipe, uninterrupted, tmp_path
     whole = uninterrupted(file)
     job = train_for_a_while(cluster, file, out, "--nodes=2")
     cluster.script("crash", f"{PREFIX}1")
+    cluster.hold(None)
     assert cluster.wait(job) == ("COMPLETED", 0)
     log = cluster.log(job)
     assert f"attempt 2: 2 node(s) x 1 process(es) on CPUs, {PREFIX}2 {PREFIX}3" in log

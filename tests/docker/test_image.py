@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from engine import ROOT, Docker, client, until
@@ -85,7 +84,7 @@ def make_box(daemon, image, tiny_llama, few_pairs, place, uid=1234):
     shutil.copytree(tiny_llama, data / "model")
     shutil.copy(few_pairs, data / "pairs.jsonl")
     (place / "runs").mkdir()
-    shutil.copy(Path(__file__).with_name("hold.py"), data / "sitecustomize.py")
+    shutil.copy(ROOT / "tests" / "hold.py", data / "sitecustomize.py")
     write_recipe(data, "dpo")
     try:
         subprocess.run(["chown", "-R", f"{uid}:{uid}", str(place)], check=True)
