@@ -62,7 +62,8 @@ os._exit(code)
 
 def serve(address: str) -> None:
     """Fork what is asked for, until standard input ends, or the process that holds its other end."""
-    _import_all()
+    sys.path.insert(0, str(ROOT))  # this project, and not another one that is installed
+    import_all()
     ended, wakeup = os.pipe()
     for end in (ended, wakeup):
         os.set_blocking(end, False)
@@ -94,7 +95,8 @@ def serve(address: str) -> None:
                     selector.unregister(key.fileobj)
 
 
-def _import_all() -> None:
+def import_all() -> None:
+    """What a run imports, and what it computes once in a process."""
     for name in ("accelerate.commands.launch", "peft", "pyarrow.parquet", "torch.distributed.run"):
         importlib.import_module(name)
     for stage in ("dpo", "reward", "sft"):
