@@ -7,12 +7,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is for CPUs; GPU checks run apart
 
+import functools
 import importlib.util
+import sys
 from pathlib import Path
 
+import forked
+import hypothesis
 import pytest
 
 from rlhf.data.sources import SAMPLE_DIR
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -150,10 +157,24 @@ def few_pairs(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    """Write a recipe file: recipe("dpo", model_name_or_path=…, …) -> its path. Defaults are for tiny models."""
+def forks(monkeypatch):
+    """`sys.executable`, here and in the processes that are started with it, is the Python of tests/forked.py."""
+    for name, value in forked.environment(FORKED_EXECUTABLE="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", forked.python())
 
-    def write(stage, name=None, **values):
+
+@pytest.fixture
+def recipe(recipe_in, tmp_path):
+    """Write a recipe file: recipe("dpo", model_name_or_path=…, …) -> its path. Defaults are for tiny models."""
+    return functools.partial(recipe_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def recipe_in():
+    """Like `recipe`, with the folder to write it in first, for fixtures that tests share."""
+
+    def write(folder, stage, name=None, **values):
         training = {
             "max_length": 256, "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3,
             "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "seed": 1,
@@ -161,9 +182,9 @@ def recipe(tmp_path):
         if values.get("use_peft"):
             training["lora_dropout"] = 0.0
         if stage == "dpo" and values.get("reference", "cached") == "cached":
-            training["reference_cache"] = str(tmp_path / "reference")
+            training["reference_cache"] = str(folder / "reference")
         lines = {"stage": stage, **({} if stage == "evaluate" else training), **values}
-        file = tmp_path / f"{name or stage}.yaml"
+        file = folder / f"{name or stage}.yaml"
         file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()))
         return str(file)
 

@@ -25,7 +25,7 @@ CASES = [("dpo", ["--variants", "trl", "shared"])] + [
 
 
 @pytest.mark.parametrize(("stage", "words"), CASES, ids=lambda x: x if isinstance(x, str) else " ".join(x))
-def test_bench(stage, words, smollm2, tiny_llama, few_pairs):
+def test_bench(stage, words, forks, smollm2, tiny_llama, few_pairs):
     model = smollm2 if "qlora" in words else tiny_llama  # bitsandbytes takes no layer narrower than its block
     data = [] if "--data" in words else ["--data", few_pairs]
     command = [sys.executable, str(ROOT / "bench" / f"{stage}.py"), "--model", model, *data, "--examples", "2"]

@@ -200,7 +200,7 @@ CASES = [("ddp", ["lora"]), ("fsdp2", ["full"]), pytest.param("zero3", ["full", 
 
 
 @pytest.mark.parametrize(("launch", "trainings"), CASES, ids=["ddp", "fsdp2", "zero3"])
-def test_measured_bytes(scale, tmp_path, launch, trainings):
+def test_measured_bytes(scale, forks, tmp_path, launch, trainings):
     if launch == "zero3" and (importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None):
         pytest.skip("needs the extra `deepspeed`, and g++, with which DeepSpeed compiles what its CPU processes use")
     model = scale.make_model(tmp_path / "model")

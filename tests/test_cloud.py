@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -200,8 +201,8 @@ class Nodes:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         engine = re.compile(r"SKYPILOT_|PET_|RLHF_|(RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|VIRTUAL_ENV)$")
-        blank = {key: value for key, value in os.environ.items() if not engine.match(key)}
-        blank |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        blank = {key: value for key, value in forked.environment().items() if not engine.match(key)}
+        blank |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         blank |= {"RLHF_CACHE": str(folder / "cache")} if "RLHF_STORE" not in more else {}
         self.outputs, self.processes = [], []
         for i, own in enumerate(variables):
@@ -211,7 +212,7 @@ class Nodes:
             with open(self.outputs[-1], "a") as out:
                 self.processes.append(subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=out, text=True))
 
-    def wait(self, timeout=200):
+    def wait(self, timeout=600):
         try:
             return [process.wait(timeout=timeout) for process in self.processes]
         finally:
@@ -318,7 +319,7 @@ def test_one_pod_of_two_is_evicted(project):
     command = pod_command(pods["template"]["spec"]["containers"][0])
     common = dict(STAGES="sft", LAUNCH="launch/ddp.yaml", RLHF_PREFLIGHT="no")
     nodes = Nodes(folder, command, trainjob_variables(2, 1), **common)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not (folder / "runs" / "tiny" / "sft").is_dir() or len(losses(folder, "sft")) < 5:
         assert time.monotonic() < end and nodes.processes[0].poll() is None, nodes.shown()[-3000:]
         time.sleep(0.1)

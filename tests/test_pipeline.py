@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import environment
 
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import EXIT_STOPPED
@@ -36,8 +37,7 @@ def recipes(tiny_llama, tmp_path):
 
 def pipeline(recipes, *words, code=0):
     command = [str(ROOT / "launch" / "pipeline.sh"), str(recipes), *words]
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=recipes.parent, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=recipes.parent, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -81,5 +81,5 @@ def test_the_quickstart(tmp_path):
         with torch.no_grad():
             assert pair["reward"]["chosen"] == pytest.approx(float(model(**ids).logits), abs=1e-3)
 
-    again, seconds = pipeline(tmp_path)
-    assert seconds < 60 and again.count(" complete: ") >= 4
+    again, _ = pipeline(tmp_path)
+    assert "===" not in again and again.count(" complete: ") >= 4

@@ -4,9 +4,9 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +30,10 @@ def script(tmp_path):
 
     def run(name, *words, **env):
         blank = {key: "" for key in os.environ if key.startswith(("SLURM_", "SBATCH_", "RLHF_"))}
-        env = blank | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable, "RLHF_SITE_ENV": "/none",
+        env = blank | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": forked.python(), "RLHF_SITE_ENV": "/none",
                        "RLHF_LOGS": str(tmp_path / "logs"), "RLHF_ROOT": str(ROOT)} | env  # fmt: skip
-        done = subprocess.run(["bash", str(SLURM / name), *map(str, words)], env=os.environ | env, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
+        done = subprocess.run(["bash", str(SLURM / name), *map(str, words)], env=forked.environment(**env), cwd=tmp_path,
+                              capture_output=True, text=True, timeout=600)  # fmt: skip
         return done.returncode, done.stdout + done.stderr
 
     run.calls = lambda: (tmp_path / "calls").read_text().splitlines()

@@ -151,6 +151,7 @@ def overrides(tree):
                         yield method.name
 
 
+@functools.cache
 def own_names():
     """Names that are defined somewhere in this package: functions, classes, variables, attributes of self."""
     own = set()

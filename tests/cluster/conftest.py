@@ -36,17 +36,24 @@ class Cluster:
         self.place, self.folder = place, folder
         self.env = os.environ | {
             "PYTHON": sys.executable, "RLHF_LOGS": str(folder / "logs"), "RLHF_SITE_ENV": "/none", "OMP_NUM_THREADS": "1",
-            "RLHF_ROOT": "",
+            "RLHF_ROOT": "", "PYTHONPATH": f"{folder}/site:{ROOT}",
         }  # fmt: skip
+        (folder / "site").mkdir()
+        shutil.copy(ROOT / "tests" / "hold.py", folder / "site" / "sitecustomize.py")
+
+    def hold(self, step):
+        """Let no run go past a step (tests/hold.py); None: let it go on."""
+        file = self.folder / "site" / "hold"
+        file.write_text(str(step)) if step else file.unlink(missing_ok=True)
 
     def script(self, *words):
         return subprocess.run([str(SCRIPT), words[0], str(self.place), *words[1:]], env=self.env, cwd=self.folder,
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+                              capture_output=True, text=True, timeout=600)  # fmt: skip
 
     def run(self, *words, **env):
         """What a command prints."""
         done = subprocess.run([str(SCRIPT), "run", str(self.place), *map(str, words)], env=self.env | env, cwd=self.folder,
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+                              capture_output=True, text=True, timeout=600)  # fmt: skip
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -63,14 +70,14 @@ class Cluster:
         found = self.run("scontrol", "show", "job", "-o", job)
         return re.search(r"JobState=(\w+)", found)[1], int(re.search(r"ExitCode=(\d+):", found)[1])
 
-    def wait(self, *jobs, seconds=150):
+    def wait(self, *jobs, seconds=1200):
         """Until they have ended; the state of the last one."""
         self.until(
             lambda: all(self.state(j)[0] not in ("PENDING", "RUNNING", "COMPLETING") for j in jobs), jobs, seconds
         )
         return self.state(jobs[-1])
 
-    def until(self, holds, jobs=(), seconds=90):
+    def until(self, holds, jobs=(), seconds=600):
         end = time.monotonic() + seconds
         while not holds():
             logs = "".join(self.log(job)[-4000:] for job in jobs)
@@ -90,7 +97,7 @@ def started(tmp_path_factory):
     assert shown == "ready\n", shown + session.stdout.read()
     yield place
     session.stdin.close()
-    session.wait(timeout=60)
+    session.wait(timeout=600)
 
 
 @pytest.fixture

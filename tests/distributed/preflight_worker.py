@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -24,11 +25,24 @@ def other_clock():
     time.time = lambda: honest() - 120
 
 
-def other_disk():
-    """An empty file system of its own over a folder, which no other process sees."""
+def other_disk(folder=None, options="rw", full=""):
+    """A file system of its own over a folder, which no other process sees; empty, or with 4 KiB in a file `full`."""
+    folder = folder or os.environ["FOLDER"]
     assert ctypes.CDLL(None, use_errno=True).unshare(0x00020000) == 0  # CLONE_NEWNS
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", os.environ["FOLDER"]], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+    if full:
+        with open(f"{folder}/{full}", "wb") as file:
+            file.write(bytes(4096))
+
+
+def enter(pid):
+    """Become a process of the host that `pid` runs on: its network, its name, its /etc/hosts and /sys."""
+    for kind in ("net", "uts", "mnt"):
+        space = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
+        assert ctypes.CDLL(None, use_errno=True).setns(space, 0) == 0
+        os.close(space)
+    platform._uname_cache = None  # the host's name, as the server knew it
 
 
 def hangs_in_all_reduce():

@@ -3,11 +3,11 @@
 import json
 import math
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from rlhf.runs.metrics import read_metrics
@@ -16,9 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def launch(processes, *words, launch_file="ddp.yaml"):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
-    command += ["--num_processes", str(processes), "-m", "rlhf", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = forked.launch(processes, *words, launch_file=launch_file)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -29,6 +27,16 @@ def test_one_process(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
         "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), max_steps=1
     )
     assert "(1 process on cpu)" in launch(1, "sft", file, launch_file=launch_file)
+
+
+def test_python_itself_starts_them(recipe, tiny_llama, few_pairs, tmp_path):
+    """Nothing forked, as users start it; all other tests here fork (tests/forked.py)."""
+    file = recipe(
+        "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), max_steps=1
+    )
+    command = [sys.executable, *forked.launch_command(2, "sft", file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0 and "(2 processes on cpu)" in done.stdout, done.stderr[-3000:]
 
 
 def test_two_processes_train_what_one_does(recipe, tiny_llama, few_pairs, tmp_path):
@@ -62,28 +70,12 @@ def test_two_machines(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
     file = recipe(
         "dpo", output_dir=str(out), model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=True, lora_r=4
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
-    command += [
-        "--num_machines",
-        "2",
-        "--main_process_ip",
-        "127.0.0.1",
-        "--main_process_port",
-        str(port),
-        "--num_processes",
-        "2",
-    ]
-    machines = [
-        subprocess.Popen([*command, "--machine_rank", str(rank), "-m", "rlhf", "dpo", file], text=True, cwd=ROOT,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    shown = [machine.communicate(timeout=300) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], shown[0][1][-3000:]
-    assert "(2 processes on cpu)" in shown[0][0] and "===" not in shown[1][0]  # only one process speaks
+    command = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "launch" / launch_file, "--num_machines", 2,
+               "--main_process_ip", "127.0.0.1", "--main_process_port", forked.free_port(), "--num_processes", 2]  # fmt: skip
+    started = [forked.start(*command, "--machine_rank", rank, "-m", "rlhf", "dpo", file) for rank in (0, 1)]
+    machines = [forked.finish(machine) for machine in started]
+    assert [machine.returncode for machine in machines] == [0, 0], machines[0].stderr[-3000:]
+    assert "(2 processes on cpu)" in machines[0].stdout and "===" not in machines[1].stdout  # only one process speaks
     assert json.loads((out / "complete.json").read_text())["steps"] == 3
     assert read_metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -104,9 +96,6 @@ def test_a_mistake_is_told_once(recipe, tiny_llama, few_pairs, tmp_path):
     file = recipe(
         "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), learing_rate=1
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
-    done = subprocess.run(
-        [*command, "--num_processes", "2", "-m", "rlhf", "sft", file], capture_output=True, text=True, timeout=120
-    )
+    done = forked.launch(2, "sft", file)
     assert done.returncode != 0
     assert done.stderr.count("unknown key 'learing_rate'; did you mean 'learning_rate'?") == 1

@@ -3,19 +3,16 @@
 The ranks are started by hand, as nodes are: no launcher kills the others.
 """
 
-import os
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import finish, free_port, start
 
 from rlhf.distributed.processes import on_main
 from rlhf.errors import RankFailed, UserError
 
-ROOT = Path(__file__).parent.parent.parent
 WORKER = str(Path(__file__).parent / "failing_worker.py")
 
 
@@ -25,19 +22,11 @@ def may_mount():
     ).returncode  # fmt: skip
 
 
-def start_both(fault, recipe, before=()):
-    """[(exit code, stdout, stderr)] of ranks 0 and 1; `before` is a command that runs a shell with both inside."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    out = Path(recipe).parent
-    one = f"RANK=$r LOCAL_RANK=$r {sys.executable} {WORKER} {fault} sft {recipe} > {out}/out$r 2> {out}/err$r; echo $? > {out}/code$r"
-    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = f"for r in 0 1; do ( {one} ) & done; wait"
-    done = subprocess.run([*before, "sh", "-c", both], cwd=ROOT, env=env, timeout=240)
-    assert done.returncode == 0
-    read = lambda name, r: (out / f"{name}{r}").read_text()  # noqa: E731
-    return [(int(read("code", r)), read("out", r), read("err", r)) for r in (0, 1)]
+def start_both(fault, recipe):
+    """[(exit code, stdout, stderr)] of ranks 0 and 1."""
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [start(WORKER, fault, "sft", recipe, env=env | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
+    return [(done.returncode, done.stdout, done.stderr) for done in map(finish, both)]
 
 
 def messages(text):
@@ -82,8 +71,11 @@ def written(recipe, tiny_llama, few_pairs, tmp_path):
 def test_full_disk(written, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = f'mount -t tmpfs -o size=64m tmpfs {disk}; exec "$@"'
-    main, other = start_both("full_disk", written, ["unshare", "-m", "sh", "-c", mount, "sh"])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
+    try:
+        main, other = start_both("full_disk", written)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
     assert (main[0], other[0]) == (1, 1), main[2][-3000:]
     assert len(messages(main[2])) == 1 and "No space left on device" in messages(main[2])[0], main[2][-3000:]
     assert "fix it and run the same command to resume" in messages(main[2])[0]

@@ -4,10 +4,9 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -30,9 +29,8 @@ def train(layout, stage, model, packed, kind, folder):
     folder.mkdir(exist_ok=True)
     (folder / "launch.yaml").write_text(yaml.safe_dump(COMMON | LAYOUTS[layout]))
     out = folder / f"{packed}.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    command += ["--num_processes", "2", str(WORKER), stage, model, packed, kind, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    words = (stage, model, packed, kind, out)
+    done = forked.launch(2, *words, launch_file=folder / "launch.yaml", program=(WORKER,))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 

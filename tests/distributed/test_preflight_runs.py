@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import finish, free_port, launch, launch_command, run, start
 
 ROOT = Path(__file__).parent.parent.parent
 WORKER = str(Path(__file__).parent / "preflight_worker.py")
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
 
 
 def can_mount():
@@ -31,29 +31,15 @@ def can_make_hosts():
 needs_mount = pytest.mark.skipif(shutil.which("unshare") is None or not can_mount(), reason="may not mount (no root)")
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def run_ranks(*words, ranks=(0, 1), trouble="", before=(), world=2, **env):
-    """Start ranks as a launcher does; returns [(exit code, stdout, stderr)]."""
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [*before, sys.executable, WORKER, *map(str, words)], text=True, cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                 "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TROUBLE": trouble, **env},
-        )
+def run_ranks(*words, ranks=(0, 1), trouble="", before=((), ()), world=2, **env):
+    """Start ranks as a launcher does, with `before[rank]` called in each; returns [(exit code, stdout, stderr)]."""
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port()), "TROUBLE": trouble} | env  # fmt: skip
+    started = [
+        start(WORKER, *words, env={"LOCAL_RANK": str(rank)} | common | {"RANK": str(rank)}, before=before[rank])
         for rank in ranks
-    ]  # fmt: skip
-    try:
-        return [(p.wait(timeout=60), *p.communicate()) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    ]
+    return [(done.returncode, done.stdout, done.stderr) for done in map(finish, started)]
 
 
 def row(shown, check):
@@ -73,9 +59,7 @@ def dpo(recipe, tiny_llama, few_pairs, tmp_path):
 
 
 def test_all_well_under_accelerate(dpo, tmp_path):
-    done = subprocess.run(
-        [*ACCELERATE, "--num_processes", "2", "-m", "rlhf", "preflight", dpo], capture_output=True, text=True, cwd=ROOT
-    )
+    done = launch(2, "preflight", dpo)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" check ") == 1  # one table, of one process
     assert row(done.stdout, "all-reduce") == ("ok", "the sum is exact over 2 processes (gloo)")
@@ -102,16 +86,23 @@ def test_other_version_on_one_rank(dpo):
 
 
 def test_rank_that_never_comes(dpo):
-    (code, shown, said), *_ = run_ranks(dpo, "--timeout_s", 2, ranks=(0,))
+    """Not forked: before torch is imported, its own log of a connection that fails is turned off."""
+    env = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    command = [sys.executable, WORKER, dpo, "--timeout_s", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | env, timeout=300)
+    code, shown, said = done.returncode, done.stdout, done.stderr
     expected = f"rlhf: {socket.gethostname()} (rank 1) did not come within 2 s ('start'; 1 of 2 processes did); "
     assert (code, shown) == (2, "") and said.startswith(expected)
 
 
 def test_rank_that_starts_and_never_comes_under_accelerate(dpo):
-    done = subprocess.run(
-        [*ACCELERATE, "--num_processes", "3", WORKER, dpo, "--timeout_s", "10"], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "TROUBLE": "never_comes"}, timeout=90,
-    )  # fmt: skip
+    done = run(*launch_command(3, dpo, "--timeout_s", "10", program=(WORKER,)), env={"TROUBLE": "never_comes"})
     assert done.returncode == 1  # the launcher's own code for any failure
     assert (
         f"rlhf: {socket.gethostname()} (rank 1) did not come within 10 s ('start'; 2 of 3 processes did)" in done.stderr
@@ -132,7 +123,7 @@ def test_name_that_cant_be_resolved(dpo):
 
 
 def test_all_reduce_that_hangs(dpo):
-    both = run_ranks(dpo, "--timeout_s", 4, trouble="hangs_in_all_reduce")
+    both = run_ranks(dpo, "--timeout_s", 10, trouble="hangs_in_all_reduce")
     assert [code for code, _, _ in both] == [2, 2]
     shown = both[0][1]
     assert row(shown, "all-reduce")[0] == "error"
@@ -184,11 +175,8 @@ def test_disk_that_wont_do(options, expected, recipe, tiny_llama, few_pairs, tmp
     file = recipe(
         "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out / "sft"), use_peft=True
     )
-    fill = "head -c 4096 /dev/zero > $0/full;" if "4k" in options else ""
-    mount = f'mount -t tmpfs -o {options} tmpfs "$0"; {fill} exec "$@"'
-    (code, shown, _), *_ = run_ranks(
-        file, "--quick", ranks=(0,), world=1, before=["unshare", "-m", "sh", "-c", mount, str(out)]
-    )
+    mount = (WORKER, "other_disk", out, options, "full" if "4k" in options else "")
+    (code, shown, _), *_ = run_ranks(file, "--quick", ranks=(0,), world=1, before=(mount,))
     assert (code, row(shown, "output folder")[0]) == (2, "error")
     assert expected in shown, shown
 
@@ -221,24 +209,41 @@ def two_hosts():
             shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
 
 
-def on_two_hosts(two_hosts, *words, **env):
+def launch_on_two_hosts(two_hosts, *words):
     processes = [
         subprocess.Popen(
-            [*two_hosts[machine], *ACCELERATE, "--num_machines", "2", "--machine_rank", str(machine), "--main_process_ip",
-             "10.99.0.1", "--main_process_port", "29555", "--num_processes", "2", WORKER, *map(str, words)],
-            text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env},
+            [*two_hosts[machine], sys.executable, *launch_command(2, *words, program=(
+                "--num_machines", "2", "--machine_rank", str(machine), "--main_process_ip", "10.99.0.1",
+                "--main_process_port", "29555", WORKER))],
+            text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for machine in range(2)
     ]  # fmt: skip
     try:
-        return [(p.wait(timeout=90), *p.communicate()) for p in processes]
+        return [(p.wait(timeout=300), *p.communicate()) for p in processes]
     finally:
         for process in processes:
             process.kill()
 
 
-def test_two_hosts_tell_interface_and_clocks(two_hosts, dpo):
-    both = on_two_hosts(two_hosts, dpo)
+def fork_on_two_hosts(two_hosts, *words, **env):
+    """Ranks that enter the namespaces of a process on each host."""
+    on_host = [
+        subprocess.Popen([*host, "sh", "-c", "echo here; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for host in two_hosts
+    ]
+    try:
+        assert [process.stdout.readline() for process in on_host] == [b"here\n"] * 2
+        before = [(WORKER, "enter", process.pid) for process in on_host]
+        return run_ranks(*words, before=before, MASTER_ADDR="10.99.0.1", LOCAL_WORLD_SIZE="1", LOCAL_RANK="0", **env)
+    finally:
+        for process in on_host:
+            process.communicate()  # its standard input ends, and so does it
+
+
+@pytest.mark.parametrize("start", [fork_on_two_hosts, pytest.param(launch_on_two_hosts, marks=pytest.mark.slow)])
+def test_two_hosts_tell_interface_and_clocks(start, two_hosts, dpo):
+    both = start(two_hosts, dpo)
     assert [code for code, _, _ in both] == [0, 0], both
     shown = both[0][1]
     assert shown.startswith(f"{dpo}: 2 processes on 2 hosts")
@@ -249,8 +254,8 @@ def test_two_hosts_tell_interface_and_clocks(two_hosts, dpo):
 
 
 def test_two_hosts_whose_clocks_differ(two_hosts, dpo):
-    both = on_two_hosts(two_hosts, dpo, "--quick", TROUBLE="other_clock")
-    assert [code for code, _, _ in both] == [1, 1]
+    both = fork_on_two_hosts(two_hosts, dpo, "--quick", trouble="other_clock")
+    assert [code for code, _, _ in both] == [2, 2]
     assert "error    n2: its clock is 120.0 s behind n1's\n" in both[0][1]
 
 
@@ -259,8 +264,8 @@ def test_host_whose_name_is_a_loopback_address(two_hosts, dpo):
     for i in (1, 2):
         hosts = Path(f"/etc/netns/{two_hosts[i - 1][3]}/hosts")
         hosts.write_text(hosts.read_text().replace(f"10.99.0.{i} n{i}", f"127.0.1.1 n{i}"))
-    both = on_two_hosts(two_hosts, dpo, "--quick")
-    assert [code for code, _, _ in both] == [1, 1]
+    both = fork_on_two_hosts(two_hosts, dpo, "--quick")
+    assert [code for code, _, _ in both] == [2, 2]
     assert "n1 (rank 0), n2 (rank 1): the host's own name means 127.0.1.1 there\n" in both[0][1]
     assert "-> on n1: export GLOO_SOCKET_IFNAME=v1; on n2: export GLOO_SOCKET_IFNAME=v2 (or mend" in both[0][1]
     assert row(both[0][1], "all-reduce")[1] == "not tried: the errors above come first"

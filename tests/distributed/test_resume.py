@@ -2,25 +2,21 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rlhf.runs.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent.parent
 slow = pytest.mark.slow
 
 
 def start(launch_file, processes, recipe):
     """Exit code and what was shown."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / launch_file)]
-    command += ["--num_processes", str(processes), "-m", "rlhf", "dpo", recipe]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = forked.launch(processes, "dpo", recipe, launch_file=launch_file)
     return done.returncode, done.stdout + done.stderr
 
 

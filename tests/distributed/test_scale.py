@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,17 +22,20 @@ CASES = [
 @pytest.mark.parametrize(
     ("words", "runs"), CASES, ids=["dpo", "sft and reward", "qlora", "offload", "4-bit reference", "full, 4 processes"]
 )
-def test_scale_proof(words, runs, tiny_llama, llama_64, tmp_path):
+def test_scale_proof(words, runs, tiny_llama, llama_64, forks, monkeypatch, capsys):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("the extra `deepspeed` is not installed")
     if shutil.which("g++") is None:
         pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
     model = llama_64 if "dpo-nf4" in words else tiny_llama  # as wide as bitsandbytes' blocks
-    command = [sys.executable, str(ROOT / "bench" / "scale_proof.py"), "--model", model, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = [line for line in done.stdout.splitlines() if re.match(r"(sft|reward|dpo)", line)]
-    assert len(rows) == runs and "equal" in done.stdout.splitlines()[-1] and "NOT" not in done.stdout
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import scale_proof
+
+    monkeypatch.setattr(sys, "argv", ["scale_proof.py", "--model", model, *words])
+    assert scale_proof.main() == 0
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if re.match(r"(sft|reward|dpo)", line)]
+    assert len(rows) == runs and "equal" in shown.splitlines()[-1] and "NOT" not in shown
 
 
 def test_it_can_fail(monkeypatch, capsys):

@@ -54,7 +54,7 @@ def daemon():
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     found = Docker(host)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while found("info", check=False).returncode != 0:
         if process.poll() is not None or time.monotonic() > end:
             process.kill()

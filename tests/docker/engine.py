@@ -48,7 +48,7 @@ class Docker:
                     "--tag", tag, *words, context, timeout=1800)  # fmt: skip
         return time.monotonic() - start, done.stderr
 
-    def wait(self, name, seconds=120) -> int:
+    def wait(self, name, seconds=600) -> int:
         """The exit code of a container."""
         return int(self("wait", name, timeout=seconds).stdout)
 
@@ -57,7 +57,7 @@ class Docker:
         return done.stdout + done.stderr
 
 
-def until(holds, seconds=90, say=lambda: ""):
+def until(holds, seconds=600, say=lambda: ""):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not after {seconds} s: {say()[-3000:]}"

@@ -29,6 +29,10 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from forked import import_all  # noqa: E402
+
 LAUNCH = ("", "ddp.yaml", "zero2.yaml", "fsdp2.yaml")  # '': one process
 STEPS, SAVE_EVERY = 12, 3
 ATTEMPTS = 4  # a run must be complete after so many more starts
@@ -398,8 +402,7 @@ def write_recipe(folder: Path, model: str, data: str) -> Path:
 def run_faults(folder: Path, model: str, data: str, count: int, seed: int, tell=print) -> list[str]:
     """Inject `count` faults, in turns under each launch file; what went wrong, a line each."""
     launch_files = usable_launch_files(tell)
-    for name in ("trl.trainer.dpo_trainer", "rlhf.training.dpo", "rlhf.runs.checkpointing"):
-        importlib.import_module(name)  # once, before the first fork
+    import_all()  # once, before the first fork
     recipe = write_recipe(folder, model, data)
     whole = {}
     for launch in launch_files:

@@ -2,10 +2,10 @@
 
 import io
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from test_terminal import Terminal
@@ -17,8 +17,7 @@ from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 
 
 def chat(*words, typed=None):
-    command = [sys.executable, "-m", "rlhf", "chat", *words, "--max_new_tokens", "5"]
-    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=120)
+    return forked.run("-m", "rlhf", "chat", *words, "--max_new_tokens", "5", typed=typed or "")
 
 
 def test_one_prompt_one_answer(tiny_llama):

@@ -267,15 +267,15 @@ RUNS = (
     Defect(
         "checksums-not-verified", "a checkpoint's checksums are written and never compared",
         "rlhf/runs/checkpoints.py",
-        "damage = checkpoint_damage(path, verify)",
-        "damage = checkpoint_damage(path)",
+        "_file_damage(folder, name, noted, verify and number % parts == part)",
+        "_file_damage(folder, name, noted, False)",
         ("tests/runs/test_checkpoint.py::test_a_changed_bit_is_found_when_the_content_is_read",),
     ),
     Defect(
         "resume-from-damaged", "a run resumes from its newest checkpoint without reading it",
         "rlhf/runs/resume.py",
-        "found[0] = newest_checkpoint(run.folder, verify=True, tell=",
-        "found[0] = newest_checkpoint(run.folder, tell=",
+        "checkpoint_damage(Path(path), verify=True, part=rank(), parts=world_size())",
+        "checkpoint_damage(Path(path))",
         ("tests/runs/test_checkpoint.py::test_a_run_resumes_from_a_checkpoint_that_it_has_read",),
     ),
     Defect(

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -89,14 +88,11 @@ def test_another_run_in_the_folder_is_a_mistake(asked, tmp_path):
 
 
 def test_it_takes_no_time(asked, tmp_path):
-    """A batch script asks several times; half a second is Python's start and YAML with room to spare."""
-    before = time.monotonic()
-    code = (
-        "import sys; from rlhf.__main__ import main; main(['status', sys.argv[1]]); assert 'torch' not in sys.modules"
-    )
+    """A batch script asks several times: what would take seconds is not imported."""
+    heavy = {"torch", "transformers", "datasets", "numpy"}
+    code = f"import sys; from rlhf.__main__ import main; main(['status', sys.argv[1]]); assert not {heavy} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - before < 5
     assert "not begun" in done.stdout
 
 

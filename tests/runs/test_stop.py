@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_a_second_run_is_refused_while_one_writes(recipe, tiny_llama, few_pairs,
     found = []
 
     def second():
-        done = subprocess.run([sys.executable, "-m", "rlhf", "dpo", file], cwd=ROOT, capture_output=True, text=True)
+        done = forked.run("-m", "rlhf", "dpo", file)
         found.append((done.returncode, done.stderr))
 
     with monkeypatch.context() as patched:
@@ -262,14 +263,13 @@ def test_fresh_begins_in_a_new_folder(recipe, tiny_llama, few_pairs, tmp_path, c
 
 def test_the_watchdog_ends_a_process_that_hangs_and_shows_where():
     code = "import time; from rlhf.runs.stop import watch; watch(60); watch(0.5)\ndef hang(): time.sleep(60)\nhang()"
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and time.monotonic() - started < 30
+    assert done.returncode == 1  # and not the 0 of its own end after a minute
     assert "Timeout" in done.stderr and "in hang" in done.stderr
 
 
 def test_the_watchdog_can_be_called_off():
-    code = "import time; from rlhf.runs.stop import watch; watch(0.3); watch(None); time.sleep(0.6); print('alive')"
+    code = "import time; from rlhf.runs.stop import watch; watch(3); watch(None); time.sleep(3.5); print('alive')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "alive\n"
 
 
@@ -280,22 +280,22 @@ def test_two_processes_stop_at_the_same_step(to, number, recipe, tiny_llama, few
     file = recipe(
         "dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), max_steps=3000, **LORA
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "ddp.yaml")]
-    run = subprocess.Popen([*command, "-m", "rlhf", "dpo", file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)  # fmt: skip
+    run = forked.start(*forked.launch_command(2, "dpo", file), stderr=subprocess.STDOUT)
     shown = []
     reader = threading.Thread(target=lambda: shown.append(run.stdout.read()))
     reader.start()
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while len(read_metrics(out)) < 3 and time.monotonic() < end and run.poll() is None:
             time.sleep(0.1)
-        workers = [child.pid for child in psutil.Process(run.pid).children()]
-        assert len(workers) == 2, shown
-        os.kill(run.pid if to == "launcher" else workers[1], number)
-        assert run.wait(timeout=120) != 0
+        same = [p for p in psutil.process_iter(["cmdline"]) if file in (p.info["cmdline"] or ())]
+        second = [p for p in same if p.environ().get("RANK") == "1"]
+        assert len(second) == 1, shown
+        os.kill(run.pid if to == "launcher" else second[0].pid, number)
+        assert run.wait(timeout=600) != 0
     finally:
-        run.kill()
-        reader.join(timeout=30)
+        run.terminate()  # and not kill: it ends its ranks
+        reader.join(timeout=300)
     steps = json.loads((out / "stopped.json").read_text())["step"]
     assert f"Stopped after step {steps} of 3000 ({number.name})" in shown[0]
     assert ("exitcode  : 85" if to == "second process" else "got signal: 15") in shown[0]
@@ -323,5 +323,5 @@ def test_one_of_several_processes_leaves_without_a_tear_down(processes, tmp_path
                          env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes)})
         for rank in range(processes)
     ]  # fmt: skip
-    ends = [(each.communicate(timeout=60)[0], each.returncode) for each in started]
+    ends = [(each.communicate(timeout=600)[0], each.returncode) for each in started]
     assert ends == [("last words registered\n", 85 if processes > 1 else -signal.SIGABRT)] * processes

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import math
-import multiprocessing
 import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from datasets import Dataset
@@ -125,13 +125,11 @@ def _write_and_read(folder, start):
 
 
 def test_two_runs_share_a_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    runs = [context.Process(target=_write_and_read, args=(str(tmp_path), start)) for start in (0, 40)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-    assert [run.exitcode for run in runs] == [0, 0]
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_reference as t; t._write_and_read"
+    )
+    runs = [forked.start("-c", f"{code}({str(tmp_path)!r}, {start})") for start in (0, 40)]
+    assert [forked.finish(run).returncode for run in runs] == [0, 0]
     want = some(100, 2)
     for start in (0, 40):
         for i in range(20):
@@ -303,13 +301,13 @@ def test_reference_key_of_an_adapter_that_goes_on(tiny_llama):
     assert len({key(), key(reference=0.2), key(alpha=16)}) == 3
 
 
-def test_4_bit_weights_have_a_key_of_their_own(smollm2):
+def test_4_bit_weights_have_a_key_of_their_own(llama_64):
     pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
     from transformers import BitsAndBytesConfig
 
     def key(**options):
         config = BitsAndBytesConfig(load_in_4bit=True, **options)
-        return reference_key(AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config), "packed")
+        return reference_key(AutoModelForCausalLM.from_pretrained(llama_64, quantization_config=config), "packed")
 
     nf4 = key(bnb_4bit_quant_type="nf4")
     assert nf4 == key(bnb_4bit_quant_type="nf4")
@@ -377,7 +375,9 @@ def test_held_out_rows_have_their_reference_too(recipe, tiny_llama, few_pairs, t
         assert both["cached"][name] == pytest.approx(both["online"][name], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "aot", "sigmoid_norm"])
+@pytest.mark.parametrize(
+    "loss_type", ["sigmoid", "aot", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "sigmoid_norm"))]
+)
 def test_cached_and_online_train_alike(loss_type, recipe, tiny_llama, few_pairs, tmp_path):
     runs = []
     for way in ("cached", "online"):

@@ -56,6 +56,17 @@ def sft_adapter(recipe, tiny_llama, few_pairs, tmp_path):
     return str(tmp_path / "sft-adapter")
 
 
+@pytest.fixture(scope="module")
+def policies(recipe_in, tiny_llama, few_pairs, tmp_path_factory):
+    """Both, for tests that only read them: {"merged": …, "adapter": …}."""
+    folder = tmp_path_factory.mktemp("policies")
+    for kind, merge in (("merged", True), ("adapter", False)):
+        file = recipe_in(folder, "sft", name=kind, model_name_or_path=tiny_llama, dataset_name=few_pairs,
+                         output_dir=str(folder / kind), merge_adapter=merge, **LORA)  # fmt: skip
+        run("sft", file)
+    return {kind: str(folder / kind) for kind in ("merged", "adapter")}
+
+
 def test_sft_writes_a_model_that_plain_transformers_loads(sft_model, tiny_llama, capsys):
     folder = Path(sft_model)
     names = {f.name for f in folder.iterdir()}
@@ -135,9 +146,9 @@ DPO_WAYS = {
 
 
 @pytest.mark.parametrize("way", DPO_WAYS)
-def test_dpo_starts_at_ln2_from_exactly_the_sft_policy(way, request, recipe, few_pairs, tmp_path):
+def test_dpo_starts_at_ln2_from_exactly_the_sft_policy(way, policies, recipe, few_pairs, tmp_path):
     kind, options = DPO_WAYS[way]
-    policy = request.getfixturevalue("sft_model" if kind == "merged" else "sft_adapter")
+    policy = policies[kind]
     out = tmp_path / "dpo"
     run("dpo", recipe("dpo", model_name_or_path=policy, dataset_name=few_pairs, output_dir=str(out), **options))
     metrics = [m for m in read_metrics(out) if "loss" in m]
