@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -82,11 +81,10 @@ def test_fsdp2_holds_no_unsharded_gradients(lora, recipe, tiny_llama, few_pairs,
                   global_batch_size=6, max_tokens_per_device=700, use_cpu=True, **(adapter | {"max_steps": 1}))  # fmt: skip
     lines = Path(file).read_text().splitlines(keepends=True)
     Path(file).write_text("".join(line for line in lines if not line.startswith("per_device")))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "fsdp2.yaml"),
-               "--num_processes", "2", str(Path(__file__).parent / "gradients_worker.py"), str(tmp_path / "found.json"), "dpo", file]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    worker, found = str(Path(__file__).parent / "gradients_worker.py"), tmp_path / "found.json"
+    done = forked.launch(2, found, "dpo", file, launch_file="fsdp2.yaml", program=(worker,))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads(found.read_text())
     everything = 4 * found["trained"]
     if lora:
         assert (found["unsharded"], found["sharded"]) == (everything, 0)

@@ -301,8 +301,8 @@ RUNS = (
     Defect(
         "two-runs-in-a-folder", "two runs may write the same folder at a time",
         "rlhf/files.py",
-        "while not lock_file(self.file) and attempts:",
-        "while not lock_file(self.file, shared=True) and attempts:",
+        "if lock_file(self.file):",
+        "if lock_file(self.file, shared=True):",
         ("tests/runs/test_checkpoint.py::test_two_runs_cannot_write_one_folder",),
     ),
     Defect(
