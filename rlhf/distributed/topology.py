@@ -79,7 +79,7 @@ def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.strip().isdecimal():
         raise UserError(
-            f"the environment's {name} is {quote(value)}; expected a whole number, as accelerate launch sets it"
+            f"the environment's {name} is {quote(value)}; expected an integer, as accelerate launch sets it"
         )
     return int(value)
 
@@ -147,7 +147,7 @@ class _File:
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise UserError(
-                f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(value)}; expected a whole number from {low} to {high}"
+                f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(value)}; expected an integer from {low} to {high}"
             )
         return value
 

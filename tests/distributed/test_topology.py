@@ -132,7 +132,7 @@ def test_check_takes_a_launch_file(recipe, tiny_llama, few_pairs, tmp_path, caps
     assert main(["dpo", file, "--check", *words]) == 2
     assert "zero3_offload.yaml keeps the optimizer in the machine's memory" in capsys.readouterr().err
     assert main(["dpo", file, *words]) == 2
-    assert "--launch goes with --check; to train: accelerate launch --config_file" in capsys.readouterr().err
+    assert "--launch needs --check; to train: accelerate launch --config_file" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

@@ -47,7 +47,7 @@ def test_without_packing_it_needs_a_gpu(recipe, name):
     )
     with pytest.raises(UserError) as caught:
         build_configs(load_recipe(file, "sft"))
-    assert str(caught.value).endswith(f": {name} needs a GPU, and this run is on the CPU; remove it")
+    assert str(caught.value).endswith(f": {name} needs a GPU, but this run is on the CPU; remove it")
 
 
 def test_the_kernel_of_a_gpu_is_named(monkeypatch):
