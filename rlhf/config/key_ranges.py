@@ -135,7 +135,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 _KERNEL = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:\w+)?")
 
 _WRONG = object()
-_TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "None": "null",
+_TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "None": "null",
                "list": "a list", "dict": "a mapping"}  # fmt: skip
 _LOSSES_OF_OTHERS = {
     "simpo": "SimPO has no reference model and is not one of TRL's DPO losses; the closest are `sigmoid_norm` (averages over the "

@@ -39,12 +39,12 @@ def is_reward_model(name: str) -> bool:
     return False
 
 
-def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
+def locate(name: str, where: str, made_by: str = "", say=print) -> str:
     """Check that a model is there before anything loads, and fetch the embedded one.
 
     Args:
         name: `embedded:…`, a local folder, or a hub id.
-        asked_by: `recipe:line` where the name was given.
+        where: `recipe:line` where the name was given.
         made_by: the command that makes this folder, if it is known.
 
     Returns:
@@ -56,10 +56,10 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
     name = embedded.resolve(name, say)
     path = Path(name).expanduser()
     if os.path.isdir(path):
-        check_model_folder(path, asked_by, made_by)
+        check_model_folder(path, where, made_by)
         return str(path.resolve())
     if made_by:
-        raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")
+        raise UserError(f"{where}: no model at {name}; it is made by: {made_by}")
     from transformers import AutoConfig
 
     try:
@@ -69,7 +69,7 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
             return name
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{asked_by}: '{name}' is no local folder, and could not be loaded from the hub: {reason}"
+            f"{where}: '{name}' is no local folder, and could not be loaded from the hub: {reason}"
         ) from None
     return name
 
@@ -77,11 +77,11 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
-def check_model_folder(folder: Path, asked_by: str, made_by: str = "") -> None:
+def check_model_folder(folder: Path, where: str, made_by: str = "") -> None:
     """Refuse a folder whose model can't be loaded.
 
     Args:
-        asked_by: `recipe:line` where the folder was named.
+        where: `recipe:line` where the folder was named.
         made_by: the command that makes it, if it is known.
 
     Raises:
@@ -91,19 +91,19 @@ def check_model_folder(folder: Path, asked_by: str, made_by: str = "") -> None:
     config = "adapter_config.json" if is_adapter else "config.json"
     if not os.path.lexists(folder / config):
         hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
-        raise UserError(f"{asked_by}: {folder} holds no finished model (no config.json or adapter_config.json){hint}")
+        raise UserError(f"{where}: {folder} holds no finished model (no config.json or adapter_config.json){hint}")
     values = read_json(folder / config)
     again = f"run: {made_by}" if made_by else "write or copy the model again, with safetensors"
     if values is None:
-        raise UserError(f"{asked_by}: {folder / config} can't be read as a JSON object; {again}")
+        raise UserError(f"{where}: {folder / config} can't be read as a JSON object; {again}")
     base = values.get("base_model_name_or_path")
     if is_adapter and not isinstance(base, str):
         raise UserError(
-            f"{asked_by}: {folder / config}: 'base_model_name_or_path' is {quote(base)}, expected a text; {again}"
+            f"{where}: {folder / config}: 'base_model_name_or_path' is {quote(base)}, expected a string; {again}"
         )
     damage = weights_damage(folder, "adapter_model" if is_adapter else "model")
     if damage:
-        raise UserError(f"{asked_by}: {damage}; {again}")
+        raise UserError(f"{where}: {damage}; {again}")
 
 
 def weights_damage(folder: Path, stem: str) -> str:

@@ -73,7 +73,7 @@ YAML = {
     "directive": ("%YAML 9.9", "#:5:1: not valid YAML: found incompatible YAML document"),
     "inner key twice": ("lr_scheduler_kwargs: {a: 1, a: 2}", "#:5: 'lr_scheduler_kwargs' sets 'a' twice; keep one"),
     "long text": (f"loss_type: {'x' * 100_000}", "#:5: 'loss_type' is 'xxxxxxxx"),
-    "long list": (f"run_name: [{'x, ' * 20_000}]", "#:5: 'run_name' is ['x', 'x', 'x', 'x', 'x', 'x', ...]; expected a text or null"),
+    "long list": (f"run_name: [{'x, ' * 20_000}]", "#:5: 'run_name' is ['x', 'x', 'x', 'x', 'x', 'x', ...]; expected a string or null"),
     "UTF-16": ("stage: dpo".encode("utf-16"), "#: UTF-16, not UTF-8 text; save the recipe as UTF-8"),
     "binary": (bytes(range(256)), "#: not UTF-8 text (byte 128)"),
     "zeros": (bytes(100), "#:1: not valid YAML: character #x0000 is not allowed"),

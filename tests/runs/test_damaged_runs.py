@@ -282,7 +282,7 @@ def weights(path, cut=None):
         (lambda f: os.unlink(f / "model.safetensors"), "has no model.safetensors"),
         (lambda f: (os.unlink(f / "model.safetensors"), (f / "model.safetensors").symlink_to("gone")), "is missing (a link"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are not read ('pytorch_model.bin'"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), "'base_model_name_or_path' is None, expected a text"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "'base_model_name_or_path' is None, expected a string"),
     ],
 )  # fmt: skip
 def test_a_model_folder_that_cant_be_loaded_is_refused_by_its_file(tmp_path, change, problem):
