@@ -434,7 +434,7 @@ DAMAGED = {
     FSDP + "fsdp_config: [1]": "#:2: 'fsdp_config' is [1]; expected `key: value` lines below it",
     FSDP + "fsdp_config: {fsdp_version: x}": "#:2: fsdp_config.fsdp_version is 'x'; expected an integer from 1 to 2",
     "distributed_type: NO\nmain_process_ip: 2024-13-45": "#:2: 'main_process_ip' can't be read: month must be in 1..12",
-    "distributed_type: [NO]": "#: no launch file of accelerate's",
+    "distributed_type: [NO]": "#: not a launch file of accelerate",
     "distributed_type: MEGATRON_LM": "#:1: 'distributed_type' is 'MEGATRON_LM'; expected NO, MULTI_GPU",
     "distributed_type: NO\nmixed_precision: 7": "#:2: 'mixed_precision' is 7; expected no, bf16 or fp16",
     "distributed_type: NO\nparallelism_config: {parallelism_config_tp_size: x}": "#:2: parallelism_config.parallelism_config_tp_size is 'x'",
@@ -455,8 +455,8 @@ def test_damaged_launch_file(tmp_path, text):
 
 
 REFUSED_LAUNCHES = (
-    ("mixed_precision: fp8", {}, "asks for `mixed_precision: fp8`"),
-    ("parallelism_config: {parallelism_config_tp_size: 2}", {}, "asks for tensor parallelism, which is not supported"),
+    ("mixed_precision: fp8", {}, "sets `mixed_precision: fp8`"),
+    ("parallelism_config: {parallelism_config_tp_size: 2}", {}, "sets tensor parallelism, which is not supported"),
     ("parallelism_config: {parallelism_config_cp_size: 2, parallelism_config_sp_size: 4}", {}, "context and sequence parallelism"),
     ("mixed_precision: bf16", {"bf16": "false"}, "--bf16: the recipe sets `bf16: false`, but "),
     ("mixed_precision: fp16", {"bf16": "true"}, "--bf16: the recipe sets `bf16: true`, but "),
