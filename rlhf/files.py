@@ -49,7 +49,7 @@ def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def whole_number(value: Any) -> int | None:
+def non_negative_int(value: Any) -> int | None:
     """The value if it is an integer of at least 0, else None (`"two"`, NaN, true)."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 

@@ -78,7 +78,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def check_model_folder(folder: Path, where: str, made_by: str = "") -> None:
-    """Refuse a folder whose model can't be loaded.
+    """Reject a folder whose model can't be loaded.
 
     Args:
         where: `recipe:line` where the folder was given.
