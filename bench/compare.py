@@ -277,7 +277,7 @@ def check_variant(variant: str, expected: str | None, trainer) -> None:
 
 def watch_batches(trainer) -> list[dict[str, Any]]:
     """Note for each collated batch its real tokens, its padded size, and what a perfect layout has to compute."""
-    from rlhf.packing import lay_out
+    from rlhf.packing import packed_layout
 
     collate, seen = trainer.data_collator, []
 
@@ -288,7 +288,7 @@ def watch_batches(trainer) -> list[dict[str, Any]]:
         if mask is None:  # TRL's padding-free rows
             seen.append({"tokens": ids.numel(), "padded": ids.numel(), "segments": None, "scored": 0})
             return batch
-        layout = lay_out(ids, mask, "pairs" if "labels" not in batch else "rows")
+        layout = packed_layout(ids, mask, "pairs" if "labels" not in batch else "rows")
         answers = batch.get("completion_mask")
         if "labels" in batch:
             answers = batch["labels"] != -100

@@ -15,7 +15,7 @@ from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
-Align a language model with human preferences. The stages, in order, each fed by the one before:
+Align a language model with human preferences. The stages, in order; each uses the output of the one before:
 
   rlhf sft RECIPE.yaml        supervised fine-tuning: prompts and chosen answers -> the policy
   rlhf reward RECIPE.yaml     reward model: pairs of chosen and rejected answers -> a score for any answer
@@ -23,12 +23,12 @@ Align a language model with human preferences. The stages, in order, each fed by
   rlhf evaluate RECIPE.yaml   held-out losses, accuracies, win rate, answers side by side
   rlhf chat MODEL_DIR         talk to a model in the terminal
   rlhf report RUN_DIR         one self-contained HTML file about all stages of a run
-  rlhf status FOLDER          where the stages of a recipe folder (or of a run folder) stand
+  rlhf status FOLDER          the state of each stage of a recipe folder (or of a run folder)
 
 and around them:
 
   rlhf pairs DATASET          write accepted_data, rejected_data and preference_data.jsonl from any preference data
-  rlhf preflight RECIPE.yaml  before a long run: hosts, versions, network, disks and clocks of all processes; a table
+  rlhf preflight RECIPE.yaml  before a long run: check hosts, versions, network, disks and clocks of all ranks
   rlhf fetch                  fetch the embedded model (SmolLM2-135M-Instruct) into the cache
 
 A recipe's keys can be set on the command line: `rlhf dpo configs/quickstart/dpo.yaml --beta 0.2 --output_dir runs/b02`.
@@ -37,20 +37,20 @@ All stages of a folder, in order: `launch/pipeline.sh configs/quickstart [launch
 """
 
 
-# gloo and NCCL of a process that is gone
+# errors of gloo and NCCL when another rank has exited
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "remote process exited or there was a network error",
 )
 STATUS_HELP = (
-    "say in a line where the run stands; exit code 0: complete, 85: stopped when asked to, 1: interrupted, 3: not begun, "
-    "4: running"
+    "print the state of the run in one line; exit code 0: complete, 85: stopped on request, 1: interrupted, "
+    "3: not started, 4: running"
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse echoes a wrong word in full, however long it is."""
+    """An ArgumentParser with short errors: argparse repeats an invalid argument in full, however long it is."""
 
     def error(self, message: str):
         super().error(message if len(message) <= 400 else message[:399] + "…")
@@ -65,7 +65,7 @@ def number(kind: type, low: float, high: float):
         except ValueError:
             value = None
         if value is None or not low <= value <= high:  # NaN is neither
-            raise argparse.ArgumentTypeError(f"{quote(text)} is no number from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from {low:g} to {high:g}")
         return value
 
     return read
@@ -74,7 +74,7 @@ def number(kind: type, low: float, high: float):
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` says more")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` for details")
     titles = {"sft": "an SFT", "reward": "a reward-model", "dpo": "a DPO", "evaluate": "an evaluation"}
     for name, title in titles.items():
         stage = commands.add_parser(
@@ -84,32 +84,41 @@ def parser() -> argparse.ArgumentParser:
         )
         stage.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
         stage.add_argument("--status", action="store_true", help=STATUS_HELP)
-        stage.add_argument("--check", action="store_true", help="check recipe, data and output folder; train nothing")
+        stage.add_argument("--check", action="store_true", help="check recipe, data and output folder without training")
         if name != "evaluate":
-            stage.add_argument("--fresh", action="store_true", help="begin anew in a new folder; delete nothing")
-            stage.add_argument("--launch", metavar="FILE", help="with --check: check it under this launch file too")
+            stage.add_argument(
+                "--fresh", action="store_true", help="start from scratch in a new folder; delete nothing"
+            )
+            stage.add_argument(
+                "--launch", metavar="FILE", help="with --check: also check the recipe under this launch file"
+            )
         stage.add_argument(
             "--keys",
             action="store_true",
-            help="list all keys with types, choices, defaults and help; with a name, only keys like it",
+            help="list all keys with types, choices, defaults and help; with a name, only keys that contain it",
         )
     preflight = commands.add_parser(
         "preflight",
-        description="Look for what breaks long runs on clusters: hosts and versions that differ, all-reduce, shared disks, "
-        "clocks. Started as a stage is, under the same `accelerate launch`. Any key of the recipe can be given as --key value; "
-        "without a recipe only --output_dir.",
+        description="Check for what breaks long runs on clusters: hosts and versions that differ, all-reduce, shared "
+        "disks, clocks. Start it like a stage, under the same `accelerate launch`. Any key of the recipe can be given "
+        "as --key value; without a recipe only --output_dir.",
         allow_abbrev=False,
     )
     preflight.add_argument("recipe", metavar="RECIPE.yaml", nargs="?")
-    preflight.add_argument("--output_dir", metavar="DIR", help="where results would go; default: the recipe's, or here")
-    preflight.add_argument("--quick", action="store_true", help="leave the long measurements out")
     preflight.add_argument(
-        "--timeout_s", type=number(float, 1, 1e6), default=120.0, help="give up after so long what hangs (120)"
+        "--output_dir", metavar="DIR", help="output folder to check; default: the recipe's, or the current folder"
+    )
+    preflight.add_argument("--quick", action="store_true", help="skip the long measurements")
+    preflight.add_argument(
+        "--timeout_s",
+        type=number(float, 1, 1e6),
+        default=120.0,
+        help="time-out in seconds for each check (default 120)",
     )
     chat = commands.add_parser(
         "chat",
-        description="Talk to a finished model; /help inside tells the commands. What you paste is one message, Ctrl-C stops an "
-        "answer. Over a pipe each line is a message, and a block between two lines of three quotation marks is one too.",
+        description="Talk to a finished model; /help lists the commands. Pasted text is one message, Ctrl-C stops an "
+        "answer. From a pipe, each line is a message, and so is a block between two lines of three quotation marks.",
     )
     chat.add_argument(
         "model", metavar="MODEL_DIR",
@@ -118,38 +127,43 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", help="answer this one prompt and exit")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
-    chat.add_argument("--compare", metavar="MODEL_DIR", help="let a second model answer too")
+    chat.add_argument("--compare", metavar="MODEL_DIR", help="also print the answers of a second model")
     chat.add_argument(
         "--max_new_tokens",
         type=number(int, 1, 1e6),
         default=256,
-        help="the longest answer (256); one that is cut off there is marked",
+        help="maximum tokens per answer (default 256); an answer cut off there is marked",
     )
     chat.add_argument(
         "--temperature",
         type=number(float, 0, 100),
         default=0.0,
-        help="0 (default) is greedy: the same answer each time",
+        help="0 (default): greedy decoding, the same answer each time",
     )
     chat.add_argument(
         "--top_p",
         type=number(float, 1e-6, 1),
         default=0.95,
-        help="with a temperature: sample from the likeliest tokens that have this probability together (0.95)",
+        help="with --temperature: sample from the most likely tokens with this total probability (default 0.95)",
     )
     chat.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="with a temperature: the same seed, the same answers"
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="with --temperature: the same seed gives the same answers",
     )
-    status = commands.add_parser("status", description="A table of where the stages stand.")
+    status = commands.add_parser("status", description="Print a table with the state of each stage.")
     status.add_argument(
-        "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), or of runs, or a run"
+        "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), a folder of runs, or one run"
     )
     report = commands.add_parser("report", description="Write report.html about a run folder or a recipe folder.")
     report.add_argument("run", metavar="RUN_DIR", help="a folder with stage outputs (runs/quickstart) or with recipes")
     report.add_argument("--output", metavar="FILE", help="default: RUN_DIR/report.html")
-    pairs = commands.add_parser("pairs", description="Write the classic's three data files from any preference data.")
+    pairs = commands.add_parser(
+        "pairs", description="Write accepted_data, rejected_data and preference_data.jsonl from any preference data."
+    )
     pairs.add_argument("dataset", metavar="DATASET", help="embedded:sample, a file, a folder or a hub id")
-    pairs.add_argument("--split", help="which split, where there are several (default: train)")
+    pairs.add_argument("--split", help="split to read, if there are several (default: train)")
     pairs.add_argument("--limit", type=number(int, 1, 1e12), help="only the first N pairs")
     pairs.add_argument("--output_dir", default="data/processed")
     fetch = commands.add_parser("fetch", description="Fetch the embedded model into the cache (RLHF_CACHE).")
@@ -158,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code (2: a user's mistake, told in one sentence; 85: stopped when asked to)."""
+    """Run a subcommand; returns the exit code (2: user error, reported in one sentence; 85: stopped on request)."""
     top = parser()
     options, rest = top.parse_known_args(argv)
     if options.command is None:
@@ -186,17 +200,19 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code_stopped()
     except KeyboardInterrupt:
         resumes = options.command in ("sft", "reward", "dpo")
-        again = "; the same command goes on from the last checkpoint" if resumes else ""
+        again = "; run the same command to resume from the last checkpoint" if resumes else ""
         print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `rlhf … | head`: the reader has gone
+    except BrokenPipeError:  # `rlhf … | head`: the reader has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         from rlhf.files import is_disk_error
 
         if any(words in str(error) for words in LOST_PEER):
-            print(f"rlhf: process {rank()} ends: another one has ended, and tells why", file=sys.stderr)
+            print(
+                f"rlhf: rank {rank()} exits because another rank failed; see that rank's error message", file=sys.stderr
+            )
             return 1
         if not is_disk_error(error):
             raise
@@ -228,19 +244,18 @@ def wait_for_main() -> bool:
 def _quiet_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log file needs no ten bars a second
-    # bitsandbytes 0.50 says at import, on CPUs with AVX512-BF16, that the optional package `kernels` is missing
+        os.environ.setdefault("TQDM_MININTERVAL", "20")  # a log file doesn't need ten bars per second
+    # bitsandbytes 0.50 warns at import, on CPUs with AVX512-BF16, that the optional package `kernels` is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int | None:
-    """Import what the subcommand needs and call it; returns the exit code, where it has something to say."""
+    """Import what the subcommand needs and call it; returns its exit code, or None for 0."""
     if options.command in ("sft", "reward", "dpo", "evaluate"):
         return run_recipe(options, rest)
     elif options.command == "preflight":
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # who doesn't come is told in a sentence, not in C++ frames
+        # missing ranks are reported in one sentence; hide torch's C++ stack frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from rlhf.preflight.preflight import preflight
 
         if rest and not (options.recipe or "").endswith((".yaml", ".yml")):
@@ -280,7 +295,9 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
         )
         return None
     if not options.recipe:
-        raise UserError(f"which recipe? For example: rlhf {options.command} configs/quickstart/{options.command}.yaml")
+        raise UserError(
+            f"no recipe given; for example: rlhf {options.command} configs/quickstart/{options.command}.yaml"
+        )
     if rest and not options.recipe.endswith((".yaml", ".yml")):
         raise UserError(
             f"the recipe comes first: rlhf {options.command} RECIPE.yaml --key value (found {quote(options.recipe)})"
@@ -304,7 +321,7 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
 
     if options.launch and not options.check:
         raise UserError(
-            f"--launch goes with --check; to train: accelerate launch --config_file {options.launch} -m rlhf "
+            f"--launch needs --check; to train: accelerate launch --config_file {options.launch} -m rlhf "
             f"{options.command} {options.recipe}"
         )
     if options.check:
@@ -318,10 +335,10 @@ def print_keys(stage: str, wanted: list[str]) -> None:
     """List the keys of a stage with type, default, choices, range and help.
 
     Args:
-        wanted: only keys whose name holds one of these.
+        wanted: only keys whose name contains one of these.
 
     Raises:
-        UserError: no key does.
+        UserError: no key matches.
     """
     import textwrap
 
@@ -349,7 +366,7 @@ def print_keys(stage: str, wanted: list[str]) -> None:
 
 
 def command() -> None:
-    """The console script: `main`, and the end of the process."""
+    """Console script: run `main` and exit."""
     leave(main())
 
 

@@ -1,4 +1,4 @@
-"""How far a run is: a bar that fits the terminal, or, where there is none, plain lines for a log file."""
+"""Progress of a run: a bar that fits the terminal, or plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from rlhf.distributed.processes import is_main
 
-TELL_EVERY_S = 20.0  # of a bar, in a log file
-NEEDED = 3  # metrics that are shown at any width of 60 columns or more: loss, accuracy, tokens/s
+REPORT_EVERY_S = 20.0  # lines per bar in a log file
+NEEDED = 3  # metrics shown at any width of 60 columns or more: loss, accuracy, tokens/s
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: `0.4 s`, `23 s`, `4.2 min`, `3 h 12 min`."""
+    """A duration for people: `0.4 s`, `23 s`, `4.2 min`, `3 h 12 min`."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 0.95 else f"{seconds:.1f} s"
     if seconds < 3597:
@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min"
 
 
-# Key in the trainer's logs: its name, and its name where there is little room. The most important come first.
+# Key in the trainer's logs: its name, and its name where space is short. Most important first.
 METRICS = {
     "loss": ("loss", "loss"), "accuracy": ("pair acc", "acc"), "rewards/accuracies": ("pair acc", "acc"),
     "tokens_per_second": ("tokens/s", "tok/s"), "margin": ("margin", "margin"), "rewards/margins": ("margin", "margin"),
@@ -34,10 +34,10 @@ TIE = 1e-6  # a mean margin below this is rounding
 
 
 def metrics(logs: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is worth showing of the trainer's logs, the most important first: (text, shorter text)."""
+    """The trainer's metrics worth showing, most important first: (text, shorter text)."""
     order = list(METRICS)
     if not {"accuracy", "rewards/accuracies", "eval_accuracy", "eval_rewards/accuracies"} & set(logs):
-        order.insert(1, order.pop(order.index("mean_token_accuracy")))  # of SFT it is the accuracy
+        order.insert(1, order.pop(order.index("mean_token_accuracy")))  # SFT's only accuracy
     found = []
     for prefix, before in (("", ""), ("eval_", "held-out ")):
         for key in order:
@@ -45,7 +45,9 @@ def metrics(logs: dict[str, Any]) -> list[tuple[str, str]]:
                 continue
             value, (name, short) = float(logs[prefix + key]), METRICS[key]
             if key == "rewards/accuracies" and abs(float(logs.get(f"{prefix}rewards/margins", 1))) < TIE:
-                found.append((f"{before}{name} ties", f"{before}{short} ties"))  # still its reference: TRL counts 0
+                found.append(
+                    (f"{before}{name} ties", f"{before}{short} ties")
+                )  # the policy still equals its reference: TRL reports 0
                 continue
             if key == "tokens_per_second":
                 rounded = f"{value / 1000:,.1f}k" if value >= 10_000 else f"{value:,.0f}"
@@ -58,7 +60,7 @@ def metrics(logs: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def log_line(title: str, step: int, total: int, logs: dict[str, Any], seconds_left: float | None) -> str:
-    """One log of the trainer's as a line of a file: when, where, the metrics, the learning rate, the time left."""
+    """One log of the trainer as a line of a file: time, step, metrics, learning rate, time left."""
     parts = [long for long, _ in metrics(logs)]
     if "learning_rate" in logs:
         parts.append(f"lr {float(logs['learning_rate']):.2e}")
@@ -68,14 +70,16 @@ def log_line(title: str, step: int, total: int, logs: dict[str, Any], seconds_le
 
 
 def bar_line(width: int, title: str, step: int, total: int, left: str, parts: list[tuple[str, str]]) -> str:
-    """A bar and what is known, in `width` columns: names become short first, then the less important metrics are left out,
-    then the bar; loss, accuracy, tokens/s and the time stay as long as there is room for them."""
+    """A progress bar with metrics in `width` columns. If space is short: shorten names, then drop the less important
+    metrics, then the bar, and last of all loss, accuracy, tokens/s and the time."""
     share, needed = min(step / max(total, 1), 1.0), min(len(parts), NEEDED)
-    layouts = [(kept, short, least) for kept in range(len(parts), needed - 1, -1) for short, least in ((0, 8), (1, 4))]
-    layouts += [(kept, 1, 0) for kept in range(needed, -1, -1)]
-    for kept, short, least in layouts:
+    layouts = [
+        (shown, short, least) for shown in range(len(parts), needed - 1, -1) for short, least in ((0, 8), (1, 4))
+    ]
+    layouts += [(shown, 1, 0) for shown in range(needed, -1, -1)]
+    for shown, short, least in layouts:
         head = f"{title} {share:4.0%} |" if least else ""
-        tail = ", ".join([f"{'| ' if least else ''}{step}/{total}  {left}", *(p[short] for p in parts[:kept])])
+        tail = ", ".join([f"{'| ' if least else ''}{step}/{total}  {left}", *(p[short] for p in parts[:shown])])
         room = min(width - len(head) - len(tail), 40)
         if room >= least:
             return f"{head}{_blocks(share, room) if least else ''}{tail}"
@@ -88,7 +92,7 @@ def _blocks(share: float, room: int) -> str:
 
 
 def training_bar(title: str, total: int, first: int):
-    """A bar for a training run of `total` steps that begins after step `first`; its `parts` are what `metrics` returns."""
+    """A bar for a run of `total` steps that starts after step `first`; set `parts` to what `metrics` returns."""
     from tqdm.auto import tqdm
 
     class TrainingBar(tqdm):
@@ -96,32 +100,32 @@ def training_bar(title: str, total: int, first: int):
 
         def __str__(self) -> str:
             left = seconds_left(self.n - first, total - self.n, self.format_dict["elapsed"])
-            told = "ETA ?" if left is None else f"ETA {duration(left)}"
+            time_text = "ETA ?" if left is None else f"ETA {duration(left)}"
             if self.n >= total:
-                told = f"in {duration(self.format_dict['elapsed'])}"
+                time_text = f"in {duration(self.format_dict['elapsed'])}"
             # one less: after the last column the cursor would be on a new line
-            return bar_line(_columns() - 1, title, self.n, total, told, self.parts)
+            return bar_line(_columns() - 1, title, self.n, total, time_text, self.parts)
 
     return TrainingBar(total=total, initial=first)
 
 
 def seconds_left(done: int, to_do: int, elapsed: float) -> float | None:
-    """How long what is to do takes if it takes as long as what was done; None before anything was."""
+    """Time for the remaining steps at the average pace so far; None before the first one."""
     return elapsed / done * to_do if done > 0 else None
 
 
 def _columns() -> int:
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):  # no terminal, or no file at all
+    except (OSError, ValueError):  # not a terminal, or not a real file
         return 80
 
 
 def plain_bars() -> None:
-    """Let bars that don't go to a terminal be lines: each at its end, and every 20 s before.
+    """Print bars as plain lines where stderr is no terminal: one every 20 s and one at the end.
 
-    The bars of transformers, datasets, TRL and the hub's client are all tqdm's, so this is done in tqdm itself: a bar of theirs
-    would write one line of thousands of carriage returns into a log file.
+    The bars of transformers, datasets, TRL and the hub's client are all tqdm's, so tqdm itself is patched: otherwise
+    each bar would write one line of thousands of carriage returns into a log file.
     """
     from tqdm.std import tqdm
 
@@ -129,35 +133,35 @@ def plain_bars() -> None:
         return
     display, close, clear, moveto = tqdm.display, tqdm.close, tqdm.clear, tqdm.moveto
 
-    def tell_now_and_then(bar, *args, **options):
+    def report_now_and_then(bar, *args, **options):
         if bar.fp.isatty():
             return display(bar, *args, **options)
         now = time.monotonic()
-        bar._told_at = getattr(bar, "_told_at", now)
-        if now - bar._told_at >= TELL_EVERY_S:
-            bar._told_at = now
-            _tell(bar)
+        bar._reported_at = getattr(bar, "_reported_at", now)
+        if now - bar._reported_at >= REPORT_EVERY_S:
+            bar._reported_at = now
+            _report(bar)
         return True
 
-    def tell_at_the_end(bar):
+    def report_at_the_end(bar):
         if getattr(bar, "disable", True) or bar.fp.isatty():
             return close(bar)
         bar.disable = True
         bar._decr_instances(bar)
         if bar.n:
-            _tell(bar)
+            _report(bar)
 
     def only_in_terminals(method):
         return lambda bar, *args, **options: method(bar, *args, **options) if bar.fp.isatty() else None
 
-    tqdm.display, tqdm.close = tell_now_and_then, tell_at_the_end
+    tqdm.display, tqdm.close = report_now_and_then, report_at_the_end
     tqdm.clear, tqdm.moveto = only_in_terminals(clear), only_in_terminals(moveto)
     tqdm._plain_in_files = True
 
 
 @contextlib.contextmanager
 def ended_bars():
-    """End bars that an error or Ctrl-C leaves open, so that what is printed next has a line of its own."""
+    """Close bars left open by an error or Ctrl-C, so that the next message starts on a new line."""
     try:
         yield
     finally:
@@ -166,7 +170,7 @@ def ended_bars():
             bar.close()
 
 
-def _tell(bar) -> None:
+def _report(bar) -> None:
     if not is_main():
         return
     count = (lambda n: bar.format_sizeof(n, divisor=bar.unit_divisor)) if bar.unit_scale else (lambda n: f"{n:,}")
@@ -182,7 +186,7 @@ def _tell(bar) -> None:
 
 
 def quiet_libraries(num_rows: int = 0) -> None:
-    """No bars for what takes a second, and no warnings about names that TRL and transformers settle among themselves."""
+    """Hide the bars of short steps, and deprecation warnings between TRL and transformers that users can't act on."""
     import logging as standard_logging
     import warnings
 
@@ -193,7 +197,7 @@ def quiet_libraries(num_rows: int = 0) -> None:
     logging.disable_progress_bar()
     if num_rows < 5000:
         datasets.disable_progress_bars()
-    # deepspeed 0.19, which accelerate imports where it is installed, says on every CPU that it has found no GPU
+    # deepspeed 0.19, which accelerate imports where it is installed, warns on every CPU that it found no GPU
     standard_logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")

@@ -1,4 +1,4 @@
-"""What ends a command because of what its user gave it, and how such values are quoted. Imports nothing of ours."""
+"""Errors that end a command, and how messages quote values. Imports nothing of this package."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us: shown as one sentence, exit code 2, no traceback."""
+    """Invalid input from the user: shown as one sentence, exit code 2, no traceback."""
 
 
 class RunFailed(RuntimeError):
-    """A run can't be completed, and no change of its recipe would help: shown as one sentence, exit code 1."""
+    """A run that can't be completed, whatever its recipe: shown as one sentence, exit code 1."""
 
 
 class RankFailed(Exception):
-    """The main rank has failed and reports why: this rank ends in silence with the same exit code.
+    """The main rank has failed and reports why: this rank exits silently with the same code.
 
     Attributes:
         code: the exit code.
@@ -40,7 +40,7 @@ def one_line(message: object, limit: int = 600) -> str:
 def quote(value: Any, limit: int = 80) -> str:
     """A value as it is quoted in a message: its repr on one line, cut to `limit` characters.
 
-    Safe for values of any size: containers are not expanded beyond what is shown, so that YAML's aliases can't blow up.
+    Safe for values of any size: containers are expanded only as far as shown, so nested YAML aliases can't blow up.
 
     Example: quote("x" * 100, 10) -> "'xxxxxxxx…".
     """
@@ -61,7 +61,7 @@ def quote(value: Any, limit: int = 80) -> str:
 
 
 def pip_install(*packages: str) -> str:
-    """The command that installs packages for the Python that runs this; a bare `pip` may be another's.
+    """The command that installs packages for the Python that runs this; a bare `pip` may belong to another one.
 
     Example: pip_install("rlhf-dpo[deepspeed]") -> "/env/bin/python -m pip install 'rlhf-dpo[deepspeed]'".
     """

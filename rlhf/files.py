@@ -1,4 +1,4 @@
-"""Reading files that a disk, an editor or a broken copy may have damaged: nothing here raises for a file's content."""
+"""Read files that may be damaged (nothing here raises for a file's content), write them atomically, lock a folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import yaml
 
 from rlhf.errors import UserError
 
-# What PyYAML's constructors raise for a value that has a tag or the look of a type and isn't of it, and for 1,000 levels.
+# What PyYAML's constructors raise for a value that doesn't match its tag or apparent type, and for 1,000 levels.
 YAML_ERRORS = (
     yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError
 )  # fmt: skip
 
 
 def read_json(path: Path | str) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file, or anything else in it."""
+    """The JSON object in a file; None if the file is missing or holds anything else."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -33,7 +33,7 @@ def read_json(path: Path | str) -> dict[str, Any] | None:
 
 
 def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one a line; lines that are none (a kill tears the last one) are left out."""
+    """The objects of a JSON Lines file; invalid lines (a kill can truncate the last one) are skipped."""
     rows = []
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -49,13 +49,13 @@ def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def whole_number(value: Any) -> int | None:
-    """A value that is a whole number from 0 on, as int; None else (`"two"`, NaN, true)."""
+def non_negative_int(value: Any) -> int | None:
+    """The value if it is an integer of at least 0, else None (`"two"`, NaN, true)."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk."""
+    """Flush a file's content to disk (fsync)."""
     with open(path, "rb") as opened:
         os.fsync(opened.fileno())
 
@@ -64,14 +64,14 @@ def sync_folder(folder: Path) -> None:
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
-    except OSError:  # some file systems sync no folders
+    except OSError:  # some file systems can't sync folders
         pass
     finally:
         os.close(opened)
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether an error says that a disk is full or can't be written to, in whichever library's words."""
+    """Whether an error, of any library, means that a disk is full or can't be written to."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return True
     words = (
@@ -85,9 +85,9 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def lock_file(file: IO, shared: bool = False) -> bool:
-    """Lock an open file without waiting; whether it is ours. The kernel releases it when the file or the process ends.
+    """Try to lock an open file, without waiting. The kernel releases it when the file is closed or the process exits.
 
-    A file system without locks grants it to everybody.
+    Returns whether it is locked; always true on a file system without locks.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -99,7 +99,7 @@ def lock_file(file: IO, shared: bool = False) -> bool:
 
 
 class Lock:
-    """An output folder is written by one run at a time."""
+    """Lets one run at a time write to an output folder."""
 
     def __init__(self, folder: Path, where: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,14 +119,14 @@ class Lock:
         self.file.flush()
 
     def _take(self) -> bool:
-        for _ in range(3):  # `rlhf status` looks whether it is held by holding it for a moment
+        for _ in range(3):  # `rlhf status` tests the lock by taking it for a moment
             if lock_file(self.file):
                 return True
             time.sleep(0.1)
         return False
 
     def release(self) -> None:
-        """Let go of the folder, and remove it if there is nothing else in it."""
+        """Release the lock, and remove the folder if it is otherwise empty."""
         if not any(p.name != ".lock" for p in self.path.parent.iterdir()):
             self.path.unlink()
             self.path.parent.rmdir()
@@ -134,7 +134,7 @@ class Lock:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: the old one or the new one is there, whatever happens."""
+    """Write a file atomically: at any time the old content or the new is there."""
     partial = path.with_name(f".{os.getpid()}-{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -148,6 +148,6 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 (hex) of a file, read block by block."""
+    """The sha256 (hex) of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

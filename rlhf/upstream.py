@@ -1,11 +1,11 @@
-"""Names of other libraries that we override, patch or read, and whose silent absence would hurt: one list, checked at start.
+"""Names of other libraries that we override, patch or read and that could vanish unnoticed: one list, checked at start.
 
-If transformers renames `Trainer._get_grad_norm`, ours is simply never called: no error, and no guard against gradient
-spikes. So every such name stands here with the file that relies on it and what would be lost, and `check_upstream` stops
+If transformers renames `Trainer._get_grad_norm`, our override is never called: no error, and no guard against gradient
+spikes. So every such name is listed with the file that relies on it and what would be lost, and `check_upstream` stops
 a run whose libraries lack one, before a model loads. tests/test_upstream.py reads the source and fails where a private
 name is missing from the list.
 
-Moving on to a new release: raise the upper bound in pyproject.toml, run the tests, raise VERIFIED here.
+Upgrading to a new release: raise the upper bound in pyproject.toml, run the tests, raise VERIFIED here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-# Releases with which the tests passed. pyproject.toml has the same bounds, but for transformers, whose new releases bring
-# new models: there it is this list that says whether one will do.
+# Releases that the tests passed with. pyproject.toml has the same bounds, except for transformers, whose new releases
+# add models: it allows later ones, and the list below decides whether one will do.
 VERIFIED = {
     "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
     "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
@@ -32,15 +32,15 @@ VERIFIED = {
 
 @dataclass(frozen=True)
 class Name:
-    """One name that another library has to have.
+    """One name that another library must have.
 
     Attributes:
         module, path: `transformers.trainer`, `Trainer._get_grad_norm`.
         used_by: our file that relies on it.
         lost: what would be lost without it.
         parameters: of the function, after `self`, the first ones in this order.
-        in_code: an attribute of instances (or a word), found in the code of the class that `path` names before its last dot.
-        only: checked for this stage (`sft`, `reward`, `dpo`) or with this optional package only; '' for always.
+        in_code: an attribute of instances (or a string) used in the code of the class that `path` names.
+        only: checked only for this stage (`sft`, `reward`, `dpo`) or this optional package; '' for always.
     """
 
     module: str
@@ -60,7 +60,7 @@ class Name:
 def _of(
     module: str, owner: str, used_by: str, names: dict[str, str], in_code: bool = False, only: str = ""
 ) -> list[Name]:
-    """Names of one class (or, without `owner`, of a module), each `name parameter parameter ...` to what would be lost."""
+    """Names of a class (or, without `owner`, of a module): `name parameter parameter ...` -> what would be lost."""
     found = []
     for words, lost in names.items():
         name, *parameters = words.split()
@@ -77,7 +77,7 @@ TRANSFORMERS = [
         "_get_grad_norm model grad_norm": "gradient-spike guard",
         "_get_output_dir trial": "atomic checkpoints",
         "_save_checkpoint model trial": "atomic checkpoints",
-        "_save output_dir state_dict": "going on without a checkpoint when the disk is full",
+        "_save output_dir state_dict": "continuing without a checkpoint when the disk is full",
         "_save_optimizer_and_scheduler output_dir": "checkpoints that any engine can read",
         "_prepare_for_training max_steps train_dataloader resume_from_checkpoint": "resuming under another engine",
         "_load_from_checkpoint resume_from_checkpoint model": "resuming under another engine",
@@ -85,7 +85,7 @@ TRANSFORMERS = [
         "_evaluate trial ignore_keys_for_eval skip_scheduler": "stopping during an evaluation",
     }),
     *_of("transformers.trainer_callback", "TrainerCallback", "runs/checkpointing.py", {
-        "on_train_begin args state control": "the evaluation that a stop has put off",
+        "on_train_begin args state control": "the evaluation that a stop has postponed",
         "on_step_end args state control": "stopping on request, and the checks of loss and gradient",
         "on_epoch_end args state control": "stopping at the end of an epoch",
         "on_prediction_step args state control": "stopping during an evaluation",
@@ -95,7 +95,7 @@ TRANSFORMERS = [
         "on_log args state control": "metrics.jsonl", "on_train_end args state control": "the last line of the progress bar",
     }),
     *_of("tqdm.std", "tqdm", "console.py", {
-        "_instances": "the end of open progress bars before an error", "_decr_instances": "plain lines in log files",
+        "_instances": "closing open progress bars before an error", "_decr_instances": "plain lines in log files",
     }),
     *_of("transformers.training_args", "TrainingArguments", "runs/checkpointing.py", {
         "logging_nan_inf_filter": "a loss of NaN in the log",
@@ -111,7 +111,7 @@ TRANSFORMERS = [
     }),
     *_of("transformers.trainer", "Trainer", "training/trainer.py", {
         "_signature_columns": "the columns of a global batch",
-        "is_deepspeed_enabled": "gradients that are exchanged once a step",
+        "is_deepspeed_enabled": "gradient all-reduce once per step",
         "current_gradient_accumulation_steps": "the scale of the loss",
     }, in_code=True),
     *_of("transformers.trainer", "Trainer", "runs/portable.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
@@ -168,27 +168,27 @@ TRL = [
         "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns
         "ld_alpha": "the key of the reference cache",
     }, in_code=True, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"hash_module": "minutes, in which TRL hashes all weights"}, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"hash_module": "skipping TRL's hash of all weights"}, only="dpo"),
     *_of("trl.trainer.base_trainer", "_BaseTrainer", "runs/checkpointing.py", {
-        "create_model_card model_name dataset_name tags": "going on without a checkpoint when the disk is full",
+        "create_model_card model_name dataset_name tags": "continuing without a checkpoint when the disk is full",
     }),
     *_of("trl.trainer.base_config", "", "config/recipe.py", {"_BaseConfig": "the keys of a recipe"}),
     *_of("trl.trainer.utils", "", "packing/lm_head.py", {
-        "_use_triton": "the quick LM head on CPUs", "_ChunkedLogProbFunction": "the quick LM head on CPUs",
+        "_use_triton": "the fast LM head on CPUs", "_ChunkedLogProbFunction": "the fast LM head on CPUs",
     }),
     *_of("trl.kernels.chunked_logprob", "", "packing/lm_head.py", {
-        "_use_triton device": "the quick LM head on CPUs", "ChunkedLogProbFunction": "the quick LM head on CPUs",
+        "_use_triton device": "the fast LM head on CPUs", "ChunkedLogProbFunction": "the fast LM head on CPUs",
     }),
 ]  # fmt: skip
 
 ACCELERATE_AND_PEFT = [
     *_of("accelerate.state", "GradientState", "training/trainer.py", {
-        "_set_sync_gradients sync_gradients": "gradients that are exchanged once a step",
+        "_set_sync_gradients sync_gradients": "gradient all-reduce once per step",
     }),
     *_of("accelerate", "Accelerator", "training/trainer.py", {
-        "gather tensor": "metrics without communication in a micro-batch",
-        "gather_for_metrics input_data": "metrics without communication in a micro-batch",
-        "no_sync model": "gradients that are exchanged once a step",
+        "gather tensor": "metrics without communication per micro-batch",
+        "gather_for_metrics input_data": "metrics without communication per micro-batch",
+        "no_sync model": "gradient all-reduce once per step",
         "reduce tensor reduction": "metrics of the global batch",
     }),
     *_of("accelerate", "FullyShardedDataParallelPlugin", "training/trainer.py", {
@@ -217,18 +217,18 @@ TORCH_AND_PYTHON = [
     *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "training/trainer.py", {
         "reduce_dtype": "fp32 gradients under FSDP2 with bf16", "output_dtype": "log-probabilities in fp32 under FSDP2 with bf16",
     }, in_code=True),
-    *_of("threading", "", "runs/stop.py", {"_shutdown": "an orderly end of one process of several"}),
-    *_of("atexit", "", "runs/stop.py", {"_run_exitfuncs": "an orderly end of one process of several"}),
-    *_of("os", "", "runs/stop.py", {"_exit status": "an orderly end of one process of several"}),
+    *_of("threading", "", "runs/stop.py", {"_shutdown": "clean exit of one rank of several"}),
+    *_of("atexit", "", "runs/stop.py", {"_run_exitfuncs": "clean exit of one rank of several"}),
+    *_of("os", "", "runs/stop.py", {"_exit status": "clean exit of one rank of several"}),
 ]  # fmt: skip
 
 OPTIONAL = [
     *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "runs/checkpointing.py", {
-        "_copy_recovery_script save_path": "going on without a checkpoint when the disk is full",
-        "save_checkpoint save_dir tag client_state save_latest": "going on without a checkpoint when the disk is full",
+        "_copy_recovery_script save_path": "continuing without a checkpoint when the disk is full",
+        "save_checkpoint save_dir tag client_state save_latest": "continuing without a checkpoint when the disk is full",
     }, only="deepspeed"),
     *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "runs/checkpointing.py", {
-        "checkpoint_engine": "going on without a checkpoint when the disk is full",
+        "checkpoint_engine": "continuing without a checkpoint when the disk is full",
     }, in_code=True, only="deepspeed"),
     *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "runs/portable.py", {
         "fp32_partitioned_groups_flat": "checkpoints that any engine can read, under ZeRO-3",
@@ -244,7 +244,7 @@ OPTIONAL = [
         "ds_tensor": "resuming under ZeRO-3",
     }, in_code=True, only="deepspeed"),
     *_of("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", "training/reference.py", {
-        name: "training under ZeRO-3 after the reference's pass"
+        name: "training under ZeRO-3 after the reference pass"
         for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
     }, in_code=True, only="deepspeed"),
     *_of("bitsandbytes.nn.modules", "Linear4bit", "models/loading.py", {
@@ -259,7 +259,7 @@ NAMES = (*TRANSFORMERS, *TRL, *ACCELERATE_AND_PEFT, *TORCH_AND_PYTHON, *OPTIONAL
 
 
 def check_upstream(stage: str, quantised: bool = False) -> None:
-    """Stop unless the installed libraries have every name that this stage relies on; before a model loads, on all ranks alike.
+    """Stop unless the installed libraries have every name that this stage relies on (before a model loads, on all ranks).
 
     Args:
         stage: `sft`, `reward` or `dpo`.
@@ -285,7 +285,7 @@ def check_upstream(stage: str, quantised: bool = False) -> None:
 
 
 def what_is_wrong(name: Name) -> str:
-    """`has no Trainer._get_grad_norm`, or what its parameters are now; '' if all is well."""
+    """`has no Trainer._get_grad_norm`, or its new parameters; '' if nothing is wrong."""
     owner_path, _, last = name.path.rpartition(".")
     try:
         owner = functools.reduce(getattr, filter(None, owner_path.split(".")), importlib.import_module(name.module))
@@ -309,7 +309,7 @@ def version_of(package: str) -> str:
 
 
 def words_of(owner: type) -> set[str]:
-    """Attributes and words in the code of a class' functions, and its own attributes."""
+    """Attributes and strings used in the code of a class's functions, and its own attributes."""
     words = set(vars(owner)) | set(getattr(owner, "__annotations__", ()))
     for value in vars(owner).values():
         functions = (value.fget, value.fset) if isinstance(value, property) else (value,)

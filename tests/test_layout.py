@@ -141,7 +141,7 @@ def test_mistake_is_told_by_the_first_process_only(capsys, monkeypatch):
 
 def test_missing_recipe_names_one(capsys):
     assert main(["dpo"]) == 2
-    assert capsys.readouterr().err == "rlhf: which recipe? For example: rlhf dpo configs/quickstart/dpo.yaml\n"
+    assert capsys.readouterr().err == "rlhf: no recipe given; for example: rlhf dpo configs/quickstart/dpo.yaml\n"
 
 
 def test_no_command_shows_the_help(capsys):

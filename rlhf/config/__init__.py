@@ -1,1 +1,1 @@
-"""Recipes: their keys (names, types, ranges, effects), reading them with line numbers, and building TRL's configs."""
+"""Recipes: keys (names, types, ranges, effects), reading with line numbers, building TRL's configs."""

@@ -1,4 +1,4 @@
-"""From a validated recipe to TRL's config classes, ModelConfig and our StageConfig (imports torch)."""
+"""Build TRL's config classes, ModelConfig and our StageConfig from a validated recipe (imports torch)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rlhf.errors import UserError
 
 
 def build_configs(recipe: Recipe):
-    """Make TRL's config of the stage, TRL's ModelConfig and our StageConfig from a validated recipe.
+    """Build the stage's TRL config, TRL's ModelConfig and our StageConfig from a validated recipe.
 
     Returns:
         (SFTConfig | RewardConfig | DPOConfig, ModelConfig, StageConfig)
 
     Raises:
-        UserError: TRL refuses a combination of values (its own sentence, with the recipe's name).
+        UserError: TRL rejects a combination of values (its own message, prefixed with the recipe's path).
     """
     import torch
     from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
@@ -40,48 +40,50 @@ def build_configs(recipe: Recipe):
         raise UserError(f"{recipe.path}: {' '.join(str(error).split())}") from error
     named = recipe.get("lora_target_modules")
     if isinstance(named, list) and named != ["all-linear"]:
-        model_args.lora_target_modules = named  # TRL 1.16 makes a list of one a pattern, which then matches no module
+        model_args.lora_target_modules = (
+            named  # TRL 1.16 turns a list of one into a pattern, which then matches no module
+        )
     if is_flash(model_args.attn_implementation):
         model_args.attn_implementation = _flash_or_packed(recipe, bool(args.use_cpu))
     return args, model_args, recipe.ours
 
 
 def _set_precision(training: dict[str, Any], recipe: Recipe) -> None:
-    """bf16 or fp16: the recipe's, else the launch file's, else bf16 where a GPU has it."""
+    """Choose bf16 or fp16: the recipe's, else the launch file's, else bf16 if the GPU supports it."""
     import torch
 
     on_cpu = training.get("use_cpu")
-    asked = check_precision(recipe, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "the launch file")
-    if asked:
-        training |= {"bf16": asked == "bf16", "fp16": asked == "fp16"}
+    precision = check_precision(recipe, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "the launch file")
+    if precision:
+        training |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
     elif "bf16" not in training and not training.get("fp16"):
         # TRL's default is true; a CPU without AMX is slower in bf16
         training["bf16"] = not on_cpu and torch.cuda.is_bf16_supported()
     if on_cpu and training.get("fp16"):
         place = recipe.where("fp16") if recipe.get("fp16") else "the launch file's mixed_precision"
-        raise UserError(f"{place}: fp16 needs a GPU, and this run is on the CPU; use bf16, or neither")
+        raise UserError(f"{place}: fp16 needs a GPU, but this run is on the CPU; use bf16, or neither")
 
 
-def check_precision(recipe: Recipe, asked: str, name: str) -> str:
-    """What a launch file's `mixed_precision` adds to a recipe: `bf16`, `fp16`, or '' where it says nothing.
+def check_precision(recipe: Recipe, launched: str, name: str) -> str:
+    """The precision that a launch file's `mixed_precision` sets: `bf16`, `fp16`, or '' if it sets none.
 
-    `no` says nothing: accelerate writes it into every file, and sets it where there is none.
+    `no` counts as unset: accelerate writes it into every file, and assumes it if there is no file.
 
     Raises:
-        UserError: the recipe says something else.
+        UserError: the recipe sets another one.
     """
-    if asked not in ("bf16", "fp16"):
+    if launched not in ("bf16", "fp16"):
         return ""
     decided = next((key for key in ("fp16", "bf16") if recipe.get(key)), None)
     if decided is None and recipe.get("bf16") is False:
         raise UserError(
-            f"{recipe.where('bf16')}: the recipe says `bf16: false`, and {name} `mixed_precision: {asked}`; remove one"
+            f"{recipe.where('bf16')}: the recipe sets `bf16: false`, but {name} sets `mixed_precision: {launched}`; remove one"
         )
-    if decided not in (None, asked):
+    if decided not in (None, launched):
         raise UserError(
-            f"{recipe.where(decided)}: the recipe says `{decided}: true`, and {name} `mixed_precision: {asked}`; remove one"
+            f"{recipe.where(decided)}: the recipe sets `{decided}: true`, but {name} sets `mixed_precision: {launched}`; remove one"
         )
-    return asked
+    return launched
 
 
 def is_flash(attention: str | None) -> bool:
@@ -90,20 +92,20 @@ def is_flash(attention: str | None) -> bool:
 
 
 def _flash_or_packed(recipe: Recipe, on_cpu: bool) -> str | None:
-    """What the model is loaded with where the recipe asks for flash attention.
+    """The `attn_implementation` to load the model with if the recipe sets flash attention.
 
-    Who asks for it wants rows without padding, and no more: packed attention is that, on a varlen kernel on GPUs
-    (packing/attention.py), and is put in the place of what the model has loaded with (None: transformers' choice).
+    Its purpose is to avoid padding, which packed attention does too, with a varlen kernel on GPUs
+    (packing/attention.py). Packing replaces whatever the model is loaded with, so None then: transformers' default.
     """
-    asked, where = recipe.get("attn_implementation"), recipe.where("attn_implementation")
+    kernel, where = recipe.get("attn_implementation"), recipe.where("attn_implementation")
     if recipe.get("packing", True):
         return None
     if on_cpu:
-        raise UserError(f"{where}: {asked} needs a GPU, and this run is on the CPU; remove it")
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(asked, "kernels")
+        raise UserError(f"{where}: {kernel} needs a GPU, but this run is on the CPU; remove it")
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(kernel, "kernels")
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{where}: {asked} needs the package {package}, which is not installed; remove `packing: false`, and packed "
+            f"{where}: {kernel} needs the package {package}, which is not installed; or remove `packing: false`: packed "
             "attention uses PyTorch's own varlen kernel"
         )
-    return asked
+    return kernel

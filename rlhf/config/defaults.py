@@ -1,4 +1,4 @@
-"""What a recipe's key is where the recipe doesn't set it, read from the source of the installed libraries: no torch."""
+"""The defaults of recipe keys, read from the source of the installed libraries: no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rlhf.errors import quote
 
 
 def effective(recipe_values: dict[str, Any], stage: str, key: str) -> Any:
-    """A key's value in a recipe, or else its default; None where neither is known."""
+    """A key's value in a recipe, else its default; None if neither is known."""
     value = recipe_values.get(key)
     return defaults(stage).get(key) if value is None else value
 
 
 def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
-    """The same for a message. Example: `0.3`, `0.1 (default)`, `not set`."""
+    """The same as text for a message. Example: `0.3`, `0.1 (default)`, `not set`."""
     value = recipe_values.get(key)
     if value is not None:
         return quote(value)
@@ -29,7 +29,7 @@ def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
 
 @functools.cache
 def defaults(stage: str) -> dict[str, Any]:
-    """The defaults of a stage's keys, as far as they are literals."""
+    """The defaults of a stage's keys, if they are literals."""
     if stage == "evaluate":
         return _of_ours(EvaluateConfig)
     trl_class = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[stage]
@@ -59,6 +59,6 @@ def _of_library(package: str, file: str, class_name: str) -> dict[str, Any]:
             value = next((k.value for k in value.keywords if k.arg == "default"), None)
         try:
             found[node.target.id] = None if value is None else ast.literal_eval(value)
-        except ValueError:  # made when the class is: of that only its name could be told
+        except ValueError:  # computed by code, which is not run here
             found[node.target.id] = None
     return found

@@ -1,4 +1,4 @@
-"""Which keys have an effect, in which stage, and with which other keys: no key without effect is accepted in silence.
+"""Which keys have an effect, in which stage and with which other keys: no key is silently ignored.
 
 Every key of the installed libraries is in exactly one of REFUSED, ONLY_WITH and EFFECTIVE; tests/config/test_config.py compares.
 """
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_LAUNCH = "hardware belongs into a launch file: accelerate launch --config_file launch/..."
-_NO_METRICS = "held-out data is judged by its loss and the stage's own metrics; nothing else is collected"
-_ALWAYS_TRAINS = "every stage trains, and evaluates where the recipe has held-out data (eval_strategy)"
-_OWN_ROWS = "packing here lays each batch out in one row; TRL's packing of several examples is not used"
+_LAUNCH = "hardware belongs in a launch file: accelerate launch --config_file launch/..."
+_NO_METRICS = "held-out data is evaluated by its loss and the stage's own metrics; nothing else is collected"
+_ALWAYS_TRAINS = "every stage trains, and evaluates if the recipe has held-out data (eval_strategy)"
+_OWN_ROWS = "packing here puts each batch into one row; TRL's packing of several examples is not used"
 
-# Keys that the stage decides, that nothing here reads, or that would break what the project promises.
+# Keys that the stage sets itself, that nothing here reads, or that would break a guarantee of the project.
 REFUSED = {
     "lora_task_type": "the stage sets it",
     "chat_template_path": "use chat_template, which takes a name or a .jinja file",
@@ -25,33 +25,33 @@ REFUSED = {
     "fsdp_config": _LAUNCH,
     "parallelism_config": "tensor, context and sequence parallelism are not supported; to shard a model use launch/fsdp2.yaml "
     "or launch/zero3.yaml",
-    "local_rank": "the launcher tells each process its rank",
+    "local_rank": "the launcher sets each process's rank",
     "padding_free": "use packing, which is padding-free in every stage; TRL's flag is switched off for DPO in 1.16",
     "packing_strategy": _OWN_ROWS,
     "eval_packing": _OWN_ROWS,
-    "precompute_ref_log_probs": "use `reference: cached`, the default, which keeps them on disk; or `reference: online`",
-    "precompute_ref_batch_size": "batches of the reference pass are laid out by length",
+    "precompute_ref_log_probs": "use `reference: cached`, the default, which caches them on disk; or `reference: online`",
+    "precompute_ref_batch_size": "batches of the reference pass are formed by length",
     "hub_token": "a token in a recipe would end up in files; log in with `hf auth login` or set HF_TOKEN",
-    "resume_from_checkpoint": "the same command resumes from its newest whole checkpoint; --fresh starts in a new folder",
-    "ignore_data_skip": "a resumed run continues with the data that it has not seen, or it would not equal an uninterrupted one",
-    "restore_callback_states_from_checkpoint": "no callback of this project keeps a state",
-    "save_only_model": "a checkpoint without the optimizer's state can't be resumed; save_total_limit saves room",
+    "resume_from_checkpoint": "the same command resumes from its newest complete checkpoint; --fresh starts in a new folder",
+    "ignore_data_skip": "a resumed run continues with the data that it has not seen; else it would differ from an uninterrupted one",
+    "restore_callback_states_from_checkpoint": "no callback of this project has state",
+    "save_only_model": "a checkpoint without the optimizer's state can't be resumed; save_total_limit saves disk space",
     "save_on_each_node": "all nodes share the output folder, and each file is written once",
-    "enable_jit_checkpoint": "a run that gets SIGTERM or SIGUSR1 saves and stops already, with all processes agreeing on it",
+    "enable_jit_checkpoint": "a run that gets SIGTERM or SIGUSR1 already saves and stops, at the same step on all ranks",
     "do_train": _ALWAYS_TRAINS,
     "do_eval": _ALWAYS_TRAINS,
     "do_predict": _ALWAYS_TRAINS,
     "auto_find_batch_size": "use global_batch_size, and max_tokens_per_device for what fits on a GPU",
-    "average_tokens_across_devices": "a token always counts the same, on whichever process it is",
-    "remove_unused_columns": "rows hold what the loss needs and nothing else",
-    "label_names": "the stage knows its labels",
+    "average_tokens_across_devices": "a token always has the same weight, whichever rank it is on",
+    "remove_unused_columns": "rows hold only what the loss needs",
+    "label_names": "the stage sets its labels",
     "dataset_text_field": "prompts and answers are found under any of the names in docs/data.md; there is no text column",
     "dataset_kwargs": "data is prepared by this project (prompts, templates, lengths)",
     "use_cache": "training needs no key/value cache, and one would switch packing off",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run instead",
+    "logging_nan_inf_filter": "a loss that is not finite aborts the run instead",
     "include_num_input_tokens_seen": "num_tokens is always logged",
-    "bf16_full_eval": "held-out data is computed in the precision of training, or its losses could not be compared",
-    "fp16_full_eval": "held-out data is computed in the precision of training, or its losses could not be compared",
+    "bf16_full_eval": "held-out data is computed in the training precision; else its losses could not be compared",
+    "fp16_full_eval": "held-out data is computed in the training precision; else its losses could not be compared",
     "prediction_loss_only": _NO_METRICS,
     "include_for_metrics": _NO_METRICS,
     "batch_eval_metrics": _NO_METRICS,
@@ -60,7 +60,7 @@ REFUSED = {
     "eval_accumulation_steps": _NO_METRICS,
 }
 
-# Keys of StageConfig and TRL that one stage or two know.
+# Keys of StageConfig and TRL that only one or two stages have.
 STAGES_OF = {
     "reference": ("dpo",),
     "reference_model": ("dpo",),
@@ -75,12 +75,12 @@ STAGES_OF = {
 
 @dataclass(frozen=True)
 class Needs:
-    """What a key has an effect with.
+    """The condition under which a key has an effect.
 
     Attributes:
         keys: the keys that decide.
-        holds: whether a recipe's values give it an effect.
-        fix: what to write.
+        holds: whether it has an effect with a recipe's values.
+        fix: the end of the message: without what it has no effect.
     """
 
     keys: tuple[str, ...]
@@ -102,9 +102,9 @@ def _among(key: str, default: str, allowed: tuple[str, ...], fix: str) -> Needs:
 
 _BY_TOKENS = Needs(
     ("global_batch_size",), lambda values: not values.get("global_batch_size"),
-    "with global_batch_size, whose batches are made and loaded by this project",
+    "with global_batch_size, whose batches are built and loaded by this project",
 )  # fmt: skip
-# `use_peft: false` is somebody's decision, and leaves LoRA's keys for the day it becomes true.
+# `use_peft: false` is deliberate: LoRA's keys may stay for when it becomes true again.
 _LORA = Needs(("use_peft",), lambda values: "use_peft" in values, "without `use_peft: true`: all weights are trained")
 _FOUR_BITS = _given("load_in_4bit", "without `load_in_4bit: true`")
 _HELD_OUT = ("dataset_test_split", "eval_dataset_name", "heldout")
@@ -115,7 +115,7 @@ _EVALUATES = Needs(
 _ADAM = Needs(
     ("optim",),
     lambda values: any(part in values.get("optim", "adamw") for part in ("adam", "lion", "mix")),
-    "with this `optim`, which is no Adam",
+    "with this `optim`, which is not an Adam",
 )
 _PADDED = Needs(
     ("packing",), lambda values: values.get("packing") is False, "without `packing: false`: packed rows have no padding"
@@ -162,7 +162,7 @@ ONLY_WITH = {
     ),
     "ref_model_mixup_alpha": _given("sync_ref_model", "without `sync_ref_model: true`"),
     "ref_model_sync_steps": _given("sync_ref_model", "without `sync_ref_model: true`"),
-    # NEFTune scales its noise by the length of the row, which packing makes longer
+    # NEFTune scales its noise by the length of the row, and packing makes rows longer
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
     "activation_checkpointing_kwargs": _CHECKPOINTING,
     "pad_to_multiple_of": _PADDED,
@@ -198,7 +198,7 @@ ONLY_WITH = {
     "liger_kernel_config": _given("use_liger_kernel", "without `use_liger_kernel: true`"),
 }  # fmt: skip
 
-# Keys that do what their name says, whatever the others are.
+# Keys that have an effect whatever the others are.
 EFFECTIVE = frozenset(
     # model, precision, memory
     "model_name_or_path model_revision dtype attn_implementation trust_remote_code use_peft load_in_8bit load_in_4bit "
@@ -222,14 +222,14 @@ EFFECTIVE = frozenset(
 )
 
 
-_TRUE_BY_DEFAULT = ("dataloader_in_order",)  # of ONLY_WITH's; any other key that is false is as good as not set
+_TRUE_BY_DEFAULT = ("dataloader_in_order",)  # keys of ONLY_WITH; any other key set to false counts as unset
 
 
 def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[str]) -> str:
-    """Why a key that is set does nothing, as the end of `'key' has no effect …`; '' if it does.
+    """Why a key has no effect, as the end of `'key' has no effect …`; '' if it has one.
 
     Args:
-        decided: keys that the command line has set over the file: what it switches off there needs no deleting.
+        decided: keys set on the command line: the file's keys that they disable need not be deleted.
     """
     stages = STAGES_OF.get(key, (stage,))
     if stage != "evaluate" and stage not in stages:

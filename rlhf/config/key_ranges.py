@@ -1,4 +1,4 @@
-"""What each key's value may be: its type, its range, its choices. One place for numbers, so that none is forgotten."""
+"""Allowed values of each key: type, range, choices. All numeric ranges are in one table."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Range:
     """Numbers from `low` to `high`.
 
     Attributes:
-        above: `low` itself is not one of them.
-        below: `high` itself is not one of them.
-        also: one more number that has a meaning of its own.
-        whole: numbers of 1 and more must be whole (transformers reads those below 1 as a share of the run).
-        note: what a user should know, at the end of the message.
+        above: excludes `low` itself.
+        below: excludes `high` itself.
+        also: one more allowed number, with a meaning of its own.
+        integer_above_1: numbers from 1 on must be integers (transformers reads those below 1 as a fraction of the run).
+        note: a hint at the end of the message.
     """
 
     low: float
@@ -30,13 +30,13 @@ class Range:
     above: bool = False
     below: bool = False
     also: float | None = None
-    whole: bool = False
+    integer_above_1: bool = False
     note: str = ""
 
     def holds(self, value: float) -> bool:
         if value == self.also:
             return True
-        if self.whole and value >= 1 and value != int(value):
+        if self.integer_above_1 and value >= 1 and value != int(value):
             return False
         low = value > self.low if self.above else value >= self.low
         return low and (value < self.high if self.below else value <= self.high)
@@ -60,10 +60,12 @@ _ROWS = 1_000_000_000_000
 COUNT = Range(1, _STEPS)
 SHARE = Range(0, 1)
 SHARE_BELOW_1 = Range(0, 1, below=True)
-SEED = Range(0, 2**32 - 1, note="numpy takes no other")
-EVERY = Range(0, _STEPS, above=True, whole=True, note="a whole number of steps, or a share of the run below 1")
+SEED = Range(0, 2**32 - 1, note="numpy accepts no other")
+EVERY = Range(
+    0, _STEPS, above=True, integer_above_1=True, note="an integer number of steps, or a fraction of the run below 1"
+)
 
-# Upper bounds are far beyond what anybody trains with: they catch slips of the finger, not tastes.
+# Upper bounds are far beyond any real run: they catch typing errors.
 RANGES = {
     # optimizer
     "learning_rate": Range(0, 1, above=True, note="1e-6 to 1e-3 is usual"),
@@ -72,9 +74,11 @@ RANGES = {
     "adam_beta2": SHARE_BELOW_1,
     "adam_epsilon": SHARE,
     "max_grad_norm": Range(0, 1e12, note="0: gradients are not clipped"),
-    "warmup_steps": Range(0, _STEPS, whole=True, note="a whole number of steps, or a share of the run below 1"),
+    "warmup_steps": Range(
+        0, _STEPS, integer_above_1=True, note="an integer number of steps, or a fraction of the run below 1"
+    ),
     "num_train_epochs": Range(0, 1_000_000, above=True),
-    "max_steps": Range(1, _STEPS, also=-1, note="-1: as many as num_train_epochs makes"),
+    "max_steps": Range(1, _STEPS, also=-1, note="-1: decided by num_train_epochs"),
     "per_device_train_batch_size": Range(1, 65536),
     "per_device_eval_batch_size": Range(1, 65536),
     "gradient_accumulation_steps": Range(1, 65536),
@@ -113,13 +117,13 @@ RANGES = {
     "eval_steps": EVERY,
     "save_steps": EVERY,
     "eval_delay": Range(0, _STEPS),
-    "save_total_limit": Range(1, 1_000_000, note="leave it out to keep all"),
+    "save_total_limit": Range(1, 1_000_000, note="remove it to keep all"),
     "torch_empty_cache_steps": COUNT,
     # processes
     "ddp_bucket_cap_mb": Range(1, 1_000_000),
     "ddp_timeout": Range(1, 31_536_000, note="seconds"),
-    "watchdog_minutes": Range(0, 525_600, note="0: never"),
-    "max_gradient_spike": Range(1, 1e12, above=True, also=0, note="0: never"),
+    "watchdog_minutes": Range(0, 525_600, note="0 disables"),
+    "max_gradient_spike": Range(1, 1e12, above=True, also=0, note="0 disables"),
     # evaluate
     "max_new_tokens": Range(1, 1_000_000),
     "num_shown": Range(1, 1000),
@@ -131,17 +135,17 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 _KERNEL = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:\w+)?")
 
 _WRONG = object()
-_TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "None": "null",
+_TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "None": "null",
                "list": "a list", "dict": "a mapping"}  # fmt: skip
 _LOSSES_OF_OTHERS = {
-    "simpo": "SimPO has no reference and is none of TRL's DPO losses; the nearest are `sigmoid_norm` (averages over the "
+    "simpo": "SimPO has no reference model and is not one of TRL's DPO losses; the closest are `sigmoid_norm` (averages over the "
     "answer's tokens) and `ipo`",
-    "orpo": "ORPO is another trainer, without a reference; here train `rlhf sft` first and then `loss_type: sigmoid`, or "
+    "orpo": "ORPO is another trainer, without a reference model; here train `rlhf sft` first and then `loss_type: sigmoid`, or "
     "both at once with `loss_type: [sigmoid, sft]`",
-    "cpo": "CPO is another trainer, without a reference; `loss_type: [sigmoid, sft]` is DPO plus its second term",
+    "cpo": "CPO is another trainer, without a reference model; `loss_type: [sigmoid, sft]` is DPO plus its second term",
     "kto": "KTO takes single answers with a thumb up or down, and is another trainer; for pairs there is `bco_pair`, "
     "`apo_zero` or `sigmoid`",
-    "kto_pair": "TRL has dropped it; `bco_pair` or `apo_zero` is the nearest",
+    "kto_pair": "TRL has dropped it; `bco_pair` or `apo_zero` is the closest",
     "ppo": "this project has no PPO; `rlhf dpo` reaches the same optimum without sampling",
     "grpo": "this project has no GRPO; `rlhf dpo` learns from pairs",
     "cdpo": "conservative DPO is `loss_type: robust` with label_smoothing here",
@@ -158,17 +162,17 @@ _LOSSES_OF_OTHERS = {
 
 
 def check_value(where: str, key: Key, value: Any) -> Any:
-    """Return the value in its field's type.
+    """Return the value converted to its field's type.
 
     Raises:
-        UserError: with what was found and what was expected.
+        UserError: with the found and the expected value.
     """
     members = [m.strip() for m in split_union(key.annotation)]
     members = ["str" if m.endswith(("Type", "Strategy", "Names")) else m for m in members]
     members = ["list[str]" if m.startswith("list[") and m.endswith(("Option]", "Type]")) else m for m in members]
     if "list[str]" in members:
         value = [value] if isinstance(value, str) else value
-    if any(m.startswith("dict") for m in members) and "str" in members:  # a text is JSON, or else TRL would open it
+    if any(m.startswith("dict") for m in members) and "str" in members:  # a string is JSON; TRL would open it as a file
         members.remove("str")
         value = _read_json(value) if isinstance(value, str) else value
     checked = _coerce(members, value, bool(key.choices))
@@ -184,7 +188,7 @@ def check_value(where: str, key: Key, value: Any) -> Any:
     if key.name == "attn_implementation" and checked is not None:
         _check_attention(where, checked)
     if key.name == "report_to" and len(items) > 1 and {"none", "all"} & set(items):
-        raise UserError(f"{where}: 'report_to' is {quote(items)}; `none` and `all` stand alone")
+        raise UserError(f"{where}: 'report_to' is {quote(items)}; use `none` and `all` alone")
     return checked
 
 
@@ -211,7 +215,7 @@ def _check_range(where: str, key: Key, value: Any, members: list[str]) -> None:
     allowed = RANGES.get(key.name)
     if allowed is None or isinstance(value, bool) or not isinstance(value, (int, float)) or allowed.holds(value):
         return
-    kind = "a number" if any("float" in m for m in members) else "a whole number"
+    kind = "a number" if any("float" in m for m in members) else "an integer"
     raise UserError(f"{where}: '{key.name}' is {quote(value)}; expected {kind} {allowed}")
 
 
@@ -221,22 +225,24 @@ def _check_attention(where: str, value: str) -> None:
     near = difflib.get_close_matches(value[:100], ATTENTION, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     raise UserError(
-        f"{where}: 'attn_implementation' is {quote(value)}; expected one of {', '.join(ATTENTION)} or a kernel of the hub "
+        f"{where}: 'attn_implementation' is {quote(value)}; expected one of {', '.join(ATTENTION)} or a kernel on the hub "
         f"(kernels-community/flash-attn2){hint}"
     )
 
 
 def _check_parts(where: str, name: str, value: Any, given: Any) -> None:
-    """NaN, infinity and half characters are refused wherever they stand, also inside of lists and mappings."""
+    """Reject NaN, infinity and lone surrogates, also inside lists and mappings."""
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        raise UserError(f"{where}: '{name}' is {quote(given)}; expected names as its keys")
+        raise UserError(f"{where}: '{name}' is {quote(given)}; expected strings as its keys")
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     for part in parts:
         _check_parts(where, name, part, given)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: '{name}' is {quote(given)}; expected a finite number")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
-        raise UserError(f"{where}: '{name}' is {quote(given)}, which holds NUL or half a character; write it in UTF-8")
+        raise UserError(
+            f"{where}: '{name}' is {quote(given)}, which contains NUL or a lone surrogate; write it in UTF-8"
+        )
 
 
 def _coerce(members: list[str], value: Any, closed: bool) -> Any:
@@ -250,7 +256,7 @@ def _coerce(members: list[str], value: Any, closed: bool) -> Any:
     if isinstance(value, (int, float)) and ("int" in members or "float" in members):
         return _coerce_number(members, value)
     if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a text (it wants 1.0e-4).
+        # YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4).
         if "str" not in members and "float" in members:
             try:
                 return float(value)
@@ -272,7 +278,7 @@ def _coerce_number(members: list[str], value: int | float) -> Any:
     if "float" in members and "int" not in members:
         try:
             return float(value)
-        except OverflowError:  # a whole number of more than 308 digits
+        except OverflowError:  # an integer of more than 308 digits
             return math.inf if value > 0 else -math.inf
     if "float" in members:
         return value

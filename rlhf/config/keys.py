@@ -1,6 +1,6 @@
 """The keys of TRL's and transformers' config classes, read from the source of the installed versions.
 
-Importing them would cost seconds (torch); their names, types, choices, defaults and help stand in their source.
+Importing them would take seconds (torch); names, types, choices, defaults and help are parsed from their source.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Key:
 
     Attributes:
         annotation: its type, as an annotation string.
-        choices: its allowed values, if they are closed.
+        choices: its allowed values, if it is an enumeration.
         owner: the class that it is a field of.
-        default: as source text; '' where it has none.
+        default: as source text; '' if it has none.
         help: what it does.
     """
 
@@ -36,8 +36,8 @@ class Key:
     help: str = ""
 
 
-# Values that TRL and transformers check only after a model has loaded. tests/config/test_config.py compares each list with
-# the installed library.
+# Values that TRL and transformers only check after a model has loaded. tests/config/test_config.py compares each list
+# with the installed library.
 _LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 LATE_CHOICES = {
     ("TrainingArguments", "log_level"): _LOG_LEVELS,
@@ -50,7 +50,7 @@ LATE_CHOICES = {
     ("SFTConfig", "loss_type"): ("nll", "dft"),
     ("SFTConfig", "packing_strategy"): ("bfd", "bfd_split", "wrapped"),
 }  # fmt: skip
-# Closed lists that are nobody's metadata: torch's and bitsandbytes' own.
+# Choices that no metadata lists: torch's and bitsandbytes' own.
 OWN_CHOICES = {
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "bnb_4bit_quant_storage": ("uint8", "int8", "float16", "bfloat16", "float32"),
@@ -60,7 +60,7 @@ OWN_CHOICES = {
 
 
 def own_keys(config_class: type) -> dict[str, Key]:
-    """Fields of a dataclass of ours."""
+    """The fields of one of our dataclasses."""
     keys = {}
     for f in dataclasses.fields(config_class):
         choices = tuple(f.metadata["choices"]) if "choices" in f.metadata else None
@@ -70,7 +70,7 @@ def own_keys(config_class: type) -> dict[str, Key]:
 
 @functools.cache
 def library_keys(package: str, file: str, class_name: str, owner: str) -> dict[str, Key]:
-    """Fields of a config class in a library.
+    """The fields of a library's config class.
 
     Raises:
         UserError: the library is not installed.
@@ -97,7 +97,7 @@ def source(package: str, file: str) -> ast.Module:
 
 @functools.cache
 def report_names() -> tuple[str, ...]:
-    """What `report_to` takes: the keys of transformers' INTEGRATION_TO_CALLBACK, and `none` and `all`."""
+    """The choices of `report_to`: the keys of transformers' INTEGRATION_TO_CALLBACK, and `none` and `all`."""
     for node in source("transformers", "integrations/integration_utils.py").body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "INTEGRATION_TO_CALLBACK":
             return ("none", "all", *(key.value for key in node.value.keys))
@@ -105,10 +105,10 @@ def report_names() -> tuple[str, ...]:
 
 
 def scheduler_arguments(name: str) -> dict[str, bool] | None:
-    """What `lr_scheduler_kwargs` may set for a scheduler of transformers.
+    """The arguments that `lr_scheduler_kwargs` may set for a scheduler of transformers.
 
     Returns:
-        Each argument and whether it must be given; None where the scheduler takes any.
+        Each argument and whether it is required; None if the scheduler accepts any.
     """
     module = source("transformers", "optimization.py")
     table = next(n.value for n in module.body
@@ -150,7 +150,7 @@ def _default_and_help(node: ast.AnnAssign) -> tuple[str, str]:
     text = _metadata(node).get("help")
     try:
         words = ast.literal_eval(text) if text is not None else ""
-    except ValueError:  # put together by code
+    except ValueError:  # computed by code
         words = ""
     return default, " ".join(str(words).replace("%%", "%").split())
 

@@ -1,15 +1,15 @@
-"""Keys that people bring along from axolotl, LLaMA-Factory, alignment-handbook, OpenRLHF and older libraries.
+"""Keys of axolotl, LLaMA-Factory, alignment-handbook, OpenRLHF and older libraries, and what to write here instead.
 
-Each is answered with what to write here. It is asked before spelling is: `lr` is nearer to `lora_r` than to anything.
+Looked up before spelling suggestions, by which `lr` would become `lora_r`.
 """
 
 from __future__ import annotations
 
-_LAUNCH = "that is the launch file's business: accelerate launch --config_file launch/{}.yaml -m rlhf …"
+_LAUNCH = "set it in the launch file: accelerate launch --config_file launch/{}.yaml -m rlhf …"
 _ZERO, _FSDP, _DDP = _LAUNCH.format("zero3"), _LAUNCH.format("fsdp2"), _LAUNCH.format("ddp")
-_STAGE = "the stage is the command's and the recipe's `stage:` (sft, reward, dpo)"
-_REPORT = "`report_to: wandb` (and run_name); the rest is read from the environment (WANDB_PROJECT, …)"
-_PACKED = "nothing: rows are packed without padding, and no position leaks into another example"
+_STAGE = "set the stage by the command and the recipe's `stage:` (sft, reward, dpo)"
+_REPORT = "`report_to: wandb` (and run_name); the rest comes from the environment (WANDB_PROJECT, …)"
+_PACKED = "nothing: rows are packed without padding, and no token attends to another example"
 
 # name: what to write. A bare name of a key stands for "write KEY".
 FOREIGN = {
@@ -19,15 +19,15 @@ FOREIGN = {
     "lr_scheduler": "lr_scheduler_type",
     "scheduler": "lr_scheduler_type",
     "actor_learning_rate": "learning_rate",
-    "warmup_ratio": "warmup_steps, where a number below 1 is a share of the run (0.1)",
-    "lr_warmup_ratio": "warmup_steps, where a number below 1 is a share of the run (0.1)",
+    "warmup_ratio": "warmup_steps, where a number below 1 is a fraction of the run (0.1)",
+    "lr_warmup_ratio": "warmup_steps, where a number below 1 is a fraction of the run (0.1)",
     "lr_warmup_steps": "warmup_steps",
     "num_epochs": "num_train_epochs",
     "epochs": "num_train_epochs",
     "max_epochs": "num_train_epochs",
     "n_epochs": "num_train_epochs",
-    "batch_size": "global_batch_size (examples per optimizer step over all processes), with max_tokens_per_device for what fits",
-    "train_batch_size": "global_batch_size (examples per optimizer step over all processes)",
+    "batch_size": "global_batch_size (examples per optimizer step over all ranks), with max_tokens_per_device for what fits",
+    "train_batch_size": "global_batch_size (examples per optimizer step over all ranks)",
     "micro_batch_size": "per_device_train_batch_size; or better global_batch_size with max_tokens_per_device",
     "micro_train_batch_size": "per_device_train_batch_size; or better global_batch_size with max_tokens_per_device",
     "eval_batch_size": "per_device_eval_batch_size",
@@ -45,12 +45,12 @@ FOREIGN = {
     "model_name": "model_name_or_path",
     "pretrain": "model_name_or_path",
     "reward_pretrain": "model_name_or_path in a recipe of `rlhf reward`",
-    "model_type": "nothing: the model's own config.json says it",
-    "tokenizer_type": "nothing: the tokenizer is the model's",
-    "tokenizer": "nothing: the tokenizer is the model's",
-    "tokenizer_name_or_path": "nothing: the tokenizer is the model's",
-    "ref_model": "`reference: nf4` with reference_model; by default the reference is the policy before its first update",
-    "ref_pretrain": "`reference: nf4` with reference_model; by default the reference is the policy before its first update",
+    "model_type": "nothing: the model's config.json defines it",
+    "tokenizer_type": "nothing: the model's own tokenizer is used",
+    "tokenizer": "nothing: the model's own tokenizer is used",
+    "tokenizer_name_or_path": "nothing: the model's own tokenizer is used",
+    "ref_model": "`reference: nf4` with reference_model; by default the reference model is the policy before its first update",
+    "ref_pretrain": "`reference: nf4` with reference_model; by default the reference model is the policy before its first update",
     "flash_attn": "nothing: packed attention uses a varlen flash kernel on GPUs; or `attn_implementation: flash_attention_2`",
     "flash_attention": "nothing: packed attention uses a varlen flash kernel on GPUs; or `attn_implementation: flash_attention_2`",
     "use_flash_attention_2": "`attn_implementation: flash_attention_2`",
@@ -64,10 +64,10 @@ FOREIGN = {
     "quantization_bit": "`load_in_4bit: true` or `load_in_8bit: true`",
     "quantization": "`load_in_4bit: true` or `load_in_8bit: true`",
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
-    "bnb_4bit_compute_dtype": "bf16 (`bf16: true`), which is what 4-bit weights are computed in",
+    "bnb_4bit_compute_dtype": "bf16 (`bf16: true`), the compute dtype of 4-bit weights",
     "gradient_checkpoint": "gradient_checkpointing",
     "grad_checkpoint": "gradient_checkpointing",
-    "group_by_length": "nothing: with global_batch_size a batch is split by its tokens, so that padding costs nothing",
+    "group_by_length": "nothing: with global_batch_size a batch is split into micro-batches by tokens, so that padding costs nothing",
     # LoRA
     "adapter": "`use_peft: true` (with `load_in_4bit: true` for QLoRA)",
     "finetuning_type": "`use_peft: true` for lora, nothing for full",
@@ -95,7 +95,7 @@ FOREIGN = {
     "dataset_dir": "dataset_name, which takes a folder or a file",
     "dataset_path": "dataset_name",
     "dataset_splits": "dataset_train_split and dataset_test_split",
-    "dataset_prepared_path": "nothing: what is prepared is kept in the cache",
+    "dataset_prepared_path": "nothing: prepared data is cached",
     "train_file": "dataset_name",
     "data_path": "dataset_name",
     "eval_dataset": "eval_dataset_name",
@@ -106,7 +106,7 @@ FOREIGN = {
     "max_samples": "max_train_examples",
     "template": "chat_template (alpaca, chatml or a .jinja file; default: the model's own)",
     "prompt_template": "chat_template (alpaca, chatml or a .jinja file)",
-    "apply_chat_template": "nothing: the model's chat template is always applied; chat_template names another",
+    "apply_chat_template": "nothing: the model's chat template is always applied; chat_template selects another",
     "chosen_key": "nothing: the columns of preference data are found by their usual names",
     "rejected_key": "nothing: the columns of preference data are found by their usual names",
     "input_key": "nothing: the columns are found by their usual names",
@@ -116,9 +116,9 @@ FOREIGN = {
     "sequence_len": "max_length",
     "max_len": "max_length",
     "max_seq_length": "max_length",
-    "max_prompt_length": "max_length, which bounds prompt and answer together",
-    "max_completion_length": "max_length, which bounds prompt and answer together",
-    "max_target_length": "max_length, which bounds prompt and answer together",
+    "max_prompt_length": "max_length, which limits prompt and answer together",
+    "max_completion_length": "max_length, which limits prompt and answer together",
+    "max_target_length": "max_length, which limits prompt and answer together",
     "sample_packing": "packing, which is on by default",
     "pad_to_sequence_len": _PACKED,
     "neat_packing": _PACKED,
@@ -146,25 +146,25 @@ FOREIGN = {
     "logging_dir": "report_to; TensorBoard's files go into output_dir/runs",
     "save_safetensors": "nothing: weights are always written as safetensors",
     "save_path": "output_dir",
-    "ckpt_path": "output_dir, where checkpoints are kept too",
+    "ckpt_path": "output_dir, which also holds the checkpoints",
     "save_every": "save_steps",
     "saves_per_epoch": "save_steps",
     "evals_per_epoch": "eval_strategy and eval_steps",
     "evaluation_strategy": "eval_strategy",
     "overwrite_output_dir": "--fresh, which starts in a new folder; nothing is ever overwritten",
-    "overwrite_cache": "nothing: caches are keyed by what is in them",
+    "overwrite_cache": "nothing: caches are keyed by their content",
     "plot_loss": "nothing: `rlhf report` draws the curves",
     "use_wandb": _REPORT,
     "wandb_project": _REPORT,
     "wandb_name": _REPORT,
     "wandb_entity": _REPORT,
-    "auto_resume_from_checkpoints": "nothing: the same command resumes by itself",
-    "load_checkpoint": "nothing: the same command resumes by itself",
+    "auto_resume_from_checkpoints": "nothing: the same command resumes automatically",
+    "load_checkpoint": "nothing: the same command resumes automatically",
     "special_tokens": "nothing: a pad token is chosen for the model",
     "random_state": "seed",
     "no_cuda": "`use_cpu: true`",
     "torchdynamo": "torch_compile",
-    "past_index": "nothing: these models keep no such state",
+    "past_index": "nothing: these models have no such state",
     "jit_mode_eval": "torch_compile",
     "include_tokens_per_second": "nothing: tokens_per_second is always logged",
     "half_precision_backend": "nothing: PyTorch's own is used",
@@ -184,14 +184,14 @@ FOREIGN = {
     "sequence_parallel_degree": "nothing: sequence parallelism is not supported; launch/fsdp2.yaml shards the model",
     "context_parallel_size": "nothing: context parallelism is not supported; launch/fsdp2.yaml shards the model",
     "ring_attn_size": "nothing: ring attention is not supported",
-    "unsloth": "nothing: packing and `use_liger_kernel: true` are what there is",
+    "unsloth": "nothing: use packing and `use_liger_kernel: true`",
     "device_map": _DDP,
 }
 
 
 def answer(key: str) -> str:
-    """What to write instead of a key of another project; '' for one that none of them has."""
+    """What to write instead of another project's key; '' if none of them has it."""
     found = FOREIGN.get(key.lower().replace("-", "_"), "")
     if found.startswith("nothing: "):
         return f"drop it: {found.removeprefix('nothing: ')}"
-    return found if not found or found.startswith(("that is", "the stage is")) else f"use {found}"
+    return found if not found or found.startswith("set ") else f"use {found}"

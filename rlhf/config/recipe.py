@@ -1,10 +1,10 @@
 """Recipe YAML -> validated keys -> TRL's own config classes.
 
 A recipe is flat: `key: value`. The keys are the fields of TRL's SFTConfig, RewardConfig or DPOConfig, of TRL's
-ModelConfig, and of the small dataclasses below for what those lack. Everything is checked here, with the file and the
-line, before torch is even imported, so that a misspelt key costs a user half a second and not a model load:
-yaml_reader.py reads the file, keys.py knows the names, keys_foreign.py the names of other projects, key_ranges.py the
-values, key_effects.py what has an effect, recipe_checks.py what must hold between keys.
+ModelConfig, and of our StageConfig for what those lack. Everything is checked here, with file and line, before torch
+is imported, so that a misspelt key costs half a second and not a model load: yaml_reader.py reads the file, keys.py has
+the names, keys_foreign.py the names of other projects, key_ranges.py the values, key_effects.py which keys have an
+effect, recipe_checks.py the constraints between keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf.config.stage_config import STAGES, EvaluateConfig, StageConfig
 from rlhf.config.yaml_reader import quote_path, read_flat, read_word
 from rlhf.errors import UserError, quote
 
-# Keys in which two runs of the same folder may differ: they change what is shown or how fast, not what is learnt.
+# Keys that may differ when a run resumes in its folder: they change output or speed, not what is learnt.
 HARMLESS = frozenset(
     "logging_steps logging_first_step logging_strategy logging_dir report_to run_name disable_tqdm log_level "
     "log_level_replica save_steps save_total_limit save_strategy eval_steps eval_strategy dataloader_num_workers "
@@ -35,7 +35,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe: `values` as given (file plus command line), and where each came from; never written to."""
+    """A validated recipe: `values` as given (file plus command line) and the line of each; never modified."""
 
     stage: str
     path: str
@@ -43,7 +43,7 @@ class Recipe:
     lines: dict[str, int | None]
 
     def where(self, key: str) -> str:
-        """`file:line` of a key, the command line's flag, or the file alone where the key is not set."""
+        """`file:line` of a key, its command-line flag, or the file alone if the key is not set."""
         if key not in self.lines:
             return self.path
         line = self.lines[key]
@@ -54,7 +54,7 @@ class Recipe:
 
     @functools.cached_property
     def ours(self) -> StageConfig:
-        """The keys of our own, with their defaults; of a training stage."""
+        """Our own keys of a training stage, with their defaults."""
         names = {field.name for field in dataclasses.fields(StageConfig)}
         return StageConfig(**{key: value for key, value in self.values.items() if key in names})
 
@@ -73,16 +73,16 @@ class Recipe:
 
 
 def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and the command line's `--key value` pairs over it.
+    """Read a recipe and override it with the command line's `--key value` pairs.
 
     Raises:
         UserError: no such file, bad YAML, unknown or repeated key, wrong type, value outside the choices, a recipe of
-            another stage; each with file, line and the nearest valid key or value.
+            another stage; each with file, line and the closest valid key or value.
     """
     values, lines = read_flat(path)
     path, found = quote_path(path), values.get("stage")
     if found is None:
-        raise UserError(f"{path}:1: the recipe does not say its stage; add the line `stage: {stage}` (if it is one)")
+        raise UserError(f"{path}:1: the recipe has no stage; add the line `stage: {stage}` (if that is its stage)")
     if found in STAGES and found != stage:
         raise UserError(f"{path}:{lines['stage']}: this is a recipe for `rlhf {found}`, not for `rlhf {stage}`")
     keys = allowed_keys(stage)
@@ -108,21 +108,21 @@ def stage_of(path: str) -> str:
     """Which stage a recipe is for.
 
     Raises:
-        UserError: no such file, bad YAML, or it doesn't say.
+        UserError: no such file, bad YAML, or no stage.
     """
     values, lines = read_flat(path)
     if values.get("stage") not in STAGES:
         place = f"{path}:{lines.get('stage', 1)}"
-        raise UserError(f"{place}: the recipe does not say its stage; add a line `stage: ` with {', '.join(STAGES)}")
+        raise UserError(f"{place}: the recipe has no stage; add a line `stage: ` with one of {', '.join(STAGES)}")
     return values["stage"]
 
 
 def _check_required(recipe: Recipe) -> None:
     if not recipe.get("output_dir"):
-        raise UserError(f"{recipe.path}: key 'output_dir' is missing; it says where the results go")
-    if "://" in str(recipe.get("output_dir")):  # checkpoints are renamed into place, which no object storage can do
+        raise UserError(f"{recipe.path}: key 'output_dir' is missing; it names the folder for the results")
+    if "://" in str(recipe.get("output_dir")):  # checkpoints are renamed into place, which object storage can't do
         raise UserError(
-            f"{recipe.where('output_dir')}: output_dir {quote_path(recipe.get('output_dir'))} is no folder; train into one, and copy it to "
+            f"{recipe.where('output_dir')}: output_dir {quote_path(recipe.get('output_dir'))} is not a folder; train into one and copy it to "
             "object storage (docker/README.md has the commands)"
         )
     if recipe.stage == "evaluate":
@@ -138,8 +138,8 @@ def _check_required(recipe: Recipe) -> None:
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if recipe.get("global_batch_size") and recipe.get(key):
             raise UserError(
-                f"{recipe.where(key)}: {key} and global_batch_size say the same in two ways; remove {key} "
-                "(max_tokens_per_device bounds what a process computes at a time)"
+                f"{recipe.where(key)}: {key} and global_batch_size set the same thing; remove {key} "
+                "(max_tokens_per_device limits the micro-batch)"
             )
     halves = [bool(recipe.get(f"{side}_dataset_name")) for side in ("chosen", "rejected")]
     if any(halves) and (not all(halves) or recipe.get("dataset_name")):
@@ -155,7 +155,7 @@ def _check_required(recipe: Recipe) -> None:
 
 
 def _read_overrides(words: list[str]) -> dict[str, str | None]:
-    """`--key value`, `--key=value` and a bare `--flag` (None) as a dict."""
+    """Parse `--key value`, `--key=value` and a bare `--flag` (None) into a dict."""
     values: dict[str, str | None] = {}
     words = list(words)
     while words:
@@ -173,7 +173,7 @@ def _read_overrides(words: list[str]) -> dict[str, str | None]:
 
 
 def _read_word(word: str | None, name: str, key: Key | None) -> Any:
-    """A word of the command line as YAML reads it, but as it was typed where the key takes a text."""
+    """A command-line value as YAML reads it, but verbatim if the key takes a string."""
     if word is None:
         return True
     if key is not None and set(split_union(key.annotation)) <= {"str", "None"}:
@@ -182,7 +182,7 @@ def _read_word(word: str | None, name: str, key: Key | None) -> Any:
 
 
 def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
-    """What to write in the place of a key that a stage doesn't have, as the end of a sentence."""
+    """What to write instead of a key that a stage doesn't have, as the end of a sentence."""
     if stage != "evaluate" and (known := answer(key)):
         return f"; {known}"
     for other in STAGES:

@@ -1,4 +1,4 @@
-"""What must hold between the keys of a recipe, and what a path in it may be. No torch, no data: quick."""
+"""Constraints between the keys of a recipe, and on its paths. No torch, no data: fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf.config.key_effects import without_effect
 from rlhf.config.keys import scheduler_arguments
 from rlhf.errors import UserError, quote
 
-# Keys that may name a file or a folder. Where a shell has not expanded `~`, it is the user's home here too.
+# Keys that may name a file or a folder; `~` that the shell has not expanded is expanded here.
 PATHS = (
     "output_dir", "dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name",
     "model_name_or_path", "reference_model", "reference_cache", "chat_template", "base_model", "sft_model", "reward_model",
@@ -23,10 +23,10 @@ MAX_PATH = 4096
 
 
 def expand_paths(values: dict[str, Any], where: Callable[[str], str]) -> None:
-    """Expand `~` and refuse what can't be a path.
+    """Expand `~` and reject what can't be a path.
 
     Raises:
-        UserError: an unknown user's home, a name that is too long; and an output_dir that can't be made.
+        UserError: an unknown user's home, a name that is too long, or an output_dir that can't be created.
     """
     for key in PATHS:
         value = values.get(key)
@@ -35,40 +35,38 @@ def expand_paths(values: dict[str, Any], where: Callable[[str], str]) -> None:
         if value.startswith("~"):
             value = values[key] = os.path.expanduser(value)
             if value.startswith("~"):
-                raise UserError(
-                    f"{where(key)}: {key} {quote(value)}: there is no such user's home; write the whole path"
-                )
+                raise UserError(f"{where(key)}: {key} {quote(value)}: no such user; write the full path")
         size = max(len(part) for part in value.encode().split(b"/"))
         if size > MAX_NAME or len(value.encode()) > MAX_PATH:
             raise UserError(
-                f"{where(key)}: {key} {quote(value)} has a name of {size} bytes; a file system takes {MAX_NAME} (and paths of "
-                f"{MAX_PATH})"
+                f"{where(key)}: {key} {quote(value)} has a name of {size} bytes; the maximum is {MAX_NAME} "
+                f"(and {MAX_PATH} for the path)"
             )
     _check_output_dir(values.get("output_dir"), lambda: where("output_dir"))
 
 
 def _check_output_dir(value: str | None, where: Callable[[], str]) -> None:
-    if value is None or value == "" or "://" in value:  # asked for elsewhere
+    if value is None or value == "" or "://" in value:  # checked elsewhere
         return
     if not value.strip():
-        raise UserError(f"{where()}: output_dir {quote(value)} is blank; name the folder where the results go")
+        raise UserError(f"{where()}: output_dir {quote(value)} is blank; name the folder for the results")
     path = Path(value)
     for part in (path, *path.parents):
         if os.path.islink(part) and not os.path.exists(part):
             raise UserError(
-                f"{where()}: output_dir {quote(value)} leads through the link {quote(str(part))} to "
-                f"{quote(os.readlink(part))}, which isn't there; remove the link, or name another folder"
+                f"{where()}: output_dir {quote(value)} goes through the link {quote(str(part))} to "
+                f"{quote(os.readlink(part))}, which doesn't exist; remove the link, or name another folder"
             )
 
 
 def check_effects(stage: str, values: dict[str, Any], where: Callable[[str], str], decided: set[str]) -> None:
-    """Refuse keys that would change nothing.
+    """Reject keys without effect.
 
     Args:
         decided: keys that were set on the command line.
 
     Raises:
-        UserError: the first such key, with what would give it an effect.
+        UserError: the first such key, and what would give it an effect.
     """
     for key in values:
         if reason := without_effect(key, stage, values, decided):
@@ -81,37 +79,37 @@ def _check_heldout(values: dict[str, Any], where: Callable[[str], str]) -> None:
         return
     if heldout > 1 and heldout != int(heldout):
         raise UserError(
-            f"{where('heldout')}: heldout {heldout:g} is neither a share below 1 nor a whole number of prompts"
+            f"{where('heldout')}: heldout {heldout:g} is neither a fraction below 1 nor an integer number of prompts"
         )
     for key in ("dataset_test_split", "eval_dataset_name"):
         if values.get(key):
             raise UserError(
-                f"{where('heldout')}: heldout and {key} both say what is held out; remove one (heldout takes a part of the "
-                "training data, which no other key changes)"
+                f"{where('heldout')}: heldout and {key} both define the held-out data; remove one (heldout takes a part of "
+                "the training data, which no other key changes)"
             )
 
 
 def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> None:
-    """Refuse values that don't fit each other, before TRL would after seconds of imports."""
+    """Reject incompatible values, which TRL would only report after seconds of imports."""
     _check_heldout(values, where)
     get = values.get
     if get("bf16") and get("fp16"):
-        raise UserError(f"{where('fp16')}: bf16 and fp16 are both true; keep one (bf16 where the GPU has it)")
+        raise UserError(f"{where('fp16')}: bf16 and fp16 are both true; keep one (bf16 if the GPU supports it)")
     if get("load_in_4bit") and get("load_in_8bit"):
         raise UserError(f"{where('load_in_8bit')}: load_in_4bit and load_in_8bit are both true; keep one")
     losses, weights = get("loss_type") or ["sigmoid"], get("loss_weights")
     if weights is not None and isinstance(losses, list) and len(weights) != len(losses):
         raise UserError(
-            f"{where('loss_weights')}: loss_weights has {len(weights)} numbers and loss_type {len(losses)}; give one each"
+            f"{where('loss_weights')}: loss_weights has {len(weights)} numbers and loss_type has {len(losses)}; give one weight per loss"
         )
     if isinstance(losses, list) and len(set(losses)) < len(losses):
         raise UserError(
-            f"{where('loss_type')}: loss_type {quote(losses)} names a loss twice; give it a larger loss_weights"
+            f"{where('loss_type')}: loss_type {quote(losses)} lists a loss twice; raise its loss_weights instead"
         )
     for old, new in (("gradient_checkpointing", "activation_checkpointing"),
                      ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")):  # fmt: skip
         if get(old) is not None and get(new) is not None:
-            raise UserError(f"{where(new)}: {old} and {new} are two names of one thing; remove {new}")
+            raise UserError(f"{where(new)}: {old} and {new} are two names of the same key; remove {new}")
     name = get("model_name_or_path") or ""
     if get("model_revision") not in (None, "main") and (name.startswith("embedded:") or os.path.isdir(name)):
         raise UserError(f"{where('model_revision')}: 'model_revision' has no effect on {quote(name)}; remove it")
@@ -120,8 +118,8 @@ def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> N
     evaluates, saves = get("eval_strategy", "no"), get("save_strategy", "steps")
     if get("load_best_model_at_end") and saves != "best" and evaluates != saves:
         raise UserError(
-            f"{where('load_best_model_at_end')}: load_best_model_at_end needs equal strategies, and eval_strategy is "
-            f"{evaluates} and save_strategy {saves}; set both to steps, or to epoch"
+            f"{where('load_best_model_at_end')}: load_best_model_at_end needs equal strategies, but eval_strategy is "
+            f"{evaluates} and save_strategy is {saves}; set both to steps, or to epoch"
         )
     if get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and evaluates == "no":
         raise UserError(
@@ -130,7 +128,7 @@ def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> N
 
 
 def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> None:
-    """transformers gives `lr_scheduler_kwargs` to a function, which raises TypeError when the model has long loaded."""
+    """Check `lr_scheduler_kwargs`; transformers raises TypeError for them, but only after the model has loaded."""
     name, given, place = (
         values.get("lr_scheduler_type", "linear"),
         values.get("lr_scheduler_kwargs"),
@@ -142,7 +140,7 @@ def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> Non
     for key in given or {}:
         if key not in takes:
             known = f"takes {', '.join(takes)}" if takes else "takes none"
-            raise UserError(f"{where(place)}: lr_scheduler_kwargs has {quote(key)}, and the scheduler {name} {known}")
+            raise UserError(f"{where(place)}: lr_scheduler_kwargs has {quote(key)}, but the scheduler {name} {known}")
     if given:
         values[place] = given = {key: _scheduler_value(where(place), key, value) for key, value in given.items()}
     missing = [key for key, needed in takes.items() if needed and key not in (given or {})]
@@ -156,7 +154,7 @@ def _check_scheduler(values: dict[str, Any], where: Callable[[str], str]) -> Non
 
 
 def _scheduler_value(where: str, key: str, value: Any) -> Any:
-    """A number, also where YAML 1.1 takes it for a text (1e-6); `*_type` is a text."""
+    """A number, also if YAML 1.1 reads it as a string (1e-6); `*_type` is a string."""
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
     if key.endswith("_type") and isinstance(value, str):
@@ -171,7 +169,7 @@ def _scheduler_value(where: str, key: str, value: Any) -> Any:
 
 
 def _check_optim_args(values: dict[str, Any], where: Callable[[str], str]) -> None:
-    """transformers splits `a=1,b=2`, and raises on anything else."""
+    """Check `optim_args`: transformers splits `a=1,b=2` and raises a bare ValueError on anything else."""
     given = values.get("optim_args")
     if given and not all(len(part.split("=")) == 2 and all(part.split("=")) for part in given.split(",")):
         raise UserError(f"{where('optim_args')}: optim_args is {quote(given)}; expected name=value,name=value")

@@ -1,4 +1,4 @@
-"""Keys of our own: what a recipe may set beyond TRL's and transformers' arguments."""
+"""Our own recipe keys, beyond TRL's and transformers' arguments."""
 
 from __future__ import annotations
 
@@ -10,73 +10,76 @@ TRAINING_STAGES = ("sft", "reward", "dpo")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What SFT, reward and DPO recipes need beyond TRL's classes."""
+    """Keys of SFT, reward and DPO recipes beyond those of TRL's classes."""
 
     stage: str = field(default="", metadata={"choices": list(STAGES), "help": "Which stage this recipe is for."})
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, directory, or .jsonl/.json/.csv/.parquet file, or embedded:sample."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Held-out split of the same data set."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data from another place."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Held-out split of the same dataset."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data from another source."})
     heldout: float | None = field(
         default=None,
         metadata={
-            "help": "A part of the data that no stage trains on, chosen by the prompt alone: a share (0.05) or a count of prompts (200). "
-            "Every stage and evaluation of the same data that says the same holds out the same prompts."
+            "help": "Hold out a part of the data, selected by prompt: a fraction (0.05) or a number of prompts (200). "
+            "Every stage and evaluation with the same value and data holds out the same prompts."
         },
     )
     chosen_dataset_name: str | None = field(
-        default=None, metadata={"help": "Accepted answers (prompt, response), joined by prompt with the rejected ones."}
+        default=None, metadata={"help": "Chosen answers (prompt, response), joined with the rejected ones by prompt."}
     )
     rejected_dataset_name: str | None = field(default=None, metadata={"help": "Rejected answers (prompt, response)."})
     bad_rows: str = field(
         default="error",
         metadata={
             "choices": ["error", "skip"],
-            "help": "A row that can't be used ends the run (error), or is left out, counted and named (skip).",
+            "help": "Abort on an unusable row (error), or skip, count and list such rows (skip).",
         },
     )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "alpaca, chatml or a .jinja file; default: the model's own, alpaca where it has none."},
+        metadata={"help": "alpaca, chatml or a .jinja file; default: the model's own, or alpaca if it has none."},
     )
     packing: bool = field(
         default=True,
         metadata={
-            "help": "Compute on one row without padding, in which a pair shares its prompt (same numbers, faster)."
+            "help": "Pack each micro-batch into one row without padding; a pair shares its prompt (equal results)."
         },
     )
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Examples an optimizer step, over all processes; replaces per_device_train_batch_size and "
-            "gradient_accumulation_steps. The same steps on any number of processes."
+            "help": "Examples per optimizer step, over all ranks; replaces per_device_train_batch_size and "
+            "gradient_accumulation_steps. The same steps at any world size."
         },
     )
     max_tokens_per_device: int = field(
-        default=4096, metadata={"help": "With global_batch_size: packed tokens a process computes at a time at most."}
+        default=4096,
+        metadata={"help": "Maximum packed tokens per micro-batch on one device (needs global_batch_size)."},
     )
     reference: str = field(
         default="cached",
         metadata={
             "choices": ["cached", "online", "nf4"],
-            "help": "DPO: the policy's log-probabilities before its first update, computed once and kept on disk "
-            "(cached); the reference's pass in every step (online); or that of a second model in 4 bits (nf4).",
+            "help": "DPO: log-probabilities of the policy before its first update, computed once and cached on disk "
+            "(cached); a reference pass in every step (online); or one of a separate model in 4-bit NF4 (nf4).",
         },
     )
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "DPO with `reference: nf4`: another model than the policy before its first update."},
+        metadata={
+            "help": "DPO with `reference: nf4`: a reference model other than the policy before its first update."
+        },
     )
     max_reference_bias_nats: float = field(
         default=1.0,
         metadata={
-            "help": "DPO with `reference: nf4`: stop if quantising moves an answer's log-probability by more on average."
+            "help": "DPO with `reference: nf4`: abort if quantisation shifts log-probabilities by more than this per answer (mean)."
         },
     )
     reference_cache: str | None = field(
@@ -85,26 +88,28 @@ class StageConfig:
     )
     max_gradient_spike: float = field(
         default=1000.0,
-        metadata={"help": "End a run whose gradient norm is more than so many times its median of late; 0: never."},
+        metadata={
+            "help": "Abort if the gradient norm exceeds this multiple of its recent median; 0 disables the check."
+        },
     )
     watchdog_minutes: float = field(
         default=30.0,
-        metadata={"help": "End a run whose step hangs for so long, with the stacks of all processes; 0: never."},
+        metadata={"help": "Abort and dump all stack traces if a step takes longer than this many minutes; 0 disables."},
     )
     portable_checkpoints: bool | None = field(
         default=None,
         metadata={
-            "help": "Save the training state in one piece, not as DeepSpeed or FSDP splits it, so that the run can go on under "
-            "any launch file; default: with LoRA."
+            "help": "Save the training state unsharded, not as DeepSpeed or FSDP shards it, so that the run can resume "
+            "under any launch file; default: only with LoRA."
         },
     )
     continue_adapter: bool = field(
         default=True,
-        metadata={"help": "The input model is a LoRA adapter: train it further (true) or merge it first (false)."},
+        metadata={"help": "If the input model is a LoRA adapter: train it further (true) or merge it first (false)."},
     )
     merge_adapter: bool | None = field(
         default=None,
-        metadata={"help": "Write the finished model merged (true) or as an adapter; default: merged unless 4/8-bit."},
+        metadata={"help": "Save the finished model merged (true) or as an adapter; default: merged unless 4/8-bit."},
     )
 
 
@@ -120,16 +125,16 @@ class EvaluateConfig:
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_train_split: str | None = field(
-        default=None, metadata={"help": "Split that `heldout` is taken from; default: train, or all of a file."}
+        default=None, metadata={"help": "Split that `heldout` takes from; default: train, or the entire file."}
     )
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; default: test, or all of a file."}
+        default=None, metadata={"help": "Split to evaluate on; default: test, or the entire file."}
     )
     heldout: float | None = field(
         default=None,
         metadata={
-            "help": "A part of the data that no stage trains on, chosen by the prompt alone: a share (0.05) or a count of prompts (200). "
-            "Every stage and evaluation of the same data that says the same holds out the same prompts."
+            "help": "Hold out a part of the data, selected by prompt: a fraction (0.05) or a number of prompts (200). "
+            "Every stage and evaluation with the same value and data holds out the same prompts."
         },
     )
     bad_rows: str = field(default="error", metadata={"choices": ["error", "skip"]})
@@ -137,8 +142,10 @@ class EvaluateConfig:
     output_dir: str | None = None
     max_new_tokens: int = 96
     max_length: int = 1024
-    num_shown: int = field(default=3, metadata={"help": "Prompts answered side by side by base, SFT and DPO."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts generated, or pairs scored, at a time."})
+    num_shown: int = field(
+        default=3, metadata={"help": "Number of prompts with answers of base, SFT and DPO side by side."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch, or pairs per scored batch."})
     dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16"]})
     use_cpu: bool = False
     seed: int = 42

@@ -1,7 +1,7 @@
-"""YAML as recipes, launch files and the command line use it: flat, small, and every mistake in it one sentence.
+"""YAML of recipes, launch files and the command line: flat, small, with one sentence per error.
 
-Anchors, aliases, tags and deep nesting are refused: no recipe needs them, and they are what makes YAML hang, recurse or
-grow. What remains can still fail while PyYAML makes values of it (`2024-13-45`, `0x_`, "\\UFFFFFFFF"): UNREADABLE.
+Anchors, aliases, tags and deep nesting are rejected: no recipe needs them, and they can make YAML hang, recurse or
+grow. The rest can still fail while PyYAML converts values (`2024-13-45`, `0x_`, "\\UFFFFFFFF"): UNREADABLE.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rlhf.errors import UserError, quote
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 12  # a launch file has 3 levels, a recipe 2
-# What PyYAML raises, beside its own YAMLError, on texts that look like a number, a date or a character and are none.
+# Raised by PyYAML, besides its YAMLError, for strings that look like a number, a date or a character but aren't one.
 UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError)
-# 010 is 8 and 1:30 is 90 to YAML 1.1; nobody who writes them in a recipe means that.
+# YAML 1.1 reads 010 as 8 and 1:30 as 90; nobody means that in a recipe.
 _OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
-class _Refused(Exception):
-    """What a recipe can't hold, and where."""
+class _Rejected(Exception):
+    """A YAML feature that recipes may not use, and where it is."""
 
     def __init__(self, mark, sentence: str):
         super().__init__(sentence)
@@ -33,7 +33,7 @@ class _Refused(Exception):
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that refuses, while it reads, what can make a small text large or endless."""
+    """SafeLoader that rejects, while reading, what can make a small text large or endless."""
 
     depth = 0
 
@@ -42,20 +42,20 @@ class Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
             name = quote(sign + event.anchor, 40)
-            raise _Refused(event.start_mark, f"aliases ({name}) have no place here; write the value out, or in quotes")
+            raise _Rejected(event.start_mark, f"aliases ({name}) are not supported; write the value out, or in quotes")
         if event.tag is not None:
             name = quote(event.tag.replace("tag:yaml.org,2002:", "!!"), 40)
-            raise _Refused(event.start_mark, f"tags ({name}) have no place here; write the value without")
+            raise _Rejected(event.start_mark, f"tags ({name}) are not supported; write the value without one")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise _Refused(event.start_mark, f"nested more than {MAX_DEPTH} levels deep; a value is flat")
+            raise _Rejected(event.start_mark, f"nested more than {MAX_DEPTH} levels deep; values are flat")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
     def construct_yaml_int(self, node):
         if _OTHER_BASE.fullmatch(node.value):
-            raise ValueError("YAML reads it as a number to the base 8 or 60; write it in decimal")
+            raise ValueError("YAML reads it as a number in base 8 or 60; write it in decimal")
         if len(node.value) > 4000:
             raise ValueError(f"it is a number of {len(node.value)} digits")
         return super().construct_yaml_int(node)
@@ -72,7 +72,7 @@ def read_text(path: str, kind: str = "recipe") -> str:
         kind: what it should be, for the message.
 
     Raises:
-        UserError: no such file, not an ordinary file, too large, unreadable, or not UTF-8.
+        UserError: no such file, not a regular file, too large, unreadable, or not UTF-8.
     """
     name, file = quote_path(path), Path(path)
     try:
@@ -80,15 +80,15 @@ def read_text(path: str, kind: str = "recipe") -> str:
     except (OSError, ValueError) as error:
         if os.path.islink(path):
             raise UserError(
-                f"no {kind} at {name}: it is a link to {quote(os.readlink(path))}, which isn't there"
+                f"no {kind} at {name}: it is a link to {quote(os.readlink(path))}, which doesn't exist"
             ) from None
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise UserError(f"{name} can't be the path of a {kind}: {_reason(error)}") from None
         raise UserError(f"no {kind} at {name}{_neighbours(file, kind)}") from None
     if stat.S_ISDIR(found.st_mode):
         raise UserError(f"{name} is a folder, not a {kind}{_neighbours(file / 'x', kind)}")
-    if not stat.S_ISREG(found.st_mode):  # a pipe or a device could make us wait for ever
-        raise UserError(f"{name} is no ordinary file; give the path of a {kind}")
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device could block for ever
+        raise UserError(f"{name} is not a regular file; give the path of a {kind}")
     if found.st_size > MAX_BYTES:
         raise UserError(
             f"{name} has {found.st_size:,} bytes, too many for a {kind} (at most {MAX_BYTES:,}); is it data?"
@@ -112,7 +112,7 @@ def read_flat(path: str, kind: str = "recipe") -> tuple[dict[str, Any], dict[str
         The values by key, and the line of each key.
 
     Raises:
-        UserError: whatever is wrong with the file, its YAML or one of its values, with file and line.
+        UserError: the file, its YAML or one of its values is invalid; with file and line.
     """
     text = read_text(path, kind)
     loader, place = Loader(""), quote_path(path)
@@ -134,16 +134,14 @@ def read_flat(path: str, kind: str = "recipe") -> tuple[dict[str, Any], dict[str
         return values, lines
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(
-            f"{place}:{line}: not valid YAML: character #x{error.character:04x} can't stand in it"
-        ) from None
+        raise UserError(f"{place}:{line}: not valid YAML: character #x{error.character:04x} is not allowed") from None
 
 
 def read_word(word: str, place: str) -> Any:
-    """A word of the command line as YAML reads it.
+    """A command-line value as YAML reads it.
 
     Raises:
-        UserError: YAML can't read it; `place` is where it stood (`--beta`).
+        UserError: YAML can't read it; the message starts with `place` (`--beta`).
     """
     try:
         loader = Loader(word)
@@ -154,15 +152,15 @@ def read_word(word: str, place: str) -> Any:
 
 
 def quote_path(path: str) -> str:
-    """A path as it stands in a message: as it is if that is readable, else quoted."""
+    """A path for a message: verbatim if it is printable and short, else quoted."""
     return path if path.isprintable() and len(path) <= 300 else quote(path)
 
 
 def _root(loader: Loader, place: str, compose, with_line: bool = True):
-    """Compose the node of the whole text."""
+    """Compose the root node of the text."""
     try:
         return compose()
-    except _Refused as error:
+    except _Rejected as error:
         at = f":{error.mark.line + 1}:{error.mark.column + 1}" if with_line else ""
         raise UserError(f"{place}{at}: {error}") from None
     except yaml.MarkedYAMLError as error:
@@ -176,18 +174,18 @@ def _root(loader: Loader, place: str, compose, with_line: bool = True):
 
 def _construct(loader: Loader, node, place: str, key: str) -> Any:
     try:
-        _refuse_repeated(node, place, key)
+        _reject_repeated(node, place, key)
         return loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error.problem)}; put a text in quotes") from None
+        raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error.problem)}; put a string in quotes") from None
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error)}; put a text in quotes") from None
+        raise UserError(f"{place}: {quote(key)} can't be read: {_cut(error)}; put a string in quotes") from None
 
 
-def _refuse_repeated(node, place: str, outer: str) -> None:
-    """YAML takes the last of two equal keys without a word."""
+def _reject_repeated(node, place: str, outer: str) -> None:
+    """Reject repeated keys in nested mappings, of which YAML silently takes the last."""
     if isinstance(node, yaml.CollectionNode):
         pairs = isinstance(node, yaml.MappingNode)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if pairs else []
@@ -195,7 +193,7 @@ def _refuse_repeated(node, place: str, outer: str) -> None:
             repeated = next(key for number, key in enumerate(keys) if key in keys[:number])
             raise UserError(f"{place}: {quote(outer)} sets {quote(repeated)} twice; keep one")
         for part in node.value:
-            _refuse_repeated(part[1] if pairs else part, place, outer)
+            _reject_repeated(part[1] if pairs else part, place, outer)
 
 
 def _cut(error: Any) -> str:
@@ -208,11 +206,11 @@ def _reason(error: Exception) -> str:
 
 
 def _neighbours(file: Path, kind: str) -> str:
-    """What there is instead."""
+    """Existing files to suggest instead."""
     if kind != "recipe":
-        return "; the project's own are in launch/"
+        return "; this project's are in launch/"
     near = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
     if not near:
-        return "; recipes of this project are in configs/"
+        return "; this project's recipes are in configs/"
     more = f" and {len(near) - 8} more" if len(near) > 8 else ""
     return f"; in {file.parent} there are {', '.join(near[:8])}{more}"

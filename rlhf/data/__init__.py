@@ -1,1 +1,1 @@
-"""Data: where rows come from (sources), what shape they have (formats), and accepted/rejected files (pairs)."""
+"""Data: sources of rows, their formats, checks, and the accepted/rejected files of `rlhf pairs`."""

@@ -1,18 +1,18 @@
-"""Columns beside prompt and answers: used (system, history, margin), refused by name, or listed as not used."""
+"""Columns besides prompt and answers: used (system, history, margin), rejected by name, or listed as unused."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from rlhf.data.messages import Messages, RowError, describe, has, is_empty, refuse_unsupported, text
+from rlhf.data.messages import Messages, RowError, describe, has, is_empty, reject_unsupported, text
 
 SYSTEM = ("system", "system_prompt")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 _SCORE_NAMES = frozenset(name for names in SCORES for name in names)
 _KNOWN_FIELDS = {"role", "content", "weight", "train", "training"}
 
-# Formats that are not read, by columns that only they have, and how to convert them.
+# Unsupported formats, by columns that only they have, and how to convert them.
 FORMATS = {
     ("conversations",): (
         "a ShareGPT row: rename 'conversations' to 'messages', 'from' to 'role' (human: user, gpt: assistant) and 'value' to "
@@ -22,12 +22,12 @@ FORMATS = {
         "prompt",
         "completion",
         "label",
-    ): "a KTO row: it has one answer and its label; pair the good answers with the bad ones",
-    ("response_0", "response_1"): "a row of two responses: name the better one 'chosen' and the other 'rejected'",
+    ): "a KTO row, with one answer and its label; pair the good answers with the bad ones",
+    ("response_0", "response_1"): "a row with two responses: name the better one 'chosen' and the other 'rejected'",
     (
         "response_j",
         "response_k",
-    ): "a row of two responses: rename 'response_j' to 'chosen' and 'response_k' to 'rejected'",
+    ): "a row with two responses: rename 'response_j' to 'chosen' and 'response_k' to 'rejected'",
     (
         "human_ref_A",
         "human_ref_B",
@@ -39,25 +39,25 @@ FORMATS = {
 
 
 def format_hint(row: dict) -> str:
-    """What a row of a known, unread format is, and how to convert it; '' for any other."""
+    """The unsupported format that a row looks like, and how to convert it; '' if none."""
     return next((f"; this looks like {hint}" for keys, hint in FORMATS.items() if set(keys) <= set(row)), "")
 
 
-def refuse_columns(row: dict) -> None:
-    """Raise RowError for columns that change what the row means and that nothing here would heed."""
-    refuse_unsupported(row)
+def reject_columns(row: dict) -> None:
+    """Raise RowError for columns that change the meaning of the row but would be ignored."""
+    reject_unsupported(row)
     for key in ("train", "training"):
         if is_false(row.get(key)):
             raise RowError(f"'{key}' is false, but every row is trained; remove the row")
 
 
 def is_false(value: Any) -> bool:
-    """False as JSON and Parquet have it, or as CSV writes it."""
+    """Whether a value is false in JSON or Parquet, or `false` in CSV."""
     return value is False or isinstance(value, str) and value.strip().lower() == "false"
 
 
 def add_context(row: dict, used: set[str], prompt: Messages) -> Messages:
-    """The prompt with the system message of `system` or `system_prompt`, and the turns of `history` before its own."""
+    """The prompt with the system message of `system` or `system_prompt` and the turns of `history` prepended."""
     return add_system(row, used, history(row, used, prompt) + prompt)
 
 
@@ -70,14 +70,16 @@ def add_system(row: dict, used: set[str], messages: Messages) -> Messages:
         content = text(row[key], key)
         present = messages[0]["content"] if messages[0]["role"] == "system" else found
         if present is not None and present != content:
-            raise RowError(f"'{key}' ({content[:40]!r}) is not the system message that is there too ({present[:40]!r})")
+            raise RowError(
+                f"'{key}' ({content[:40]!r}) differs from the other system message ({present[:40]!r}); keep one"
+            )
         if messages[0]["role"] != "system":
             found = content
     return messages if found is None else [{"role": "system", "content": found}, *messages]
 
 
 def history(row: dict, used: set[str], prompt: Messages | None) -> Messages:
-    """LLaMA-Factory's `history`: earlier turns as [user, assistant] pairs. None as prompt: there can't be any."""
+    """LLaMA-Factory's `history`: earlier turns as [user, assistant] pairs. With `prompt` None, none are allowed."""
     if "history" not in row or is_empty(row["history"]):
         return []
     used.add("history")
@@ -95,7 +97,7 @@ def history(row: dict, used: set[str], prompt: Messages | None) -> Messages:
 
 
 def margin(row: dict, used: set[str]) -> float | None:
-    """By how much chosen is better, as a finite number; None where the row doesn't say."""
+    """By how much chosen is better, as a finite number; None if the row has no margin."""
     value = row.get("margin")
     if value is None or value == "":
         return None
@@ -110,7 +112,7 @@ def margin(row: dict, used: set[str]) -> float | None:
 
 
 def scores(row: dict) -> tuple[float, float] | None:
-    """(of chosen, of rejected), where the row has both."""
+    """The scores of (chosen, rejected); None unless the row has both."""
     if _SCORE_NAMES.isdisjoint(row):
         return None
     for names in SCORES:
@@ -121,7 +123,7 @@ def scores(row: dict) -> tuple[float, float] | None:
 
 
 def unused(row: dict, used: set[str]) -> set[str]:
-    """Columns, and fields of messages, that hold something and are not used."""
+    """Columns and message fields that are not empty and not used."""
     checked = _SCORE_NAMES if scores(row) else frozenset()
     found = {str(key) for key in row.keys() - used - checked if not is_empty(row[key])}
     for key in used & row.keys():

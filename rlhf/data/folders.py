@@ -1,4 +1,4 @@
-"""Folders with data: a file a split, what `save_to_disk` wrote, or data files that `datasets` sorts into splits."""
+"""Data folders: one file per split, the output of `save_to_disk`, or data files that `datasets` assigns to splits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rlhf.errors import UserError, quote
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 FOLDER_TYPES = (*FILE_TYPES, ".arrow", ".txt")  # that `datasets` reads from a folder
-MAX_ENTRIES = 5000  # files and folders; a data set of more shards than that is read by name
-EXPECTED = "expected a file named after the split, such as train.jsonl, or what `save_to_disk` writes"
+MAX_ENTRIES = 5000  # files and folders; a dataset of more shards must be named itself
+EXPECTED = "expected a file named after the split, such as train.jsonl, or the output of `save_to_disk`"
 
 
 def is_data_name(name: str) -> bool:
-    """Whether a name is that of a data file: `a.jsonl`, `a.csv.gz`."""
+    """Whether a name is a data file's: `a.jsonl`, `a.csv.gz`."""
     path = Path(name)
     return Path(path.stem if path.suffix in COMPRESSED_TYPES else name).suffix in FILE_TYPES
 
 
 def data_files(folder: Path) -> list[str]:
-    """Names of the data files right in a folder; none if it can't be looked into."""
+    """Names of the data files directly in a folder; empty if it can't be listed."""
     try:
         return sorted(name for name in os.listdir(folder) if is_data_name(name))
     except OSError:
@@ -37,7 +37,7 @@ def split_file(folder: Path, split: str, prefix: str) -> Path | None:
     """The file named after the split.
 
     Raises:
-        UserError: there are several (names them).
+        UserError: there are several (lists them).
     """
     names = [f"{split}{suffix}{packed}" for suffix in FILE_TYPES for packed in ("", *COMPRESSED_TYPES)]
     found = [name for name in names if "/" not in split and os.path.isfile(folder / name)]
@@ -47,10 +47,10 @@ def split_file(folder: Path, split: str, prefix: str) -> Path | None:
 
 
 def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> tuple[str, list[dict[str, Any]]]:
-    """The split that is read (the one asked for; else the default or the only one), and its rows.
+    """The split to read (`split`, else the default or the only one) and its rows.
 
     Raises:
-        UserError: no data, damaged, more than MAX_ENTRIES files, a script, or no such split (names those there are).
+        UserError: no data, damaged, more than MAX_ENTRIES files, a script, or no such split (lists the existing ones).
     """
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
     if saved:
@@ -64,7 +64,7 @@ def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> t
     kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError,
              datasets.exceptions.DatasetsError, pyarrow.ArrowException, yaml.YAMLError)  # fmt: skip
     try:
-        datasets.disable_progress_bars()  # a check answers in a line, and so does an error
+        datasets.disable_progress_bars()  # a check prints one line, and so does an error
         logging.getLogger("datasets").setLevel(logging.CRITICAL)
         loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
         if not isinstance(loaded, dict):
@@ -77,15 +77,15 @@ def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> t
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{prefix}{folder} holds no data set that can be read: {first_line(error)}") from None
+        raise UserError(f"{prefix}{folder} has no readable dataset: {first_line(error)}") from None
 
 
 def _check_saved(folder: Path, prefix: str) -> None:
-    """What `save_to_disk` wrote beside the rows; `datasets` ends with a KeyError or TypeError where it is damaged."""
+    """Check the metadata of `save_to_disk`; `datasets` raises KeyError or TypeError if it is damaged."""
     if (folder / "dataset_dict.json").is_file():
         splits = _read_dict(folder / "dataset_dict.json", prefix).get("splits")
         if not isinstance(splits, list) or not all(isinstance(s, str) and s and "/" not in s for s in splits):
-            raise UserError(f"{prefix}{folder / 'dataset_dict.json'} names no splits; {_SAVE_AGAIN}")
+            raise UserError(f"{prefix}{folder / 'dataset_dict.json'} lists no splits; {_SAVE_AGAIN}")
         for name in splits:
             _check_saved_split(folder / name, prefix)
     else:
@@ -101,7 +101,7 @@ def _check_saved_split(folder: Path, prefix: str) -> None:
     if not isinstance(files, list) or not all(
         isinstance(f, dict) and isinstance(f.get("filename"), str) for f in files
     ):
-        raise UserError(f"{prefix}{folder / 'state.json'} names no data files; {_SAVE_AGAIN}")
+        raise UserError(f"{prefix}{folder / 'state.json'} lists no data files; {_SAVE_AGAIN}")
     for file in files:
         if not (folder / file["filename"]).is_file():
             raise UserError(f"{prefix}{folder / quote(file['filename'])[1:-1]} is missing; {_SAVE_AGAIN}")
@@ -109,7 +109,7 @@ def _check_saved_split(folder: Path, prefix: str) -> None:
 
 
 def _check_arrow(path: Path, prefix: str) -> None:
-    """Refuse a damaged Arrow file: `datasets` slices without a look at the lengths, and Arrow then aborts the process."""
+    """Reject a damaged Arrow file: `datasets` slices without checking lengths, and Arrow then aborts the process."""
     import pyarrow.ipc
 
     try:
@@ -117,10 +117,10 @@ def _check_arrow(path: Path, prefix: str) -> None:
             for batch in reader:
                 batch.validate(full=True)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UserError(f"{prefix}{path} is no readable Arrow file: {first_line(error)}; {_SAVE_AGAIN}") from None
+        raise UserError(f"{prefix}{path} is not a readable Arrow file: {first_line(error)}; {_SAVE_AGAIN}") from None
 
 
-_SAVE_AGAIN = "the folder is damaged: copy it again, or write it again with `save_to_disk`"
+_SAVE_AGAIN = "the folder is damaged: copy it again, or recreate it with `save_to_disk`"
 
 
 def _read_dict(path: Path, prefix: str) -> dict[str, Any]:
@@ -129,12 +129,12 @@ def _read_dict(path: Path, prefix: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{prefix}{path} is no JSON object; {_SAVE_AGAIN}")
+        raise UserError(f"{prefix}{path} is not a JSON object; {_SAVE_AGAIN}")
     return found
 
 
 def _survey(folder: Path, prefix: str) -> None:
-    """Refuse, before `datasets` walks it (a home folder takes minutes), a folder that holds no data for it."""
+    """Reject a folder without data before `datasets` walks it (minutes for a home folder)."""
     types: Counter[str] = Counter()
     entries, folders = 0, [folder]
     while folders:
@@ -142,8 +142,8 @@ def _survey(folder: Path, prefix: str) -> None:
             entries += 1
             if entries > MAX_ENTRIES:
                 raise UserError(
-                    f"{prefix}{folder} holds more than {MAX_ENTRIES} files and folders ({_most(types)}); {EXPECTED}: "
-                    "name the folder of the data"
+                    f"{prefix}{folder} has more than {MAX_ENTRIES} files and folders ({_most(types)}); {EXPECTED}: "
+                    "give the dataset's own folder"
                 )
             if _is_folder(entry):
                 folders.append(Path(entry.path))
@@ -151,24 +151,24 @@ def _survey(folder: Path, prefix: str) -> None:
                 types[_type(entry.name)] += 1
     script = folder / f"{folder.resolve().name}.py"
     if script.is_file():
-        raise UserError(f"{prefix}{script} is a data set's script, and no code of a data set is run; {EXPECTED}")
+        raise UserError(f"{prefix}{script} is a dataset script, and dataset code is never run; {EXPECTED}")
     if not any(types[kind] for kind in FOLDER_TYPES):
-        raise UserError(f"{prefix}{folder} holds no data set that can be read: found {_most(types)}; {EXPECTED}")
+        raise UserError(f"{prefix}{folder} has no readable dataset: found {_most(types)}; {EXPECTED}")
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as found:
             return [entry for entry, _ in zip(found, range(MAX_ENTRIES + 1), strict=False)]
-    except OSError:  # no permission: `datasets` passes it over too
+    except OSError:  # no permission: `datasets` skips it too
         return []
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Links are followed, as `datasets` does; a circle of them ends at MAX_ENTRIES."""
+    """Follows links, as `datasets` does; MAX_ENTRIES stops cycles."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to where we may not look
+    except OSError:  # a link to itself, or to a place without permission
         return False
 
 

@@ -1,6 +1,6 @@
-"""Rows of the field's usual shapes -> TRL's canonical conversational formats, with errors that name the line.
+"""Rows in the usual formats -> TRL's canonical conversational formats, with errors that name the line.
 
-Everything becomes messages, so that one chat template writes every prompt and every answer the same way in SFT,
+Everything is converted to messages, so that one chat template renders every prompt and answer the same way in SFT,
 reward modelling, DPO, evaluation and chat.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.data import columns
-from rlhf.data.messages import Messages, RowError, has, is_dialogue, is_empty, left_out, messages, text, turns
+from rlhf.data.messages import Messages, RowError, excluded_answers, has, is_dialogue, is_empty, messages, text, turns
 from rlhf.data.reading import Reading, each, without_repeated_prompts
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 
 SFT_SHAPES = "prompt + completion; prompt + chosen; messages; instruction (+ input) + output; question + answer; text"
-PREFERENCE_SHAPES = "prompt + chosen + rejected; chosen + rejected (whole dialogues); instruction + chosen + rejected"
+PREFERENCE_SHAPES = "prompt + chosen + rejected; chosen + rejected (full dialogues); instruction + chosen + rejected"
 
 
 def sft_rows(source: Source, reading: Reading | None = None) -> list[dict[str, Any]]:
     """Canonical SFT rows: `{"prompt": messages, "completion": [assistant message]}`, `{"messages": …}` or `{"text": …}`.
 
     Raises:
-        UserError: file and line of the first row that has no known shape, an empty text or wrong roles.
+        UserError: file and line of the first row with an unknown format, an empty text or wrong roles.
     """
     reading = reading or Reading()
     first: dict[str, set[str]] = {}
@@ -31,7 +31,7 @@ def sft_rows(source: Source, reading: Reading | None = None) -> list[dict[str, A
         new = _sft_row(row, used)
         shape = first.setdefault("shape", set(new))
         if set(new) != shape:
-            raise RowError(f"this row becomes {sorted(new)}, the first row {sorted(shape)}; use one shape")
+            raise RowError(f"this row gives {sorted(new)}, but the first row gives {sorted(shape)}; use one format")
         return new
 
     rows = each(source, convert, reading)
@@ -39,10 +39,10 @@ def sft_rows(source: Source, reading: Reading | None = None) -> list[dict[str, A
 
 
 def preference_rows(source: Source, reading: Reading | None = None) -> list[dict[str, Any]]:
-    """Canonical pairs: `{"prompt": messages, "chosen": [assistant message], "rejected": [assistant message]}`, `margin` kept.
+    """Canonical pairs: `{"prompt": messages, "chosen": [assistant message], "rejected": [assistant message]}`, and `margin`.
 
     Raises:
-        UserError: file and line of the first row that has no known shape, an empty text, wrong roles, or two equal answers.
+        UserError: file and line of the first row with an unknown format, an empty text, wrong roles or equal answers.
     """
     reading = reading or Reading()
     return without_repeated_prompts(each(source, _preference_row, reading), ("chosen", "rejected"), reading)
@@ -55,36 +55,36 @@ def join_chosen_rejected(chosen: Source, rejected: Source, reading: Reading | No
     prompt are paired in order.
 
     Raises:
-        UserError: an accepted answer without a rejected one for the same prompt, or the other way round.
+        UserError: an accepted answer without a rejected one for the same prompt, or vice versa.
     """
-    waiting: dict[str, list[int]] = {}
+    unmatched: dict[str, list[int]] = {}
     sides = [Reading(), Reading()]
 
     def rejected_row(row: dict, used: set[str]) -> dict[str, Any]:
-        new = _sft_row({**row, "label": None}, used)  # `label: false` is right here
+        new = _sft_row({**row, "label": None}, used)  # `label: false` is expected here
         used.add("label")
         return new
 
     rejected_rows = each(rejected, rejected_row, sides[1])
     for index, row in enumerate(rejected_rows):
-        waiting.setdefault(repr(row.get("prompt")), []).append(index)
+        unmatched.setdefault(repr(row.get("prompt")), []).append(index)
     pairs = []
     for index, row in enumerate(each(chosen, _sft_row, sides[0])):
         if "prompt" not in row:
             raise UserError(
                 f"{chosen.where(index)}: expected prompt + response, to be joined with the rejected answers"
             )
-        matches = waiting.get(repr(row["prompt"]))
+        matches = unmatched.get(repr(row["prompt"]))
         if not matches:
             raise UserError(
-                f"{chosen.where(index)}: no answer to this prompt in {rejected.name}; each needs one of both"
+                f"{chosen.where(index)}: no answer to this prompt in {rejected.name}; each prompt needs one in both"
             )
         other = rejected_rows[matches.pop(0)]
         pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]})
-    left = [index for indices in waiting.values() for index in indices]
+    left = [index for indices in unmatched.values() for index in indices]
     if left:
         raise UserError(
-            f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each needs one of both"
+            f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each prompt needs one in both"
         )
     for side in sides if reading else ():
         reading.num_unused.update(side.num_unused)
@@ -98,13 +98,13 @@ def prompt_key(row: dict[str, Any]) -> str:
     return repr(messages)
 
 
-def refuse_margins_in_some_rows(rows: list[dict[str, Any]], places: list[str]) -> None:
-    """Raise UserError where some rows have a margin and others don't: the reward model's loss needs all or none."""
+def reject_margins_in_some_rows(rows: list[dict[str, Any]], places: list[str]) -> None:
+    """Raise UserError if only some rows have a margin: the reward model's loss needs all or none."""
     have = [place for row, place in zip(rows, places, strict=True) if "margin" in row]
     if have and len(have) < len(rows):
         without = next(place for row, place in zip(rows, places, strict=True) if "margin" not in row)
         raise UserError(
-            f"{without}: no 'margin', which {len(have):,} of {len(rows):,} rows have (the first: {have[0]}); give it in all rows "
+            f"{without}: no 'margin', but {len(have):,} of {len(rows):,} rows have one (first: {have[0]}); set it in all rows "
             "or in none"
         )
 
@@ -120,7 +120,7 @@ def _sft_row(row: dict, used: set[str]) -> dict[str, Any]:
         return {"prompt": pair["prompt"], "completion": pair["chosen"]}
     if prompt is not None and answer_key:
         if columns.is_false(row.get("label")):
-            raise RowError("'label' is false: a bad answer, which SFT would imitate; remove the row")
+            raise RowError("'label' is false: SFT would imitate a bad answer; remove the row")
         used |= {answer_key} | ({"label"} if str(row.get("label")).lower() == "true" else set())
         prompt, answer = _answer(row[answer_key], answer_key, prompt)
         return {"prompt": prompt, "completion": answer}
@@ -140,17 +140,19 @@ def _sft_messages(row: dict, used: set[str]) -> dict[str, Any]:
     if found[-1]["role"] != "assistant":
         raise RowError(f"'messages' ends with a {found[-1]['role']} message; the last one must be the assistant's")
     columns.history(row, used, None)
-    unlearnt = left_out(row["messages"], "messages")
+    excluded = excluded_answers(row["messages"], "messages")
     answers = [number for number, m in enumerate(found) if m["role"] == "assistant"]
-    if len(found) - 1 in unlearnt:
-        raise RowError("the last answer is not to be learnt (weight: 0 or train: false); end the dialogue before it")
-    if unlearnt and len(unlearnt) < len(answers) - 1:
+    if len(found) - 1 in excluded:
         raise RowError(
-            "some of the earlier answers are not to be learnt (weight: 0 or train: false) and others are; make a row of each "
-            "answer to learn, or mark all but the last"
+            "the last answer is excluded from training (weight: 0 or train: false); end the dialogue before it"
+        )
+    if excluded and len(excluded) < len(answers) - 1:
+        raise RowError(
+            "some, but not all, of the earlier answers are excluded from training (weight: 0 or train: false); make one row "
+            "per answer to train on, or exclude all but the last"
         )
     found = columns.add_system(row, used, found)
-    if len(answers) > 1 and not unlearnt:
+    if len(answers) > 1 and not excluded:
         return {"messages": found}
     if len(found) == 1:
         raise RowError("the prompt is empty")
@@ -176,20 +178,20 @@ def _preference_row(row: dict, used: set[str]) -> dict[str, Any]:
     if not prompt:
         raise RowError("the prompt is empty")
     if not any(m["role"] == "user" for m in prompt):
-        raise RowError("the prompt has no message of the user")
+        raise RowError("the prompt has no user message")
     if answers[0][0]["content"].strip() == answers[1][0]["content"].strip():
-        raise RowError("'chosen' and 'rejected' are the same; a pair without a difference teaches nothing: remove it")
+        raise RowError("'chosen' and 'rejected' are equal, so there is nothing to learn; remove the pair")
     pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
     margin = columns.margin(row, used)
     return pair if margin is None else {**pair, "margin": margin}
 
 
 def _difference(chosen: Messages, rejected: Messages) -> str:
-    """Where two prompts part, for a message."""
+    """Where two prompts differ, for a message."""
     for number, (a, b) in enumerate(zip(chosen, rejected, strict=False), 1):
         if a != b:
-            return f", in message {number} ({a['role']}); expected the same dialogue up to there"
-    return f" ({len(chosen)} and {len(rejected)} messages); expected the same dialogue up to there"
+            return f", in message {number} ({a['role']}); expected equal dialogues before the last answer"
+    return f" ({len(chosen)} and {len(rejected)} messages); expected equal dialogues before the last answer"
 
 
 def _prompt(row: dict, used: set[str]) -> Messages | None:
@@ -204,7 +206,7 @@ def _prompt(row: dict, used: set[str]) -> Messages | None:
             content += f"\n\n{text(row['input'], 'input')}"
         used.add("input")
         found = [{"role": "user", "content": content}]
-    elif is_dialogue(value) and value.rstrip().endswith("\n\nAssistant:"):  # HH-RLHF, cut before the answer
+    elif is_dialogue(value) and value.rstrip().endswith("\n\nAssistant:"):  # HH-RLHF, truncated before the answer
         found = turns(value.rstrip().removesuffix("\n\nAssistant:") + "\n\nAssistant: …", key)[:-1]
     else:
         found = [{"role": "user", "content": text(value, key)}] if isinstance(value, str) else messages(value, key)
@@ -215,41 +217,41 @@ def _prompt(row: dict, used: set[str]) -> Messages | None:
 
 
 def _answer(value: Any, key: str, prompt: Messages) -> tuple[Messages, Messages]:
-    """(the prompt, the answer as one assistant message); the answer may be the whole dialogue again, as in UltraFeedback.
+    """(prompt, answer as one assistant message); the field may repeat the full dialogue, as in UltraFeedback.
 
-    A system message that stands in the whole dialogue alone becomes the prompt's.
+    A system message that only the full dialogue has is added to the prompt.
     """
     if isinstance(value, str) and not is_dialogue(value):
         return prompt, [{"role": "assistant", "content": text(value, key)}]
     found = turns(value, key) if isinstance(value, str) else messages(value, key)
-    if len(found) - 1 in left_out(value, key):
-        raise RowError(f"'{key}' is an answer that is not to be learnt (weight: 0 or train: false); remove the row")
+    if len(found) - 1 in excluded_answers(value, key):
+        raise RowError(f"'{key}' is excluded from training (weight: 0 or train: false); remove the row")
     before, last = found[:-1], found[-1:]
     if last[0]["role"] != "assistant" or (before and not _same_turns(before, prompt)):
         raise RowError(
-            f"'{key}' has roles {[m['role'] for m in found]}; expected one assistant message, or before it the very messages "
-            "of the prompt"
+            f"'{key}' has roles {[m['role'] for m in found]}; expected one assistant message, optionally preceded by exactly the "
+            "prompt's messages"
         )
     if before and before[0]["role"] == "system":
         if prompt[0]["role"] == "system" and prompt[0] != before[0]:
-            raise RowError(f"'{key}' begins with another system message than the prompt's; keep one")
+            raise RowError(f"'{key}' starts with a different system message than the prompt; keep one")
         prompt = [before[0], *(m for m in prompt if m["role"] != "system")]
     return prompt, last
 
 
 def _same_turns(before: Messages, prompt: Messages) -> bool:
-    """Whether these are the prompt's messages, or its last ones where `history` stands before them, but for the system's."""
+    """Whether these are the prompt's messages, without `history` before them and ignoring the system message."""
     spoken, wanted = ([m for m in part if m["role"] != "system"] for part in (before, prompt))
     return bool(spoken) and spoken == wanted[-len(spoken) :] and len(spoken) in (1, len(wanted))
 
 
 def _dialogue(value: Any, key: str) -> Messages:
-    """A whole dialogue: messages, or a text with `Human:` and `Assistant:` turns (Anthropic's HH-RLHF)."""
+    """A full dialogue: messages, or a string with `Human:` and `Assistant:` turns (Anthropic's HH-RLHF)."""
     found = turns(value, key) if isinstance(value, str) else messages(value, key)
     if found[-1]["role"] != "assistant":
         raise RowError(f"'{key}' must end with the assistant's answer, found {found[-1]['role']}")
-    if len(found) - 1 in left_out(value, key):
-        raise RowError(f"'{key}' is an answer that is not to be learnt (weight: 0 or train: false); remove the row")
+    if len(found) - 1 in excluded_answers(value, key):
+        raise RowError(f"'{key}' is excluded from training (weight: 0 or train: false); remove the row")
     return found
 
 

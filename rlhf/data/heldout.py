@@ -1,6 +1,6 @@
-"""Which rows are held out, decided by their prompt alone: every stage and every evaluation of the same data agrees.
+"""Which rows are held out, decided by their prompt alone, so that all stages and evaluations of the same data agree.
 
-Also the prompts that a run was trained on, kept beside its model, so that an evaluation knows which of its own it has seen.
+Also the prompts that a run was trained on, saved with its model, so that an evaluation can find contaminated prompts.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from rlhf.data.prompts import normalise_prompt, prompt_hash
 from rlhf.errors import UserError, quote
 from rlhf.files import write_file
 
-TRAIN_PROMPTS = "prompts.hashes"  # 8 bytes a prompt, sorted: 80 MB for ten million
+TRAIN_PROMPTS = "prompts.hashes"  # 8 bytes per prompt, sorted: 80 MB for ten million
 BYTES = 8
 
 
-def asked(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages that a row's answer answers; of a text without turns, all of it."""
+def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages before a row's answer; the entire text if it has no turns."""
     if "text" in row:
         return [{"role": "user", "content": row["text"]}]
     return row["prompt"] if "prompt" in row else row["messages"][:-1]
 
 
 def opening(row: dict[str, Any]) -> int:
-    """A number in [0, 2^64) made of the first message of a row's dialogue that isn't the system's.
+    """A number in [0, 2^64): the hash of the first message of a row's dialogue that isn't the system's.
 
-    It decides on which side of a split the row falls, so that a dialogue and its continuation, whose prompt holds the
-    dialogue, fall on the same side.
+    It decides whether a row is held out, so that a dialogue and its continuations are on the same side of the split.
     """
-    spoken = [message for message in asked(row) if message["role"] != "system"]
+    spoken = [message for message in prompt_messages(row) if message["role"] != "system"]
     return int.from_bytes(hashlib.sha256(normalise_prompt(spoken[:1]).encode("utf-8")).digest()[:8], "big")
 
 
@@ -41,9 +40,9 @@ def held_out(rows: list[dict[str, Any]], heldout: float) -> list[bool]:
     """For each canonical row, whether it is held out.
 
     Args:
-        heldout: a share between 0 and 1: about as many of the prompts, at least one, and a prompt stays on its side when
-            rows are added. Or a count of prompts, 1 or more: exactly as many, if there are more; which they are depends
-            on the others that are there. Neither depends on the order of the rows or on their answers.
+        heldout: a fraction between 0 and 1: about that fraction of the prompts, at least one; a prompt stays on its
+            side when rows are added. Or a number of prompts, from 1 on: exactly that many, if there are more; which ones
+            depends on all prompts present. Neither depends on the order of the rows or on their answers.
 
     Example: held_out([{"prompt": [user "a"]}, {"prompt": [user "b"]}, {"prompt": [user "A"]}], 1) -> [True, False, True].
     """
@@ -56,7 +55,7 @@ def held_out(rows: list[dict[str, Any]], heldout: float) -> list[bool]:
 
 
 def check_heldout(heldout: float | None, rows: list[dict[str, Any]], where: str, name: str) -> list[bool]:
-    """`held_out`, refusing a split that leaves one side empty.
+    """`held_out`, rejecting a split that leaves one side empty.
 
     Raises:
         UserError: with the numbers of rows and prompts.
@@ -67,7 +66,7 @@ def check_heldout(heldout: float | None, rows: list[dict[str, Any]], where: str,
     prompts = len({opening(row) for row in rows})
     raise UserError(
         f"{where}: heldout: {heldout:g} leaves no row of {name} to train on: its {len(rows):,} rows have {prompts:,} "
-        f"different prompts (first messages); use a smaller share or count, or more data"
+        f"different prompts (first messages); use a smaller fraction or number, or more data"
     )
 
 
@@ -75,9 +74,9 @@ def check_heldout(heldout: float | None, rows: list[dict[str, Any]], where: str,
 
 
 def prompts_of(row: dict[str, Any]) -> Iterable[bytes]:
-    """16-byte hashes of all prompts that a row trains an answer to: a dialogue of several turns has one an answer."""
+    """16-byte hashes of all prompts whose answer a row trains: a dialogue of several turns has one per answer."""
     if "messages" not in row:
-        yield prompt_hash(asked(row))
+        yield prompt_hash(prompt_messages(row))
         return
     for number, message in enumerate(row["messages"]):
         if message["role"] == "assistant":
@@ -91,9 +90,9 @@ def write_train_prompts(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def trained_on(folder: Path, rows: list[dict[str, Any]]) -> list[bool] | None:
-    """For each row, whether the run in `folder` was trained on its prompt; None where the run has not kept its prompts.
+    """For each row, whether the run in `folder` was trained on its prompt; None if the run has not saved its prompts.
 
-    The file is memory-mapped and searched, not read.
+    The file is memory-mapped and searched, not loaded.
 
     Raises:
         UserError: the file is damaged.
@@ -104,13 +103,13 @@ def trained_on(folder: Path, rows: list[dict[str, Any]]) -> list[bool] | None:
     size = file.stat().st_size
     if size % BYTES:
         raise UserError(
-            f"{quote(str(file))} has {size} bytes, no multiple of {BYTES}: it is damaged, and which prompts were trained on "
-            "can't be told; remove it to go on without"
+            f"{quote(str(file))} has {size} bytes, not a multiple of {BYTES}: it is damaged, so the trained prompts are "
+            "unknown; remove it to continue without"
         )
     if not size:
         return [False] * len(rows)
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as known:
-        return [_is_in(known, prompt_hash(asked(row))[:BYTES], size // BYTES) for row in rows]
+        return [_is_in(known, prompt_hash(prompt_messages(row))[:BYTES], size // BYTES) for row in rows]
 
 
 def _is_in(known, wanted: bytes, count: int) -> bool:

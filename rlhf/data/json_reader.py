@@ -1,4 +1,4 @@
-"""JSON rows, strictly: what Python's reader accepts in silence or ends with a traceback is named by line and column."""
+"""Strict JSON rows: what Python's parser silently accepts or crashes on is reported by line and column."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from rlhf.data.raw import Raw, text_of
 from rlhf.errors import UserError, quote
 
-MAX_DEPTH = 100  # of lists and objects in each other; the formats of this project need 4
+MAX_DEPTH = 100  # nested lists and objects; this project's formats need 4
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.S)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|-?(?:NaN|Infinity)|-?\d+', re.S)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonError(ValueError):
-    """What is wrong with a text, and at which of its characters; the caller adds the place."""
+    """An error in a JSON text and its character offset; the caller adds the place."""
 
     def __init__(self, message: str, at: int = 0):
         super().__init__(message)
@@ -47,8 +47,8 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
     """The JSON value that starts at `start`, and where it ends.
 
     Raises:
-        JsonError: not JSON, a key twice in an object, NaN or Infinity, half a surrogate pair, an integer of more digits
-            than Python reads, or more than MAX_DEPTH lists and objects in each other.
+        JsonError: not JSON, a repeated key in an object, NaN or Infinity, a lone surrogate, an integer of more digits
+            than Python parses, or more than MAX_DEPTH nested lists and objects.
     """
     try:
         value, end = _DECODER.raw_decode(text, start)
@@ -56,22 +56,22 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
         raise JsonError(f"not valid JSON: {error.msg}", error.pos) from None
     except _DuplicateKey as error:
         key = json.dumps(str(error), ensure_ascii=False)
-        second = max(start, text.find(key, text.find(key, start) + len(key)))  # its column, if it is written so
-        raise JsonError(f"key {quote(str(error))} stands twice in one object; keep one", second) from None
+        second = max(start, text.find(key, text.find(key, start) + len(key)))  # its column, if it is spelt so
+        raise JsonError(f"key {quote(str(error))} is set twice in one object; keep one", second) from None
     except RecursionError:
         raise JsonError(_TOO_DEEP, start) from None
     except OverflowError as error:
-        raise JsonError(f"{error} is not JSON; write null or leave the key out", _at(text, start, str(error))) from None
+        raise JsonError(f"{error} is not JSON; write null or remove the key", _at(text, start, str(error))) from None
     except ValueError:  # int() of more than 4,300 digits
         raise JsonError(
-            "an integer of thousands of digits; write it as a text or leave it out", _longest_number(text, start)
+            "an integer of thousands of digits; write it as a string or remove it", _longest_number(text, start)
         ) from None
     _check_depth(text, start, end)
     _check_surrogates(text, start, end)
     return value, end
 
 
-_TOO_DEEP = f"more than {MAX_DEPTH} lists and objects in each other; expected a flat row"
+_TOO_DEEP = f"more than {MAX_DEPTH} nested lists and objects; expected a flat row"
 
 
 def _at(text: str, start: int, word: str) -> int:
@@ -93,10 +93,10 @@ def _check_depth(text: str, start: int, end: int) -> None:
 
 
 def _check_surrogates(text: str, start: int, end: int) -> None:
-    r"""`"\ud83d\ude00"` is one character; half of it can be written nowhere as UTF-8, and no tokenizer takes it."""
+    r"""`"\ud83d\ude00"` is one character; half of it can't be encoded as UTF-8, and no tokenizer accepts it."""
     if text.find("\\u", start, end) < 0:
         return
-    half = None  # where an upper half was seen that waits for its lower one
+    half = None  # where a high surrogate still needs its low one
     for escape in _ESCAPE.finditer(text, start, end):
         code = int(escape[1], 16) if escape[1] else 0
         lower = 0xDC00 <= code < 0xE000
@@ -106,27 +106,29 @@ def _check_surrogates(text: str, start: int, end: int) -> None:
         half = escape.start() if 0xD800 <= code < 0xDC00 else None
     if half is not None:
         raise JsonError(
-            f"{text[half : half + 6]} is half of a character (a lone surrogate); remove it, or write both halves", half
+            f"{text[half : half + 6]} is a lone surrogate (half of a character); remove it, or write both halves", half
         )
 
 
 def json_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int] | None]:
-    """The rows of a file with an object a line (with their lines), or with one list of objects (lines: None)."""
+    """The rows of a file with one object per line (and their lines), or with one list of objects (lines: None)."""
     start = raw.data[:4096].lstrip()
     if start.startswith(b"["):
         return _list_rows(raw, text_of(raw)), None
     if raw.suffix == ".json" and start.startswith(b"{") and b"\n" in raw.data.strip().split(b"}", 1)[0]:
-        raise UserError(f"{raw.path}:1: one JSON object over several lines; expected a list of rows, or one row a line")
+        raise UserError(
+            f"{raw.path}:1: one JSON object over several lines; expected a list of rows, or one row per line"
+        )
     return _line_rows(raw)
 
 
 def _line_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
     rows, lines = [], []
-    for number, line in enumerate(io.BytesIO(raw.data), 1):  # no copy of the whole text
+    for number, line in enumerate(io.BytesIO(raw.data), 1):  # no copy of the full text
         try:
             text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
-            text_of(raw)  # raises, with the byte's place in the file
+            text_of(raw)  # raises, with the byte's offset in the file
             raise
         if not text.strip():
             continue

@@ -1,4 +1,4 @@
-"""Texts and messages of a row: validated, with errors that name the field and the true cause."""
+"""Validate texts and messages of a row, with errors that name the field and the true cause."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from rlhf.errors import quote
 Messages = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
 
-# What str.strip() removes, and the characters beside it that no one sees (zero-width, joiners, marks, NUL, blank Braille).
+# What str.strip() removes, and other invisible characters (zero-width, joiners, marks, NUL, blank Braille).
 INVISIBLE = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + (
     "\x00\u00ad\u115f\u1160\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\u2800\u3164\ufeff\uffa0"
 )
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
-_TOOLS = "tools and their calls are not supported: leave these rows out (`bad_rows: skip`), or write call and result into the contents as text"
-_THOUGHT = "only 'content' is trained: write the thoughts into it, as the model's template does, or remove the field"
-_MEDIA = "only text is trained: leave these rows out (`bad_rows: skip`), or remove it where the text alone makes sense"
-# Fields of a row or a message that change what is trained, and what to do about each.
+_TOOLS = "tools and their calls are not supported: skip these rows (`bad_rows: skip`), or write call and result into the contents as text"
+_REASONING = "only 'content' is trained: write the reasoning into it, as the model's template does, or remove the field"
+_MEDIA = "only text is trained: skip these rows (`bad_rows: skip`), or remove it if the text makes sense alone"
+# Fields of a row or a message that change what is trained on, and what to do about each.
 UNSUPPORTED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
-    **dict.fromkeys(("reasoning_content", "thinking"), _THOUGHT),
+    **dict.fromkeys(("reasoning_content", "thinking"), _REASONING),
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
-    "chat_template_kwargs": "it is not passed on to the chat template: write a chat_template with these values, or remove it",
-    "train_detail": "parts of an answer can't be left out of the loss: cut the answer, or remove the field",
+    "chat_template_kwargs": "it is not passed to the chat template: write a chat_template with these values, or remove it",
+    "train_detail": "parts of an answer can't be excluded from the loss: shorten the answer, or remove the field",
 }
 
 
 class RowError(ValueError):
-    """What is wrong with one row; the caller adds the place."""
+    """An error in one row; the caller adds the place."""
 
 
 def is_empty(value: Any) -> bool:
-    """Null, or a text, list or mapping that holds nothing (also as JSON, and with Arrow's nulls for absent fields)."""
+    """Null, or an empty string, list or mapping (also as JSON, and with Arrow's nulls for missing fields)."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
@@ -53,27 +53,25 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def refuse_unsupported(fields: dict, where: str = "") -> None:
-    """Raise RowError for a field that carries meaning and would be dropped."""
+def reject_unsupported(fields: dict, where: str = "") -> None:
+    """Raise RowError for a field that has a meaning and would be dropped."""
     for key in fields:
         if key in UNSUPPORTED and fields[key] is not False and not is_empty(fields[key]):
-            raise RowError(
-                f"{where}'{key}' is set ({describe(fields[key])}), which would be dropped; {UNSUPPORTED[key]}"
-            )
+            raise RowError(f"{where}'{key}' is set ({describe(fields[key])}) and would be dropped; {UNSUPPORTED[key]}")
 
 
 def text(value: Any, key: str) -> str:
-    """A text without blank lines before it and white space after it. The indentation of its first line stays.
+    """A text without leading blank lines and trailing white space. The indentation of its first line is preserved.
 
-    A single space in front is what separates the words of plain texts ("The sky is" + " blue"), no indentation: it goes,
-    unless other lines are indented too.
+    A single leading space separates the words of plain texts ("The sky is" + " blue") and is no indentation: it is
+    removed unless other lines are indented too.
     """
     if not isinstance(value, str):
-        raise RowError(f"'{key}' is {describe(value)}; expected a text")
+        raise RowError(f"'{key}' is {describe(value)}; expected a string")
     if not value.strip(INVISIBLE):
-        raise RowError(f"'{key}' is empty" + (" (it has invisible characters only)" if value.strip() else ""))
+        raise RowError(f"'{key}' is empty" + (" (it has only invisible characters)" if value.strip() else ""))
     if not value.isascii():
-        _refuse_surrogates(value, key)
+        _reject_surrogates(value, key)
     value = value.rstrip()
     if value[0].isspace():
         value = _BLANK_LINES.sub("", value)
@@ -81,18 +79,18 @@ def text(value: Any, key: str) -> str:
             value = value[1:]
     elif value[:2] == "[{" and re.match(r"\[\{\s*['\"](role|content|from|value)['\"]\s*:", value):
         raise RowError(
-            f"'{key}' is a list of messages written as a text ({value[:30]!r}); store it as a list, in .jsonl or .parquet"
+            f"'{key}' is a list of messages written as a string ({value[:30]!r}); store it as a list, in .jsonl or .parquet"
         )
     return value
 
 
-def _refuse_surrogates(value: str, key: str) -> None:
+def _reject_surrogates(value: str, key: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(
-            f"'{key}' has half a character (\\u{ord(value[error.start]):04x}) at position {error.start + 1}, which no "
-            "UTF-8 text can hold; replace it"
+            f"'{key}' has a lone surrogate (\\u{ord(value[error.start]):04x}) at position {error.start + 1}, which UTF-8 "
+            "can't encode; replace it"
         ) from None
 
 
@@ -101,12 +99,12 @@ def messages(value: Any, key: str) -> Messages:
     if isinstance(value, dict) and "role" in value:
         value = [value]
     if not isinstance(value, list) or not value:
-        raise RowError(f"'{key}' is {describe(value)}; expected a text or a list of messages")
+        raise RowError(f"'{key}' is {describe(value)}; expected a string or a list of messages")
     found = []
     for number, message in enumerate(value, 1):
         where = f"'{key}', message {number}: "
         if isinstance(message, dict):
-            refuse_unsupported(message, where)
+            reject_unsupported(message, where)
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise RowError(f"{where}expected {{'role': …, 'content': …}}, found {describe(message)}")
         if message["role"] not in ROLES:
@@ -118,7 +116,7 @@ def messages(value: Any, key: str) -> Messages:
 
 
 def _join_parts(content: Any, where: str) -> Any:
-    """The text of a single content part (`[{"type": "text", "text": …}]`); anything else as it is."""
+    """The text of a single content part (`[{"type": "text", "text": …}]`); anything else unchanged."""
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         return content
     others = sorted({str(part.get("type", "text")) for part in content} - {"text"})
@@ -126,35 +124,35 @@ def _join_parts(content: Any, where: str) -> Any:
         raise RowError(f"{where}the content has parts of type {', '.join(others)}; {_MEDIA}")
     if len(content) > 1:
         raise RowError(
-            f"{where}the content has {len(content)} parts; join their texts to one, as the model is to read it"
+            f"{where}the content has {len(content)} parts; join their texts into one, as the model should see it"
         )
     return content[0].get("text")
 
 
-def left_out(value: Any, key: str) -> set[int]:
-    """Which of these messages (from 0) are the assistant's and marked as not to be learnt: `weight: 0`, `train: false`."""
+def excluded_answers(value: Any, key: str) -> set[int]:
+    """Indices of the assistant messages that are excluded from training: `weight: 0`, `train: false`."""
     marked = set()
     for number, message in enumerate([value] if isinstance(value, dict) else value if isinstance(value, list) else []):
         if not isinstance(message, dict) or message.get("role") != "assistant":
             continue
         weight = message.get("weight")
         if weight not in (None, 0, 1):
-            raise RowError(f"'{key}', message {number + 1}: weight {weight!r}; only 0 and 1 can be used")
+            raise RowError(f"'{key}', message {number + 1}: weight {weight!r}; expected 0 or 1")
         if weight == 0 and weight is not None or False in (message.get("train"), message.get("training")):
             marked.add(number)
     return marked
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a text is a whole dialogue as Anthropic's HH-RLHF writes it."""
+    """Whether a text is a full dialogue in the format of Anthropic's HH-RLHF."""
     return isinstance(value, str) and bool(re.match(r"\s*Human:", value)) and "\n\nAssistant:" in value
 
 
 def turns(value: str, key: str) -> Messages:
-    """The turns of a `Human:` / `Assistant:` text. The space after the colon is the format's own.
+    """The turns of a `Human:` / `Assistant:` text. The space after the colon is part of the format.
 
     Raises:
-        RowError: it is no such dialogue, or a turn is empty.
+        RowError: it is not such a dialogue, or a turn is empty.
     """
     parts = _TURN.split(value.lstrip())
     if len(parts) < 5 or parts[0].strip():
@@ -166,5 +164,5 @@ def turns(value: str, key: str) -> Messages:
 
 
 def _turn_text(value: str) -> str:
-    """Blanks after the colon are no indentation; those of a line of its own are."""
+    """Spaces after the colon are not indentation; those at the start of a line are."""
     return value if value.lstrip(" ").startswith("\n") else value.strip()

@@ -1,4 +1,4 @@
-"""Preference pairs -> the three files of the classic recipe: accepted, rejected and preference data."""
+"""Preference pairs -> three files: accepted, rejected and preference data."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FILES = ("accepted_data.jsonl", "rejected_data.jsonl", "preference_data.jsonl")
 
 def write_pair_files(dataset_name: str, output_dir: str, split: str | None = None, limit: int | None = None) -> int:
     """Write accepted_data.jsonl, rejected_data.jsonl (prompt, response) and preference_data.jsonl from any preference data,
-    and print what the data is like.
+    and print a summary of the data.
 
     Returns:
         The number of pairs written.
 
     Raises:
-        UserError: the data can't be read, or a file of that name is already there (nothing is overwritten).
+        UserError: the data can't be read, or one of the files already exists (nothing is overwritten).
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}; expected a number of pairs above 0")
+        raise UserError(f"--limit is {limit}; expected at least 1 pair")
     reading = Reading()
     pairs = preference_rows(load_source(dataset_name, split).head(limit), reading)
     folder = _output_folder(output_dir)
@@ -45,15 +45,15 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str | None = Non
 
 
 def _output_folder(output_dir: str) -> Path:
-    """The folder, made if it isn't there, with none of our files in it."""
+    """The folder, created if needed, without any of our files in it."""
     folder, status = find(output_dir, "--output_dir: ")
     if status and not stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{folder} is a file; name a folder as --output_dir")
+        raise UserError(f"{folder} is a file; give a folder as --output_dir")
     for name in FILES if status else ():
         if os.path.lexists(folder / name):
-            raise UserError(f"{folder / name} is already there; move it away or name another --output_dir")
+            raise UserError(f"{folder / name} already exists; move it away or give another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be made: {error.strerror}; name another --output_dir") from None
+        raise UserError(f"{folder} can't be created: {error.strerror}; give another --output_dir") from None
     return folder

@@ -1,4 +1,4 @@
-"""When two prompts are the same: what differs only in case, width of characters or white space is one prompt."""
+"""Compare prompts: those that differ only in case, character width or white space are the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import unicodedata
 def normalise_prompt(messages: list[dict[str, str]]) -> str:
     """Roles and contents joined by \\x1f, after NFKC and casefold, with each run of white space as one space.
 
-    System messages are left out: the same question under another system message is the same prompt.
+    System messages are ignored: the same question with another system message is the same prompt.
 
     Example: [{"role": "user", "content": " What\\n IS it? "}] -> "user\\x1fwhat is it?".
     """

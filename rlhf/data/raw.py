@@ -1,4 +1,4 @@
-"""The bytes of a data file: read once, unpacked, as UTF-8; or one sentence that names what the file is instead."""
+"""The bytes of a data file: read once, decompressed, as UTF-8; or an error that says what the file is instead."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ ARCHIVES = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 COMPRESSED_TYPES = (".gz", ".bz2", ".xz", ".zst")
-# Real text shrinks by 3 to 20; gzip can't do more than 1032, xz and bzip2 reach a million. Both must be exceeded.
+# Text compresses 3 to 20 times, gzip at most 1032 times, xz and bzip2 up to a million times. Reject above both limits.
 MAX_RATIO, ALWAYS_ALLOWED_BYTES = 300, 256 * 2**20
 
-AGAIN = "download it again, and look at it before you use it"
+AGAIN = "download it again, and inspect it before you use it"
 EXPORT = "save the rows as .jsonl, .csv or .parquet"
 KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "fetch the data with `git lfs pull`"),
     (b"/annex/objects/", "a git-annex pointer, not the data", "fetch the data with `git annex get`"),
     (b"%PDF-", "a PDF", EXPORT),
     (b"\xd0\xcf\x11\xe0", "an Office document (such as .xls)", EXPORT),
-    (b"SQLite format 3\x00", "an SQLite data base", EXPORT),
+    (b"SQLite format 3\x00", "an SQLite database", EXPORT),
     (b"\x89HDF\r\n", "an HDF5 file", EXPORT),
     (b"\x93NUMPY", "a NumPy array", EXPORT),
     (b"\x89PNG", "a PNG image", EXPORT),
     (b"\xff\xd8\xff", "a JPEG image", EXPORT),
-    (b"Rar!", "a RAR archive", "unpack it and name the file in it"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it and name the file in it"),
+    (b"Rar!", "a RAR archive", "unpack it and give the file in it"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it and give the file in it"),
 )
 
 
 @dataclass
 class Raw:
-    """A file's content, unpacked (text: as UTF-8 without a byte order mark; tables as they are).
+    """A file's content, decompressed (text: as UTF-8 without a byte order mark; tables unchanged).
 
     Attributes:
-        suffix: the type that the name says, without the compression: `.jsonl` of `train.jsonl.gz`.
-        digest: sha256 (hex) of the file as it lies on the disk.
-        mark: bytes of the byte order mark that was cut off.
+        suffix: the type by name, without the compression: `.jsonl` of `train.jsonl.gz`.
+        digest: sha256 (hex) of the file on disk.
+        mark: length in bytes of the removed byte order mark.
     """
 
     path: Path
@@ -68,10 +68,10 @@ class Raw:
 
 
 def find(name: str, prefix: str = "") -> tuple[Path, os.stat_result | None]:
-    """The path of a name (with `~`), and what is there; None for nothing.
+    """The path of a name (with `~` expanded) and its stat result; None if nothing is there.
 
     Raises:
-        UserError: a name that can be no path (too long, a NUL in it), or one that may not be looked at.
+        UserError: a name that can't be a path (too long, contains NUL), or no permission.
     """
     try:
         path = Path(name).expanduser()
@@ -82,8 +82,8 @@ def find(name: str, prefix: str = "") -> tuple[Path, os.stat_result | None]:
         return path, None
     except NotADirectoryError:
         return path, None
-    except (ValueError, RuntimeError):  # a NUL in it; `~nobody`
-        raise UserError(f"{prefix}{quote(name)} can't be a path; name a file, a folder or a data set") from None
+    except (ValueError, RuntimeError):  # contains NUL; `~nobody`
+        raise UserError(f"{prefix}{quote(name)} can't be a path; give a file, a folder or a dataset") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{prefix}{quote(name)} is too long for a path ({len(name)} characters)") from None
@@ -94,22 +94,20 @@ def _dangling(path: Path) -> str:
     target = os.readlink(path)
     if "annex/objects" in target:
         return f"{path} is a git-annex link, and its data is not on this machine; fetch it with `git annex get`"
-    return f"{path} is a link to {quote(target)}, where nothing is; name the data file itself"
+    return f"{path} is a link to {quote(target)}, which doesn't exist; give the data file itself"
 
 
 def read_raw(path: Path, status: os.stat_result, prefix: str = "") -> Raw:
-    """Read a file once, unpack it and bring its text to UTF-8.
+    """Read a file once, decompress it and convert its text to UTF-8.
 
     Raises:
-        UserError: a pipe or device, no permission, a damaged archive, bytes that are no text, or a file of another kind.
+        UserError: a pipe or device, no permission, a damaged archive, bytes that are not text, or another kind of file.
     """
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(
-            f"{prefix}{path} is {_special(status.st_mode)}; expected a file that can be read twice: save it"
-        )
+        raise UserError(f"{prefix}{path} is {_special(status.st_mode)}; expected a regular file: save the data to one")
     try:
         if os.path.realpath(path).startswith(("/proc/", "/sys/")):
-            raise UserError(f"{prefix}{path} is a file of the kernel, not of data; name a data file")
+            raise UserError(f"{prefix}{path} is a kernel file, not data; give a data file")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{prefix}{path} can't be read: {error.strerror}") from None
@@ -121,7 +119,7 @@ def read_raw(path: Path, status: os.stat_result, prefix: str = "") -> Raw:
         raw.suffix = Path(path.stem).suffix.lower()
     if raw.is_table and raw.data.startswith(TABLES):
         return raw
-    _refuse_other_kinds(raw, prefix)
+    _reject_other_kinds(raw, prefix)
     return raw if raw.is_table else _as_utf8(raw)
 
 
@@ -140,12 +138,12 @@ def _unpack(path: Path, data: bytes, archive: str, prefix: str) -> bytes:
                 size += len(part)
                 if size > allowed:
                     raise UserError(
-                        f"{prefix}{path} unpacks to more than {size // 2**20} MiB from {len(data)} bytes of {archive}, as no"
-                        f" real data does; if it is right, unpack it yourself and name the unpacked file"
+                        f"{prefix}{path} decompresses to more than {size // 2**20} MiB from {len(data)} bytes of {archive}, unlike"
+                        f" real data; if it is correct, decompress it yourself and give the decompressed file"
                     )
     except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError) as error:
         raise UserError(
-            f"{prefix}{path}: this {archive} archive is damaged or cut short ({quote(str(error))}); download it again"
+            f"{prefix}{path}: this {archive} archive is damaged or truncated ({quote(str(error))}); download it again"
         ) from None
     return b"".join(parts)
 
@@ -163,40 +161,40 @@ def _opened(data: bytes, archive: str):
     return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd")
 
 
-def _refuse_other_kinds(raw: Raw, prefix: str) -> None:
+def _reject_other_kinds(raw: Raw, prefix: str) -> None:
     start, path = raw.data[:2048], raw.path
     found = next(((kind, fix) for magic, kind, fix in KINDS if start.startswith(magic)), None)
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        found = "an HTML page (of an error or a login, perhaps), not the data", AGAIN
+        found = "an HTML page (perhaps an error or a login), not the data", AGAIN
     elif text.startswith((b"<?xml", b"<!doctype", b"<error")):
-        found = "an XML file (a store's error message, perhaps)", AGAIN
+        found = "an XML file (perhaps an object store's error message)", AGAIN
     elif start.startswith(b"PK\x03\x04"):
         kind = "an Excel workbook" if b"xl/" in raw.data or b"[Content_Types]" in start else "a zip archive"
         kind = "a PyTorch file" if b"data.pkl" in raw.data[:4096] else kind
-        found = kind, "unpack it and name the file in it" if kind == "a zip archive" else EXPORT
+        found = kind, "unpack it and give the file in it" if kind == "a zip archive" else EXPORT
     elif len(start) > 2 and start[0] == 0x80 and start[1] in range(2, 6):
         found = "a pickle (of Python, pandas or PyTorch), which could run code", EXPORT
     elif start[257:262] == b"ustar":
-        found = "a tar archive", "unpack it and name the file in it"
+        found = "a tar archive", "unpack it and give the file in it"
     if found:
         raise UserError(f"{prefix}{path} is {found[0]}; {found[1]}")
 
 
 def _as_utf8(raw: Raw) -> Raw:
-    """Cut off a byte order mark; UTF-16 and UTF-32 become UTF-8."""
-    encoding = json.detect_encoding(raw.data)  # by the mark, or by where the first four bytes are zero
+    """Remove a byte order mark; convert UTF-16 and UTF-32 to UTF-8."""
+    encoding = json.detect_encoding(raw.data)  # by the mark, or by which of the first four bytes are zero
     if encoding.startswith("utf-8"):
         plain = raw.data.removeprefix(codecs.BOM_UTF8)
         raw.mark, raw.data = len(raw.data) - len(plain), plain
         return raw
     if not raw.data.strip(b"\x00"):
-        raise UserError(f"{raw.path} holds nothing but zeros; a crash or a full disk damaged it: write it again")
+        raise UserError(f"{raw.path} contains only zeros; a crash or a full disk damaged it: write it again")
     try:
         raw.data = raw.data.decode(encoding).removeprefix("\ufeff").encode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{raw.path}: starts as {encoding.upper()}, but byte {error.start} is not; save the file as UTF-8"
+            f"{raw.path}: starts as {encoding.upper()}, but byte {error.start} is not valid; save the file as UTF-8"
         ) from None
     return raw
 

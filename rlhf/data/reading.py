@@ -1,4 +1,4 @@
-"""Reading the rows of a source: which are used and where they stand, which are left out, and what was found on the way."""
+"""Read the rows of a source, and record which are used, where they are, which are skipped and what was noticed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rlhf.data.messages import INVISIBLE, RowError, text
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 
-LONG_PROMPT = 16  # characters: an answer may begin with a shorter prompt by chance ("Hello" and "Hello there")
+LONG_PROMPT = 16  # characters: an answer may start with a shorter prompt by chance ("Hello" and "Hello there")
 
 
 @dataclass
 class Reading:
-    """How rows are to be read, and what was found while they were: sft_rows and preference_rows fill it.
+    """Options for reading rows, and what was found; sft_rows and preference_rows fill it in.
 
     Attributes:
-        bad_rows: "error" raises if a row can't be used; "skip" leaves it out.
-        can_skip: whether the user has the choice: the key `bad_rows` of a recipe.
-        places: where each row that is used stands.
-        skipped: place and reason of each row that was left out.
-        num_unused: column, or field of messages, that is not used -> number of rows in which it holds something.
-        repeats: places of rows whose answer begins with the prompt.
-        stripped: the repeated prompts were cut off, since every row has one.
-        low_scores, equal_scores: places of pairs whose own scores say that chosen is worse, or as good.
+        bad_rows: "error" raises if a row can't be used; "skip" skips it.
+        can_skip: whether the user can choose, by the recipe key `bad_rows`.
+        places: the place of each used row.
+        skipped: place and reason of each skipped row.
+        num_unused: unused column or message field -> number of rows in which it is not empty.
+        repeats: places of rows whose answer starts with the prompt.
+        stripped: whether the repeated prompts were removed, because every row has one.
+        low_scores, equal_scores: places of pairs whose scores rate chosen lower than rejected, or equal.
     """
 
     bad_rows: str = "error"
@@ -43,7 +43,7 @@ class Reading:
     equal_scores: list[str] = field(default_factory=list)
 
     def check(self, source: Source) -> None:
-        """Raise UserError if there is a row that can't be used and must not be skipped, or if no row is left."""
+        """Raise UserError if a row can't be used and must not be skipped, or if no row is left."""
         if not self.skipped:
             return
         num_bad, num_rows = len(self.skipped), len(source.rows)
@@ -53,7 +53,7 @@ class Reading:
         if self.bad_rows != "skip":
             rows = f"{num_bad - 1:,} more row{'s' if num_bad > 2 else ''}"
             more = f"; {rows} can't be used (next: {self.skipped[1]['place']})" if num_bad > 1 else ""
-            fix = "; `bad_rows: skip` leaves such rows out" if self.can_skip and num_bad < num_rows else ""
+            fix = "; `bad_rows: skip` skips such rows" if self.can_skip and num_bad < num_rows else ""
             raise UserError(message + more + fix)
 
     def note(self, row: dict, used: set[str], place: str) -> None:
@@ -65,16 +65,16 @@ class Reading:
 
 
 def each(source: Source, convert: Callable[[dict, set[str]], dict], reading: Reading) -> list[dict[str, Any]]:
-    """Convert the rows of a source; `convert` gets a row and notes the columns that it uses, or raises RowError.
+    """Convert the rows of a source; `convert` takes a row and records the columns that it uses, or raises RowError.
 
     Raises:
-        UserError: a row can't be used: its place and the reason.
+        UserError: a row can't be used, with its place and the reason.
     """
     rows = []
     for index, row in enumerate(source.rows):
         used: set[str] = set()
         try:
-            columns.refuse_columns(row)
+            columns.reject_columns(row)
             new = convert(row, used)
         except RowError as error:
             reading.skipped.append({"place": source.where(index), "reason": str(error)})
@@ -86,7 +86,7 @@ def each(source: Source, convert: Callable[[dict, set[str]], dict], reading: Rea
 
 
 def without_repeated_prompts(rows: list[dict], sides: tuple[str, ...], reading: Reading) -> list[dict]:
-    """Cut the prompt off the answers if all of them begin with it (whole texts, as for a base model); else note where."""
+    """Remove the prompt from the answers if all start with it (full texts, as for a base model); else record which do."""
     repeated = [_repeats(row, sides) for row in rows]
     reading.repeats = [place for place, count in zip(reading.places, repeated, strict=True) if count]
     if not rows or min(repeated) < len(sides) or max(len(row["prompt"][-1]["content"]) for row in rows) < LONG_PROMPT:
@@ -100,16 +100,16 @@ def without_repeated_prompts(rows: list[dict], sides: tuple[str, ...], reading: 
 
 
 def _repeats(row: dict, sides: tuple[str, ...]) -> int:
-    """How many of the answers begin with the prompt's last message and say more than that."""
+    """How many of the answers start with the prompt's last message and continue it."""
     if "prompt" not in row:
         return 0
-    asked = row["prompt"][-1]["content"]
+    last = row["prompt"][-1]["content"]
     answers = (row[side][0]["content"] for side in sides)
-    return sum(answer.startswith(asked) and bool(answer[len(asked) :].strip(INVISIBLE)) for answer in answers)
+    return sum(answer.startswith(last) and bool(answer[len(last) :].strip(INVISIBLE)) for answer in answers)
 
 
 def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:
-    """Write skipped_rows.jsonl: place and reason of each row that was left out; nothing where there is none."""
+    """Write skipped_rows.jsonl: place and reason of each skipped row; no file if there is none."""
     if skipped:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
         (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")

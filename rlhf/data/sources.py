@@ -1,4 +1,4 @@
-"""Rows from a file, a directory, a hub data set or the embedded sample, each row with the place it came from."""
+"""Rows from a file, a directory, a hub dataset or the embedded sample, each with its place of origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.data.table_readers import csv_rows, first_line, table_rows
 from rlhf.errors import UserError, quote
 
 SAMPLE_NAME = "embedded:sample"
-WHOLE = "all"  # a split of the embedded sample: what is held out of it is decided by `heldout`
+ALL_ROWS = "all"  # a split of the embedded sample, from which `heldout` holds rows out
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
@@ -29,10 +29,10 @@ class Source:
     """Rows of one split.
 
     Attributes:
-        name: the file or data set, as it is named in messages.
-        rows: one dict a row, as read.
-        lines: the line of each row in its file, or None where rows have no lines.
-        digest: sha256 (hex) of what was read: the file's bytes, or the rows as JSON.
+        name: the file or dataset, as named in messages.
+        rows: one dict per row, as read.
+        lines: the line of each row in its file, or None if rows have no lines.
+        digest: sha256 (hex) of the input: the file's bytes, or the rows as JSON.
     """
 
     name: str
@@ -50,23 +50,23 @@ class Source:
 
 
 def load_source(
-    name: str, split: str | None = None, config: str | None = None, asked_by: str = "", default_split: str = "train"
+    name: str, split: str | None = None, config: str | None = None, where: str = "", default_split: str = "train"
 ) -> Source:
-    """Read one split of a data set.
+    """Read one split of a dataset.
 
     Args:
         name: `embedded:sample`; a .jsonl, .json, .csv or .parquet file (or one of them as .gz, .bz2, .xz, .zst); a
             directory (made by `save_to_disk`, or with a file named after the split, such as train.jsonl); or a hub id.
-        split: the split that was asked for. A single file has one split, 'train': any other is refused.
-        config: the configuration's name of a hub data set.
-        asked_by: where the name was given (`recipe:line`), for messages.
-        default_split: with no split asked for: which one, where there are several. A single file is read as it is.
+        split: the split to read. A single file has one split, 'train': any other is rejected.
+        config: the configuration name of a hub dataset.
+        where: where the name was given (`recipe:line`), for messages.
+        default_split: the split if `split` is None and there are several. A single file is read entirely.
 
     Raises:
-        UserError: nothing there, no such split, a line that can't be read (file, line and column), or no rows.
+        UserError: nothing found, no such split, an unreadable line (file, line and column), or no rows.
     """
-    prefix = f"{asked_by}: " if asked_by else ""
-    if (name, split) == (SAMPLE_NAME, WHOLE):
+    prefix = f"{where}: " if where else ""
+    if (name, split) == (SAMPLE_NAME, ALL_ROWS):
         parts = [load_source(name, part) for part in ("train", "heldout")]
         rows = [row for part in parts for row in part.rows]
         return Source(SAMPLE_NAME, rows, None, hashlib.sha256("".join(p.digest for p in parts).encode()).hexdigest())
@@ -82,7 +82,7 @@ def load_source(
     else:
         source = _from_hub(name, split or default_split, config, prefix)
     if not source.rows:
-        raise UserError(f"{prefix}{source.name} has no rows; expected one example a line")
+        raise UserError(f"{prefix}{source.name} has no rows; expected one example per line")
     return source
 
 
@@ -111,8 +111,8 @@ def _from_directory(path: Path, split: str | None, default_split: str, prefix: s
 
 
 def use_cache_without_network() -> None:
-    """Where the hub's name can't be resolved, tell its client so, before it is imported: it then looks into its cache at
-    once, instead of trying again for half a minute. Behind a proxy the name need not resolve: nothing is done."""
+    """If the hub's host name can't be resolved, set its client offline before it is imported: it then uses its cache at
+    once instead of retrying for half a minute. Does nothing behind a proxy, where the name need not resolve."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE")):
         return
     host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
@@ -124,15 +124,15 @@ def use_cache_without_network() -> None:
 
 def _from_hub(name: str, split: str, config: str | None, prefix: str) -> Source:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{prefix}{quote(name)} is neither a file, nor a directory, nor a data set's id on the hub")
+        raise UserError(f"{prefix}{quote(name)} is neither a file, nor a directory, nor the id of a dataset on the hub")
     use_cache_without_network()
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, 404, gated, bad split, bad config
+    except Exception as error:  # the hub's client raises a dozen types: offline, 404, gated, bad split, bad config
         raise UserError(
-            f"{prefix}'{name}' is no local file or directory, and could not be loaded from the hub: {first_line(error)}"
+            f"{prefix}'{name}' is not a local file or directory and could not be loaded from the hub: {first_line(error)}"
         ) from None
     return _from_rows(f"{name} ({split})", loaded.to_list())
 

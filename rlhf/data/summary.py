@@ -1,4 +1,4 @@
-"""What a data set is like, in one pass and one line: duplicates, contradictions, leaks, and what is not used."""
+"""Summarise a dataset in one pass and one line: duplicates, contradictions, leaks, unused columns."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.heldout import asked
+from rlhf.data.heldout import prompt_messages
 from rlhf.data.prompts import prompt_hash
 from rlhf.data.reading import Reading
 from rlhf.errors import one_line
 
-# What chat templates write around turns. In a text it becomes a real marker, inside a turn.
+# Markers that chat templates write around turns; inside a text, tokenizers read them as real ones.
 MARKERS = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|end_of_text|endoftext|user|assistant|system|"
     r"end|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>|"
@@ -25,12 +25,12 @@ MARKERS = re.compile(
 GARBLED = re.compile(
     "\ufffd|[\u00c3\u00c2][\u0080-\u00bf]|\u00e2[\u0080\u20ac][\u0080-\u00bf\u2018-\u201d\u0153\u02dc\u2122]"
 )
-NO_ANSWER = {"nan", "none", "null", "n/a"}  # what tables write for a field that holds nothing
+NO_ANSWER = {"nan", "none", "null", "n/a"}  # what tables write for an empty field
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many rows, and where the first of them stands."""
+    """Number of rows, and the place of the first."""
 
     rows: int = 0
     first: str | None = None
@@ -45,22 +45,22 @@ class DataSummary:
 
     Attributes:
         kind: "pairs" or "rows" (SFT).
-        rows: how many are used.
-        chosen_longer: share of pairs whose chosen answer has more characters.
-        duplicates: rows that are exactly as an earlier one.
-        contradictions: pairs that an earlier row has the other way round.
+        rows: number of used rows.
+        chosen_longer: fraction of pairs whose chosen answer has more characters.
+        duplicates: rows equal to an earlier one.
+        contradictions: pairs that an earlier row has with chosen and rejected swapped.
         markers: rows with a chat template's markers in a text.
-        repeats: rows whose answer begins with the prompt, which stays in it.
-        repeats_removed: all answers began with the prompt, which was cut off.
-        turn_order: rows with two turns of one role in a row, an assistant's first turn, or a system message later on.
+        repeats: rows whose answer starts with the prompt, which is not removed.
+        repeats_removed: whether all answers started with the prompt, which was removed.
+        turn_order: rows with two consecutive turns of one role, the assistant first, or a late system message.
         garbled: rows with characters that were lost or read in the wrong encoding.
-        no_answer: answers that are "nan", "None" or the like.
-        blanks_only: pairs whose answers differ in white space only.
-        low_scores, equal_scores: pairs whose own scores say that chosen is worse, or as good.
+        no_answer: rows with an answer of "nan", "None" or similar.
+        blanks_only: pairs whose answers differ only in white space.
+        low_scores, equal_scores: pairs whose scores rate chosen lower than rejected, or equal.
         negative_margins: pairs with a margin below 0.
-        leaks: held-out rows whose prompt is in the training data, whatever the case and the white space.
-        unused: columns and fields of messages that hold something and are not used.
-        skipped: rows that could not be used and were left out.
+        leaks: held-out rows whose prompt is in the training data, ignoring case and white space.
+        unused: columns and message fields that are not empty and not used.
+        skipped: number of rows that could not be used.
     """
 
     kind: str
@@ -83,17 +83,17 @@ class DataSummary:
     skipped: int = 0
 
     def record(self) -> dict[str, Any]:
-        """As it is kept in provenance.json."""
+        """The record for provenance.json."""
         return dataclasses.asdict(self)
 
 
 def summarise(
     rows: list[dict[str, Any]], reading: Reading, heldout: list[dict] = (), heldout_places: list[str] = ()
 ) -> DataSummary:
-    """Go once over canonical rows (a hash of 16 bytes is kept for each); `reading` has their places.
+    """Summarise canonical rows in one pass (16 bytes of memory per row); `reading` has their places.
 
     Args:
-        heldout, heldout_places: canonical rows to be scored later, in which leaks are counted.
+        heldout, heldout_places: canonical held-out rows, among which leaks are counted.
     """
     pairs = bool(rows) and "chosen" in rows[0]
     found: dict[str, Count] = {}
@@ -120,16 +120,16 @@ def summarise(
 
 
 def leaks(rows: Iterable[dict], heldout: list[dict], places: list[str]) -> Count:
-    """Held-out rows whose prompt is in `rows` too, whatever the case, the width of characters and the white space."""
+    """Held-out rows whose prompt is also in `rows`, ignoring case, character width and white space."""
     if not heldout:
         return Count()
-    known = {prompt_hash(asked(row)) for row in rows}
-    hits = [place for row, place in zip(heldout, places, strict=True) if prompt_hash(asked(row)) in known]
+    known = {prompt_hash(prompt_messages(row)) for row in rows}
+    hits = [place for row, place in zip(heldout, places, strict=True) if prompt_hash(prompt_messages(row)) in known]
     return Count(len(hits), hits[0]) if hits else Count()
 
 
 def _hashes(row: dict[str, Any]) -> tuple[bytes, bytes | None]:
-    """16 bytes of the row, and of the row with the answers swapped (None where there is no pair)."""
+    """16 bytes of the row, and of the row with the answers swapped (None if it is not a pair)."""
     base = hashlib.blake2b(repr(row.get("prompt") or row.get("messages") or row.get("text")).encode(), digest_size=16)
     if "chosen" not in row:
         base.update(repr(row.get("completion")).encode())
@@ -141,9 +141,9 @@ def _hashes(row: dict[str, Any]) -> tuple[bytes, bytes | None]:
 
 
 def _looks(row: dict[str, Any]) -> Iterable[tuple[str, bool]]:
-    """What can be seen in a row alone, by the name of the summary's field."""
+    """Findings in a single row, by the summary's field name."""
     answers = [row[side][0]["content"] for side in ("completion", "chosen", "rejected") if side in row]
-    turns = asked(row) if "messages" not in row else row["messages"]
+    turns = prompt_messages(row) if "messages" not in row else row["messages"]
     texts = answers + [m["content"] for m in turns]
     yield "markers", any(MARKERS.search(text) for text in texts)
     yield "garbled", any(not text.isascii() and GARBLED.search(text) for text in texts)
@@ -163,18 +163,18 @@ def _is_odd(roles: list[str]) -> bool:
 
 
 _RARE = {
-    "turn_order": "turns in an odd order (two of one role in a row, the assistant first, a late system message) in",
+    "turn_order": "turns in an odd order (two consecutive ones of one role, the assistant first, a late system message) in",
     "garbled": "garbled characters in",
     "no_answer": "'nan' or 'None' as an answer in",
-    "blanks_only": "answers that differ in white space only in",
-    "low_scores": "scored lower than rejected in",
+    "blanks_only": "answers that differ only in white space in",
+    "low_scores": "chosen scored lower than rejected in",
     "equal_scores": "equal scores in",
     "negative_margins": "margin below 0 in",
 }
 
 
 def line(summary: DataSummary) -> str:
-    """The summary for the screen.
+    """The summary as one line.
 
     Example: "1,000 pairs: 12 duplicates (first: a.jsonl:9), 3 contradict an earlier pair (first: a.jsonl:40), chosen longer
     in 93%, template markers in 0, prompt repeated in the answers in 0; columns not used: source".
@@ -186,7 +186,7 @@ def line(summary: DataSummary) -> str:
         parts.append(f"{summary.contradictions.rows:,} contradict an earlier pair{first(summary.contradictions)}")
         parts.append(f"chosen longer in {summary.chosen_longer:.0%}")
     parts.append(f"template markers in {summary.markers}")
-    repeats = "all: cut off" if summary.repeats_removed else str(summary.repeats)
+    repeats = "all: removed" if summary.repeats_removed else str(summary.repeats)
     parts.append(f"prompt repeated in the answer{'s' if pairs else ''} in {repeats}")
     parts += [f"{words} {count}" for name, words in _RARE.items() if (count := getattr(summary, name)).rows]
     names = [name if len(name) <= 40 else f"{name[:39]}…" for name in map(one_line, summary.unused[:20])]
@@ -196,7 +196,7 @@ def line(summary: DataSummary) -> str:
 
 
 def skipped_line(skipped: list[dict[str, str]], total: int) -> str:
-    """How many rows were left out, with the first three.
+    """How many rows were skipped, with the first three.
 
     Example: "2 of 10 rows skipped: a.jsonl:4 ('chosen' is empty), a.jsonl:7 (the prompt is empty)".
     """

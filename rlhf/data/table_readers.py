@@ -12,7 +12,7 @@ from rlhf.data.json_reader import JsonError, parse
 from rlhf.data.raw import Raw, text_of
 from rlhf.errors import UserError, quote
 
-# Columns that rows are made of (formats.py); another one that can't be read doesn't stop a run.
+# Columns that formats.py uses; any other unreadable column doesn't stop a run.
 TEXT_COLUMNS = ("messages", "prompt", "question", "instruction", "input", "completion", "chosen", "rejected",
                 "response", "output", "answer", "text")  # fmt: skip
 USED_COLUMNS = (*TEXT_COLUMNS, "margin")
@@ -20,28 +20,30 @@ _PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(?:role|content)'\s*:")
 
 
 def csv_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rows of a CSV file, with the line that each ends in; a field that is a message list in JSON becomes that list."""
+    """Rows of a CSV file and the line at which each ends; a field with a JSON list of messages becomes that list."""
     csv.field_size_limit(2**31 - 1)
-    # strict: a quote that is never closed would otherwise take the rest of the file for one field, in silence
+    # strict: otherwise an unclosed quote would silently make the rest of the file one field
     reader = csv.reader(io.StringIO(text_of(raw), newline=""), strict=True)
     rows, lines = [], []
     try:
         header = next(reader, [])
         twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
         if twice is not None:
-            raise UserError(f"{raw.path}:1: column {quote(twice)} stands twice in the header; rename or remove one")
+            raise UserError(f"{raw.path}:1: column {quote(twice)} is twice in the header; rename or remove one")
         for fields in reader:
             if fields and len(fields) != len(header):
                 raise UserError(
                     f"{raw.path}:{reader.line_num}: {len(fields)} fields, but the header has {len(header)}; "
-                    "put a text with commas or line breaks in double quotes"
+                    "put strings with commas or line breaks in double quotes"
                 )
             if fields:
                 where = f"{raw.path}:{reader.line_num}"
                 rows.append({k: _field(k, v, where) for k, v in zip(header, fields, strict=True)})
                 lines.append(reader.line_num)
     except csv.Error as error:
-        raise UserError(f"{raw.path}:{reader.line_num}: not valid CSV: {error}; quotes in a text are doubled") from None
+        raise UserError(
+            f"{raw.path}:{reader.line_num}: not valid CSV: {error}; double the quotes inside a string"
+        ) from None
     return rows, lines
 
 
@@ -50,22 +52,22 @@ def _field(column: str, value: str, where: str) -> Any:
         return value
     if _PYTHON_MESSAGES.match(value):
         raise UserError(
-            f"{where}: column '{column}' holds messages as Python writes them ({quote(value, 40)}); save the data as "
+            f"{where}: column '{column}' has messages in Python syntax ({quote(value, 40)}); save the data as "
             ".jsonl, or write the column with json.dumps"
         )
     try:
         found, end = parse(value.strip())
     except JsonError:
         return value
-    whole = end == len(value.strip()) and isinstance(found, list) and found
-    return found if whole and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in found) else value
+    is_complete = end == len(value.strip()) and isinstance(found, list) and found
+    return found if is_complete and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in found) else value
 
 
 def table_rows(raw: Raw, prefix: str) -> list[dict[str, Any]]:
-    """Rows of a Parquet or Arrow file. A column that no row is made of and that can't be converted is None.
+    """Rows of a Parquet or Arrow file. An unused column that can't be converted is None.
 
     Raises:
-        UserError: damaged, or a column that is needed holds what can't be converted (names column and row).
+        UserError: damaged, or a used column has a value that can't be converted (names column and row).
     """
     import pyarrow
 
@@ -82,7 +84,7 @@ def table_rows(raw: Raw, prefix: str) -> list[dict[str, Any]]:
         ) from None
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise UserError(f"{prefix}{raw.path}: column {quote(twice)} is there twice; rename or remove one")
+        raise UserError(f"{prefix}{raw.path}: column {quote(twice)} exists twice; rename or remove one")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
@@ -105,7 +107,7 @@ def _values(name: str, column, path: Path, prefix: str) -> list[Any]:
 
     bad = (pyarrow.ArrowException, ValueError, OverflowError)
     try:
-        column.validate(full=True)  # what to_pylist would follow out of bounds
+        column.validate(full=True)  # offsets that to_pylist would follow out of bounds
         return column.to_pylist()
     except bad as error:
         if name not in USED_COLUMNS:

@@ -1,1 +1,1 @@
-"""Processes, what a launch file sets up, and sharded parameters."""
+"""Ranks, the topology that a launch file sets up, and sharded parameters."""

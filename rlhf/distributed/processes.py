@@ -1,4 +1,4 @@
-"""Who this process is among those of a launch, and what only the main one does."""
+"""Rank and world size of this process, and work that only the main rank does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rlhf.errors import RankFailed, UserError
 
 
 def rank() -> int:
-    """Of this process, as its launcher says; 0 without one."""
+    """The rank of this process, from its launcher; 0 without one."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
-    """Among the processes of this host."""
+    """The rank among the processes of this host."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -27,13 +27,13 @@ def is_main() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print on the main process only, at once."""
+    """Print on the main rank only, and flush."""
     if is_main():
         print(text, flush=True)
 
 
 def on_main(work: Callable[[], None]) -> None:
-    """Do `work` on the main rank while the others wait for its outcome: if it fails there, all ranks end at once.
+    """Do `work` on the main rank while the others wait for its result: if it fails there, all ranks exit at once.
 
     Raises:
         RankFailed: on the other ranks, with the exit code of the main rank's error, which that rank reports.
@@ -45,7 +45,7 @@ def on_main(work: Callable[[], None]) -> None:
     if is_main():
         try:
             work()
-        except Exception as failure:  # of any kind: it is raised again below, once the other ranks know
+        except Exception as failure:  # of any type: re-raised below, once the other ranks know
             error = failure
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         from accelerate.utils import broadcast_object_list
@@ -58,14 +58,15 @@ def on_main(work: Callable[[], None]) -> None:
 
 
 def prepare_processes(args) -> None:
-    """What accelerate 1.15 and DeepSpeed 0.19 have to be told where processes are on CPUs; nothing elsewhere."""
+    """Set what accelerate 1.15 and DeepSpeed 0.19 don't set themselves on CPUs; does nothing on other devices."""
     if not args.use_cpu:
         return
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # before a model loads, or zero.Init sees one process
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # before a model loads: zero.Init reads the world size
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # MULTI_CPU is never made FSDP: it would train DDP, in silence
+    # accelerate doesn't turn MULTI_CPU into FSDP: it would silently train DDP
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 

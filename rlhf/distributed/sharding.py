@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 or FSDP2 has sharded: the one place that knows how either engine does it."""
+"""Parameters sharded by ZeRO-3 or FSDP2: the one place that knows how either engine shards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ def is_zero3(parameter) -> bool:
 
 
 def is_sharded(parameter) -> bool:
-    """Whether this rank holds a shard of the parameter alone."""
+    """Whether this rank holds only a shard of the parameter."""
     return is_zero3(parameter) or hasattr(parameter, "full_tensor")
 
 
 def num_elements(parameter) -> int:
-    """Numbers that a parameter stands for: unsharded under ZeRO-3, and unpacked where bitsandbytes has two in a byte."""
+    """Number of elements of a parameter: unsharded under ZeRO-3, and unpacked if bitsandbytes stores two per byte."""
     state = getattr(parameter, "quant_state", None)
     if state is not None and getattr(state, "shape", None) is not None:
         return state.shape.numel()
@@ -23,12 +23,12 @@ def num_elements(parameter) -> int:
 
 
 def unsharded_shape(parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a parameter of no size
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the parameter itself has size 0
 
 
 @contextlib.contextmanager
 def unsharded(parameter):
-    """The unsharded tensor of a parameter; all ranks must ask for it at once."""
+    """The unsharded tensor of a parameter; a collective that all ranks must enter."""
     if is_zero3(parameter):
         import deepspeed
 
@@ -39,13 +39,13 @@ def unsharded(parameter):
 
 
 def full_tensor(tensor):
-    """The unsharded tensor of a DTensor, on all ranks, all of which must ask; any other tensor as it is."""
+    """The unsharded tensor of a DTensor (a collective that all ranks must enter); any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextlib.contextmanager
 def writable(parameter):
-    """Within it a parameter of ZeRO-3 is unsharded on all ranks, and what rank 0 writes is its new value."""
+    """Unshard a ZeRO-3 parameter on all ranks inside the block; the value that rank 0 writes becomes its value."""
     if not is_zero3(parameter):
         yield
         return
@@ -56,7 +56,7 @@ def writable(parameter):
 
 
 def shard_like(value, parameter):
-    """This rank's shard of an unsharded tensor, sharded as `parameter` is by FSDP2; else the tensor itself."""
+    """This rank's shard of an unsharded tensor, if FSDP2 has sharded `parameter`; else the tensor itself."""
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -67,7 +67,7 @@ def shard_like(value, parameter):
 
 @contextlib.contextmanager
 def loading_unsharded():
-    """Models that load within it are unsharded on each rank under ZeRO-3 too, and are sharded when training starts."""
+    """Load models unsharded on each rank inside the block, also under ZeRO-3; they are sharded when training starts."""
     from transformers.integrations import deepspeed
 
     config = deepspeed._hf_deepspeed_config_weak_ref

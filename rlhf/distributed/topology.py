@@ -1,4 +1,4 @@
-"""What a launch file sets up, and which recipes can't be trained under it. Reads YAML and the environment, no torch."""
+"""What a launch file sets up, and which recipes can't be trained with it. Reads YAML and the environment, no torch."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rlhf.errors import UserError, pip_install, quote
 KINDS = frozenset(
     "NO False DEEPSPEED FSDP MULTI_GPU MULTI_CPU MULTI_XPU MULTI_NPU MULTI_MLU MULTI_SDAA MULTI_MUSA MULTI_HPU MULTI_NEURON".split()
 )
-# Where accelerate shards single layers or sequences over processes; packing and TRL's losses know nothing of it.
+# Parallelism within layers or sequences, which accelerate has, but packing and TRL's losses don't support.
 NOT_SUPPORTED = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """How a run is spread over its processes.
+    """How a run is distributed over its processes.
 
     Attributes:
         engine: `one process`, `DDP`, `DeepSpeed` or `FSDP`.
-        zero_stage: 0 to 3; of DeepSpeed.
-        offload: whether DeepSpeed or FSDP keeps weights or optimizer in the machine's memory.
+        zero_stage: DeepSpeed's, 0 to 3.
+        offload: whether DeepSpeed or FSDP keeps weights or optimizer in CPU memory.
         fsdp_version: 1 or 2; 0 without FSDP.
-        name: the launch file, or what is known of it.
-        mixed_precision: what it asks for; `no` where it leaves that to the recipe.
-        parallel: kinds of parallelism that it asks for and that are not supported here.
-        started: this very process was launched so; False: a file says what a later launch will set up.
+        name: the launch file, as named in messages.
+        mixed_precision: the file's value; `no` leaves it to the recipe.
+        parallel: kinds of parallelism that the file sets and that are not supported here.
+        started: True if this process was launched with it, False if read from a file for a later launch.
     """
 
     engine: str
@@ -45,17 +45,17 @@ class Topology:
     started: bool = False
 
     def record(self, processes: int) -> dict[str, Any]:
-        """For a checkpoint's manifest: the engine, whether and how it splits what it saves, and over how many processes."""
+        """For a checkpoint's manifest: the engine, whether and how it shards checkpoints, and the world size."""
         engine = f"{self.engine} ZeRO-{self.zero_stage}" if self.engine == "DeepSpeed" else self.engine
         split = {"DeepSpeed": engine, "FSDP": "FSDP"}.get(self.engine, "no")
         return {"engine": engine, "split": split, "processes": processes}
 
 
 def topology_of_environment() -> Topology:
-    """What `accelerate launch` has told this process.
+    """The topology that `accelerate launch` has set in the environment.
 
     Raises:
-        UserError: a variable holds what accelerate never writes there.
+        UserError: a variable has a value that accelerate never sets.
     """
     env = os.environ
     more: dict[str, Any] = {"started": True, "mixed_precision": env.get("ACCELERATE_MIXED_PRECISION", "no").lower()}
@@ -79,22 +79,22 @@ def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.strip().isdecimal():
         raise UserError(
-            f"the environment's {name} is {quote(value)}; expected a whole number, as accelerate launch sets it"
+            f"the environment's {name} is {quote(value)}; expected an integer, as accelerate launch sets it"
         )
     return int(value)
 
 
 def topology_of_file(path: str) -> Topology:
-    """What a launch file will set up.
+    """The topology that a launch file will set up.
 
     Raises:
-        UserError: no such file, none that accelerate reads, or one of its values is none; with file and line.
+        UserError: no such file, not a launch file of accelerate, or an invalid value; with file and line.
     """
     found, lines = read_flat(path, "launch file")
     name = quote_path(path)
     kind = found.get("distributed_type")
     if not isinstance(kind, (str, bool)):
-        raise UserError(f"{name}: no launch file of accelerate's (a `distributed_type:` is missing)")
+        raise UserError(f"{name}: not a launch file of accelerate (`distributed_type:` is missing)")
     if str(kind) not in KINDS:
         raise UserError(
             f"{name}:{lines['distributed_type']}: 'distributed_type' is {quote(kind)}; expected NO, MULTI_GPU, MULTI_CPU, "
@@ -122,7 +122,7 @@ def topology_of_file(path: str) -> Topology:
 
 @dataclass(frozen=True)
 class _File:
-    """A launch file's values, asked for with what they should be."""
+    """A launch file's values, read with checks."""
 
     name: str
     values: dict[str, Any]
@@ -147,7 +147,7 @@ class _File:
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise UserError(
-                f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(value)}; expected a whole number from {low} to {high}"
+                f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(value)}; expected an integer from {low} to {high}"
             )
         return value
 
@@ -162,43 +162,43 @@ class _File:
 
 
 def check_topology(recipe: Recipe, topology: Topology, on_cpu: bool) -> None:
-    """Refuse what can't work, with the nearest launch file that does.
+    """Reject combinations that can't work, and suggest the closest launch file that can.
 
     Raises:
-        UserError: with the reason and the fix; nothing has been loaded by then.
+        UserError: with the reason and the fix, before a model loads.
     """
     if topology.mixed_precision == "fp8":
         raise UserError(
-            f"{topology.name} asks for `mixed_precision: fp8`, which packed batches and this project's losses have not been "
-            "verified with; use bf16"
+            f"{topology.name} sets `mixed_precision: fp8`, which has not been verified with packed batches and this "
+            "project's losses; use bf16"
         )
     if topology.parallel:
         raise UserError(
-            f"{topology.name} asks for {' and '.join(topology.parallel)} parallelism, which is not supported: a model is sharded by "
-            "launch/fsdp2.yaml or launch/zero3.yaml, and long rows fit with `gradient_checkpointing: true`"
+            f"{topology.name} sets {' and '.join(topology.parallel)} parallelism, which is not supported: shard the model with "
+            "launch/fsdp2.yaml or launch/zero3.yaml, and use `gradient_checkpointing: true` for long rows"
         )
     check_precision(recipe, topology.mixed_precision, topology.name)
     if topology.engine == "DeepSpeed":
         _check_deepspeed(topology, on_cpu)
     if topology.engine == "FSDP" and topology.fsdp_version != 2:
         raise UserError(
-            f"{topology.name} asks for FSDP {topology.fsdp_version}, whose flattened parameters can't be written as a model; "
+            f"{topology.name} sets FSDP {topology.fsdp_version}, whose flattened parameters can't be saved as a model; "
             "set `fsdp_version: 2`, or use launch/fsdp2.yaml"
         )
     if topology.engine == "FSDP" and topology.offload and on_cpu:
         raise UserError(
-            f"{topology.name} offloads to the CPU's memory, and this run is on the CPU already; use launch/fsdp2.yaml"
+            f"{topology.name} offloads to CPU memory, but this run is already on the CPU; use launch/fsdp2.yaml"
         )
     if topology.engine == "FSDP" and recipe.get("load_in_8bit"):
         raise UserError(
-            f"{recipe.where('load_in_8bit')}: FSDP can't split 8-bit weights; use `load_in_4bit: true`, or "
+            f"{recipe.where('load_in_8bit')}: FSDP can't shard 8-bit weights; use `load_in_4bit: true`, or "
             "launch/ddp.yaml"
         )
     optimizer = recipe.get("optim", "adamw_torch")
     if topology.engine == "DeepSpeed" and topology.offload and optimizer not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(
-            f"{recipe.where('optim')}: {topology.name} keeps the optimizer in the machine's memory, where accelerate would put "
-            f"DeepSpeed's Adam in the place of `optim: {optimizer}`; remove `optim`, or use launch/zero3.yaml"
+            f"{recipe.where('optim')}: {topology.name} offloads the optimizer to CPU memory, where accelerate would replace "
+            f"`optim: {optimizer}` by DeepSpeed's Adam; remove `optim`, or use launch/zero3.yaml"
         )
 
 
@@ -207,17 +207,17 @@ def _check_deepspeed(topology: Topology, on_cpu: bool) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"{topology.name} needs DeepSpeed, which is not installed; run: {pip_install('rlhf-dpo[deepspeed]')}, or use "
-            f"{instead}, which needs nothing more"
+            f"{instead}, which doesn't need it"
         )
     if (topology.offload or on_cpu) and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
-            f"{topology.name} makes DeepSpeed compile {'its Adam for the CPU' if topology.offload else 'a part of itself'}, "
-            f"and there is no C++ compiler; install g++ (apt-get install g++), or use {instead}"
+            f"{topology.name} makes DeepSpeed compile {'its CPU Adam' if topology.offload else 'a part of itself'}, "
+            f"but there is no C++ compiler; install g++ (apt-get install g++), or use {instead}"
         )
 
 
 def check_quantised(recipe: Recipe, device: str, capability: tuple[int, int] | None) -> None:
-    """Refuse 4- and 8-bit weights where bitsandbytes has no kernels for them.
+    """Reject 4- and 8-bit weights if bitsandbytes has no kernels for the device.
 
     Args:
         device: `cpu`, `cuda`, `mps`, ...
@@ -226,16 +226,16 @@ def check_quantised(recipe: Recipe, device: str, capability: tuple[int, int] | N
     Raises:
         UserError: with the device and what to do.
     """
-    asked = [key for key in ("load_in_4bit", "load_in_8bit") if recipe.get(key)]
-    asked += ["reference"] if recipe.get("reference") == "nf4" else []
-    for key in asked:
+    quantised = [key for key in ("load_in_4bit", "load_in_8bit") if recipe.get(key)]
+    quantised += ["reference"] if recipe.get("reference") == "nf4" else []
+    for key in quantised:
         needed = (7, 5) if key == "load_in_8bit" else (6, 0)  # bitsandbytes' own table
         if device not in ("cpu", "cuda", "xpu", "hpu"):
             reason = f"bitsandbytes has no kernels for {device}"
         elif capability is not None and capability < needed:
             found, least = (".".join(map(str, c)) for c in (capability, needed))
-            reason = f"this GPU's compute capability is {found}, and bitsandbytes needs {least}"
+            reason = f"this GPU has compute capability {found}, but bitsandbytes needs {least}"
         else:
             continue
         fix = "use `reference: cached`" if key == "reference" else f"remove {key}"
-        raise UserError(f"{recipe.where(key)}: {key} can't be computed here: {reason}; {fix}, or set `use_cpu: true`")
+        raise UserError(f"{recipe.where(key)}: {key} is not supported here: {reason}; {fix}, or set `use_cpu: true`")

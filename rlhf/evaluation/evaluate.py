@@ -18,7 +18,7 @@ from rlhf.console import quiet_libraries
 from rlhf.data.formats import preference_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading, write_skipped
-from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
+from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
@@ -108,7 +108,7 @@ def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict
     reading = Reading(config.bad_rows, can_skip=True)
     split = config.dataset_train_split if config.heldout else config.dataset_test_split
     if split is None and config.heldout and config.dataset_name == SAMPLE_NAME:
-        split = WHOLE
+        split = ALL_ROWS
     where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
     default = "train" if config.heldout else "test"
     source = load_source(config.dataset_name, split, config.dataset_config, where, default)

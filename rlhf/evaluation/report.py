@@ -19,7 +19,7 @@ from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
 from rlhf.data.formats import preference_rows
 from rlhf.data.reading import Reading
-from rlhf.data.sources import SAMPLE_NAME, WHOLE, load_source
+from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, load_source
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.evaluation.evaluate import read_answers, shown_answers
@@ -206,7 +206,7 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
     inputs = stage.get("provenance", {}).get("inputs") or {}
     train = recipe.get("dataset_train_split", "train")
     if recipe.get("heldout") and recipe["dataset_name"] == SAMPLE_NAME:
-        train = WHOLE
+        train = ALL_ROWS
     splits = [(train, "dataset_name", None if recipe.get("heldout") else "max_train_examples")]
     if recipe.get("dataset_test_split") and not recipe.get("eval_dataset_name"):
         splits.append((recipe["dataset_test_split"], "heldout", "max_eval_examples"))

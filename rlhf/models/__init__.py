@@ -1,1 +1,1 @@
-"""Models and tokenizers: fetching, loading for training, writing and loading finished ones."""
+"""Models and tokenizers: fetch, load for training, save and load finished models."""

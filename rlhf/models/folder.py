@@ -1,4 +1,4 @@
-"""Whether a local folder holds a model that can be loaded, told from names and headers: no torch, no weight is read."""
+"""Check by names and headers whether a local folder has a loadable model: no torch, no weights are read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rlhf.models import embedded
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a local folder holds a PEFT adapter instead of a whole model."""
+    """Whether a local folder holds a PEFT adapter instead of a full model."""
     return (Path(name) / "adapter_config.json").is_file()
 
 
 def base_of(name: str) -> str:
-    """The model itself: an adapter's base, where the name is an adapter's folder."""
+    """The base of an adapter folder; any other name unchanged."""
     if not is_adapter(name):
         return name
     base = (read_json(Path(name) / "adapter_config.json") or {}).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{Path(name) / 'adapter_config.json'} is damaged: it names no base_model_name_or_path")
+        raise UserError(f"{Path(name) / 'adapter_config.json'} is damaged: base_model_name_or_path is missing")
     return base
 
 
@@ -39,16 +39,16 @@ def is_reward_model(name: str) -> bool:
     return False
 
 
-def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
-    """Check that a model is there before anything loads, and fetch the embedded one.
+def locate(name: str, where: str, made_by: str = "", say=print) -> str:
+    """Check that a model exists before anything loads, and fetch the embedded one.
 
     Args:
         name: `embedded:…`, a local folder, or a hub id.
-        asked_by: `recipe:line` where the name was given.
-        made_by: the command that makes this folder, if it is known.
+        where: `recipe:line` where the name was given.
+        made_by: the command that creates this folder, if known.
 
     Returns:
-        A name that `from_pretrained` takes; local folders become absolute, so that adapters find their base later.
+        A name for `from_pretrained`; local folders become absolute, so that adapters find their base later.
 
     Raises:
         UserError: a folder without a model, or a hub id that can't be reached.
@@ -56,20 +56,20 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
     name = embedded.resolve(name, say)
     path = Path(name).expanduser()
     if os.path.isdir(path):
-        check_model_folder(path, asked_by, made_by)
+        check_model_folder(path, where, made_by)
         return str(path.resolve())
     if made_by:
-        raise UserError(f"{asked_by}: no model at {name}; it is made by: {made_by}")
+        raise UserError(f"{where}: no model at {name}; it is created by: {made_by}")
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(name)
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, 404, gated, no config
+    except Exception as error:  # the hub's client raises a dozen types: offline, 404, gated, no config
         if "trust_remote_code" in str(error):
             return name
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{asked_by}: '{name}' is no local folder, and could not be loaded from the hub: {reason}"
+            f"{where}: '{name}' is not a local folder and could not be loaded from the hub: {reason}"
         ) from None
     return name
 
@@ -77,12 +77,12 @@ def locate(name: str, asked_by: str, made_by: str = "", say=print) -> str:
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
-def check_model_folder(folder: Path, asked_by: str, made_by: str = "") -> None:
-    """Refuse a folder whose model can't be loaded.
+def check_model_folder(folder: Path, where: str, made_by: str = "") -> None:
+    """Reject a folder whose model can't be loaded.
 
     Args:
-        asked_by: `recipe:line` where the folder was named.
-        made_by: the command that makes it, if it is known.
+        where: `recipe:line` where the folder was given.
+        made_by: the command that creates it, if known.
 
     Raises:
         UserError: names the file that is missing, damaged or pickled.
@@ -91,23 +91,23 @@ def check_model_folder(folder: Path, asked_by: str, made_by: str = "") -> None:
     config = "adapter_config.json" if is_adapter else "config.json"
     if not os.path.lexists(folder / config):
         hint = f"; its stage is not complete, run: {made_by}" if made_by else ""
-        raise UserError(f"{asked_by}: {folder} holds no finished model (no config.json or adapter_config.json){hint}")
+        raise UserError(f"{where}: {folder} has no finished model (no config.json or adapter_config.json){hint}")
     values = read_json(folder / config)
-    again = f"run: {made_by}" if made_by else "write or copy the model again, with safetensors"
+    again = f"run: {made_by}" if made_by else "save or copy the model again, with safetensors"
     if values is None:
-        raise UserError(f"{asked_by}: {folder / config} can't be read as a JSON object; {again}")
+        raise UserError(f"{where}: {folder / config} can't be read as a JSON object; {again}")
     base = values.get("base_model_name_or_path")
     if is_adapter and not isinstance(base, str):
         raise UserError(
-            f"{asked_by}: {folder / config}: 'base_model_name_or_path' is {quote(base)}, expected a text; {again}"
+            f"{where}: {folder / config}: 'base_model_name_or_path' is {quote(base)}, expected a string; {again}"
         )
     damage = weights_damage(folder, "adapter_model" if is_adapter else "model")
     if damage:
-        raise UserError(f"{asked_by}: {damage}; {again}")
+        raise UserError(f"{where}: {damage}; {again}")
 
 
 def weights_damage(folder: Path, stem: str) -> str:
-    """What is wrong with the safetensors files of a model folder; '' if nothing is.
+    """The damage of a model folder's safetensors files; '' if none.
 
     Args:
         stem: `model`, or `adapter_model`.
@@ -125,13 +125,13 @@ def weights_damage(folder: Path, stem: str) -> str:
         what = f"has no {stem}.safetensors"
         if not pickled:
             return f"{folder} {what}"
-        return f"{folder} {what}; pickled weights are not read ({quote(pickled[0])}: a pickle can run any code, safetensors can't)"
+        return f"{folder} {what}; pickled weights are not loaded ({quote(pickled[0])}: a pickle can run any code, safetensors can't)"
     found = (safetensors_damage(folder / name) for name in names)
-    return next(filter(None, found), "") or ("" if names else f"{index} names no file")
+    return next(filter(None, found), "") or ("" if names else f"{index} lists no files")
 
 
 def safetensors_damage(path: Path) -> str:
-    """What is wrong with a safetensors file, as far as its header and its size tell; '' if nothing is.
+    """The damage of a safetensors file, judged by header and size; '' if none.
 
     Source: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
     """
@@ -140,18 +140,18 @@ def safetensors_damage(path: Path) -> str:
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(size - 8, MAX_HEADER_BYTES):
-                return f"{path} is cut short or is no safetensors file"
+                return f"{path} is truncated or not a safetensors file"
             header = json.loads(file.read(length))
         end = max((_end(name, tensor) for name, tensor in header.items()), default=0)
     except FileNotFoundError:
-        link = " (a link to a file that is gone)" if path.is_symlink() else ""
+        link = " (a dangling link)" if path.is_symlink() else ""
         return f"{path} is missing{link}"
     except OSError as error:
         return f"{path} can't be read: {error.strerror}"
     except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return f"{path} is no safetensors file (its header can't be read)"
+        return f"{path} is not a safetensors file (its header can't be read)"
     if 8 + length + end != size:
-        return f"{path} has {size} bytes, and its header tells of {8 + length + end}"
+        return f"{path} has {size} bytes, but its header requires {8 + length + end}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Loading policies and reward models for training."""
+"""Load policies and reward models for training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlhf.models.folder import is_adapter
 
 
 def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = False, continue_adapter: bool = True):
-    """A causal language model to train.
+    """Load a causal language model for training.
 
     Returns:
-        A PreTrainedModel; or, for an adapter folder with `continue_adapter`, a trainable PeftModel whose adapter goes on.
+        A PreTrainedModel; or, for an adapter folder with `continue_adapter`, a PeftModel with a trainable adapter.
     """
     options = _load_options(model_args, trust_remote_code)
     if not is_adapter(name):
@@ -34,10 +34,10 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
 
 
 def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False):
-    """A sequence classifier with one output, on the backbone of any model (policy, adapter or encoder).
+    """Load a sequence classifier with one output, on the backbone of any model (policy, adapter or encoder).
 
     Returns:
-        (model, names of the modules that are newly made and so must be trained and saved whole)
+        (model, names of the newly initialised modules, which must be fully trained and saved)
     """
     options = _load_options(model_args, trust_remote_code) | {"num_labels": 1, "output_loading_info": True}
     if not is_adapter(name):
@@ -54,7 +54,7 @@ def _load_classifier(name: str, tokenizer, options: dict[str, Any]):
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": that is the plan
+    logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": we do
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
     finally:
@@ -64,7 +64,7 @@ def _load_classifier(name: str, tokenizer, options: dict[str, Any]):
 
 
 def load_nf4(name: str, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False):
-    """A frozen 4-bit copy of a whole model (NF4, doubly quantised), which computes in `dtype`."""
+    """Load a frozen 4-bit copy of a full model (NF4, double quantisation) that computes in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -77,11 +77,11 @@ def load_nf4(name: str, tokenizer, dtype: torch.dtype, trust_remote_code: bool =
 
 
 def keep_4bit_layout(model):
-    """Let bitsandbytes' layers on a CPU keep their weights in the layout that has a backward pass.
+    """Keep bitsandbytes' 4-bit weights on CPUs in the layout that has a backward pass.
 
-    bitsandbytes 0.50 lays 4-bit weights out anew in the first pass in eval mode, on CPUs with AVX512-BF16, and for good:
-    from then on training goes through `gemv_4bit`, which gives no gradient, with a warning at most. Remove it once a layer
-    in train mode goes back; tests/models/test_quant.py shows it.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 converts the layout permanently in the first forward pass in eval mode:
+    from then on training uses `gemv_4bit`, which has no gradient, with at most a warning. Remove this once layers in
+    train mode convert back; tests/models/test_quant.py shows the problem.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -106,12 +106,12 @@ def _revision(name: str, model_args) -> str:
 
 
 def fit_tokenizer(model, tokenizer):
-    """Make room for an added pad token and tell the model's configs about pad and EOS."""
+    """Resize the embeddings for an added pad token, and set pad and EOS in the model's configs."""
     weight = model.get_input_embeddings().weight
     rows = unsharded_shape(weight)[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():  # a definite value (the mean), so that two loads of one model are the same model
+        with torch.no_grad():  # a fixed value (the mean), so that two loads give the same model
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
                 with writable(layer.weight):
                     layer.weight[rows:] = layer.weight[:rows].mean(dim=0)

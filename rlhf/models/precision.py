@@ -1,4 +1,4 @@
-"""In which dtype a model computes, whatever the recipe's flags say: what its numbers can be expected to be equal to."""
+"""The dtype in which a model computes, whatever the recipe's flags: it decides how exactly results can agree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def compute_dtype(model, mixed_precision: str | None = None) -> torch.dtype:
-    """The least precise dtype in which a model computes: of its weights (LoRA's left out), of 4-bit layers, of autocast.
+    """The least precise dtype in which a model computes: of its weights (except LoRA), of 4-bit layers, of autocast.
 
     Args:
         mixed_precision: accelerate's `no`, `bf16` or `fp16`.

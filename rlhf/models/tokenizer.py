@@ -1,4 +1,4 @@
-"""Tokenizers: chat templates that end an answer, a pad token of its own, and the token ids of a pair."""
+"""Tokenizers: chat templates that end answers with EOS, a dedicated pad token, and the token ids of a pair."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": 
 
 
 def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False, encoder: bool = False):
-    """A tokenizer with a chat template, and with a pad token that is not its end-of-sequence token.
+    """Load a tokenizer with a chat template and a pad token that differs from its end-of-sequence token.
 
     Args:
         name: a model that `locate` returned.
-        chat_template: `alpaca`, `chatml` or a .jinja file; None takes the model's own, or alpaca where it has none.
+        chat_template: `alpaca`, `chatml` or a .jinja file; None takes the model's own, or alpaca if it has none.
         encoder: a BERT-like reward model, whose answers need not end with EOS.
 
     Raises:
-        UserError: an unknown template, or one that never writes EOS, so that a policy would never learn to stop.
+        UserError: an unknown template, or one without EOS, with which a policy would never learn to stop.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if chat_template is not None:
@@ -54,10 +54,10 @@ def read_template(name: str) -> str:
 
 
 def ensure_pad_token(tokenizer) -> None:
-    """Give the tokenizer a dedicated pad token, from its own vocabulary where that has a fitting one.
+    """Give the tokenizer a dedicated pad token, from its own vocabulary if that has a suitable one.
 
-    With pad = EOS a reward model would read its score one token too early (transformers looks for the last token that
-    is not padding), and collators that mask by token would drop EOS from the labels.
+    With pad = EOS a reward model would read its score one token too early (transformers looks for the last non-pad
+    token), and collators that mask by token would drop EOS from the labels.
     """
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
@@ -71,21 +71,21 @@ def ensure_pad_token(tokenizer) -> None:
 
 def _check_template_ends(tokenizer) -> None:
     prompt = tokenizer.apply_chat_template(PROBE[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(PROBE, return_dict=True)["input_ids"]
-    if tokenizer.eos_token_id not in whole[len(prompt) :]:
+    complete = tokenizer.apply_chat_template(PROBE, return_dict=True)["input_ids"]
+    if tokenizer.eos_token_id not in complete[len(prompt) :]:
         raise UserError(
             f"the chat template does not end an answer with the end-of-sequence token {tokenizer.eos_token!r} (it ends "
-            f"with {tokenizer.decode(whole[-2:])!r}), so the model would never learn to stop; set `chat_template` in "
+            f"with {tokenizer.decode(complete[-2:])!r}), so the model would never learn to stop; set `chat_template` in "
             "the recipe to one that does"
         )
 
 
 def tokenize_pair(tokenizer, row: dict[str, Any]) -> dict[str, list[int]]:
-    """Token ids of a canonical pair, exactly as TRL's DPOTrainer cuts them.
+    """Token ids of a canonical pair, split exactly as by TRL's DPOTrainer.
 
     Returns:
         {"prompt_ids", "chosen_ids", "rejected_ids"}: the prompt ends where the prompt alone and the prompt with an
-        answer begin to differ.
+        answer start to differ.
     """
     render = lambda messages, **kw: tokenizer.apply_chat_template(messages, return_dict=True, **kw)["input_ids"]  # noqa: E731
     prompt = render(row["prompt"], add_generation_prompt=True)

@@ -1,10 +1,10 @@
 """Exact causal attention over a packed row, without a T x T mask.
 
-A segment `[p c r]` of the row is two sequences that share p: `[p c]` under plain causal attention, and queries r over
-keys `[p r]`, where query i sees p and the first i + 1 of r (the causal rule aligned to the bottom right).
+A segment `[p c r]` of the row is two sequences that share the prefix p: `[p c]` with plain causal attention, and
+queries r over keys `[p r]`, where query i attends to p and the first i + 1 of r (a causal mask aligned bottom right).
 
-The segments come down through the model's **kwargs as `packed_segments`, which transformers hands to the attention
-function; a call without them (generation, an unpacked batch) does what "sdpa" does.
+The segments are passed as `packed_segments` in the model's **kwargs, which transformers passes on to the attention
+function; a call without them (generation, an unpacked batch) is the same as "sdpa".
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rlhf_packed"
-# What some models hand to attention functions and what would change the result.
-REFUSED = ("softcap", "s_aux", "sliding_window", "position_bias", "head_mask")
+# Arguments that some models pass to attention functions and that would change the result.
+UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias", "head_mask")
 
 
 def register() -> None:
-    """Make `NAME` known to transformers; unpacked calls get sdpa's mask. Doing it again changes nothing."""
+    """Register `NAME` with transformers; unpacked calls get sdpa's mask. Idempotent."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of a packed row, and what attention derives from them once for all layers.
+    """The segments of a packed row, and the tensors that attention derives from them once for all layers.
 
     Attributes:
-        lengths: (prefix, chosen, rejected) token counts each; their sum is T.
-        device: where the derived tensors go.
+        lengths: (prefix, chosen, rejected) token counts per segment; their sum is T.
+        device: the device of the derived tensors.
     """
 
     lengths: list[tuple[int, int, int]]
@@ -45,12 +45,12 @@ class Segments:
 
     @cached_property
     def masks(self) -> list[torch.Tensor]:
-        """For each segment the (r, p + r) bool mask of queries r over keys [p r]; small, next to T x T."""
+        """Per segment the (r, p + r) bool mask of queries r over keys [p r]; small compared to T x T."""
         return [torch.ones(r, p + r, dtype=torch.bool, device=self.device).tril(p) for p, _, r in self.lengths]
 
     @cached_property
     def parts(self) -> list[tuple[slice, list[slice], torch.Tensor | None]]:
-        """Queries, keys (one or two stretches of the row) and what is added to the scores (None: causal) a call."""
+        """Per SDPA call: queries, keys (one or two slices of the row) and the bias of the scores (None: causal)."""
         parts: list[tuple[slice, list[slice], torch.Tensor | None]] = []
         start = 0
         for (p, c, r), mask in zip(self.lengths, self.masks, strict=True):
@@ -79,17 +79,17 @@ def attention_forward(
     packed_segments: Segments | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface.
+    """Implement transformers' attention interface.
 
     Args:
         query: (1, heads, T, dim); key, value: (1, kv_heads, T, dim), heads a multiple of kv_heads.
-        attention_mask: ignored where there are segments.
+        attention_mask: ignored if there are segments.
 
     Returns:
         ((1, T, heads, dim), None)
 
     Raises:
-        ValueError: attention dropout, or something that changes attention and that packing doesn't know.
+        ValueError: attention dropout, or an argument that changes attention and that packing doesn't support.
     """
     if packed_segments is None:
         return sdpa_attention_forward(
@@ -97,14 +97,14 @@ def attention_forward(
         )
     if dropout:
         raise ValueError(
-            f"packing: attention dropout of {dropout} can't be packed (one mask would hit both answers of a pair); set "
-            "attention_dropout (GPT-2: attn_pdrop) to 0 or switch packing off"
+            f"packing: attention dropout of {dropout} can't be packed (both answers of a pair would share one mask); "
+            "set attention_dropout (GPT-2: attn_pdrop) to 0 or switch packing off"
         )
-    found = [name for name in REFUSED if kwargs.get(name) is not None]
+    found = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if found or kwargs.get("is_causal") is False:
         raise ValueError(
-            f"packing: {type(module).__name__} asks for {', '.join(found) or 'attention that is not causal'}, which "
-            "packed attention doesn't do; switch packing off"
+            f"packing: {type(module).__name__} uses {', '.join(found) or 'attention that is not causal'}, which "
+            "packed attention doesn't support; switch packing off"
         )
     kernel = varlen_kernel(query.device)
     if kernel is not None:
@@ -117,7 +117,7 @@ def attention_forward(
     return attend_by_segment(query, key, value, packed_segments, scaling), None
 
 
-# --- one SDPA call or two a segment: whatever the kernels below don't take -------------------------------------------
+# --- one or two SDPA calls per segment: the fallback of the kernels below --------------------------------------------
 
 
 def attend_by_segment(query, key, value, segments: Segments, scaling: float | None) -> torch.Tensor:
@@ -126,7 +126,7 @@ def attend_by_segment(query, key, value, segments: Segments, scaling: float | No
     key, value = repeat_heads(key, groups), repeat_heads(value, groups)
     outputs, start = [], 0
     for (p, c, r), mask in zip(segments.lengths, segments.masks, strict=True):
-        own = start + p + c  # where r begins
+        own = start + p + c  # where r starts
         q, k, v = (x[:, :, start:own] for x in (query, key, value))
         if p + c:
             outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
@@ -141,8 +141,8 @@ def attend_by_segment(query, key, value, segments: Segments, scaling: float | No
 def repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
     """(1, kv_heads, T, dim) -> (1, kv_heads * groups, T, dim).
 
-    SDPA's own `enable_gqa` is no faster on a CPU (7.5 against 6.7 ms forward and backward, 195 tokens, 9 over 3 heads
-    of 64, fp32, 2 cores), and on CUDA in fp32 it leaves only the kernel that writes out all scores.
+    SDPA's own `enable_gqa` is not faster on a CPU (7.5 instead of 6.7 ms forward and backward, 195 tokens, 9 over 3
+    heads of 64, fp32, 2 cores), and on CUDA in fp32 only the kernel that materialises all scores supports it.
     """
     if groups == 1:
         return x
@@ -150,7 +150,7 @@ def repeat_heads(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x[:, :, None].expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
 
 
-# --- the CPU: SDPA's own kernel, called a segment at a time ----------------------------------------------------------
+# --- the CPU: SDPA's own kernel, called per segment ------------------------------------------------------------------
 
 
 def fits_cpu_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -160,11 +160,11 @@ def fits_cpu_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 class CpuAttention(torch.autograd.Function):
-    """`attend_by_segment` that keeps less for the backward pass.
+    """`attend_by_segment` that saves fewer tensors for the backward pass.
 
-    Autograd keeps key and value with their heads repeated, what `[p r]` was put together from, and each output twice;
-    and for each slice it fills a gradient of the whole row with zeros. This keeps the row's query, key, value and output
-    once. SmolLM2-135M, 4 HH pairs, LoRA, 2 cores: peak 3.96 -> 3.70 GiB, 0.86 -> 0.88 pairs/s (`bench/dpo.py`).
+    Autograd saves key and value with repeated heads, the parts of `[p r]`, and each output twice, and allocates a
+    zero-filled gradient of the full row for each slice. This saves the row's query, key, value and output once.
+    SmolLM2-135M, 4 HH pairs, LoRA, 2 cores: peak 3.96 -> 3.70 GiB, 0.86 -> 0.88 pairs/s (`bench/dpo.py`).
     """
 
     @staticmethod
@@ -196,19 +196,19 @@ class CpuAttention(torch.autograd.Function):
                 mask is None, attn_mask=_like(mask, q), scale=ctx.scaling,
             )  # fmt: skip
             grad_query[:, :, queries] = grads[0]
-            for whole, grad in ((grad_key, grads[1]), (grad_value, grads[2])):
+            for total, grad in ((grad_key, grads[1]), (grad_value, grads[2])):
                 if groups > 1:
                     grad = grad.unflatten(1, (-1, groups)).sum(dim=2)
                 at = 0
                 for part in keys:
                     length = part.stop - part.start
-                    whole[:, :, part] += grad[:, :, at : at + length]
+                    total[:, :, part] += grad[:, :, at : at + length]
                     at += length
         return grad_query, grad_key, grad_value, None, None
 
 
 def _pick(x: torch.Tensor, parts: list[slice], groups: int) -> torch.Tensor:
-    """Tokens of some parts of a row, heads repeated."""
+    """The tokens of some slices of a row, with repeated heads."""
     return repeat_heads(x[:, :, parts[0]] if len(parts) == 1 else torch.cat([x[:, :, p] for p in parts], dim=2), groups)
 
 
@@ -218,19 +218,19 @@ def _like(bias: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None
 
 # --- one varlen call: CUDA, half precision ---------------------------------------------------------------------------
 # The kernels themselves were NOT run where this was written (no GPU; torch.nn.attention.varlen has no CPU kernel). They
-# are called as torch 2.13's documentation and flash-attn's README say. The plan is tested on a CPU against a stand-in
-# kernel with their documented semantics: with causal attention and seqlen_q != seqlen_k the mask is aligned to the
-# bottom right, as flash-attn does since 2.1 and as torch's copy of it does.
+# are called as documented by torch 2.13 and flash-attn's README. The plan is tested on a CPU against a mock kernel with
+# their documented semantics: with causal attention and seqlen_q != seqlen_k the mask is aligned to the bottom right, as
+# in flash-attn since 2.1 and in torch's copy of it.
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """Sequences for one varlen call: queries as they lie in the row, keys with each prefix repeated for r.
+    """Sequences for one varlen call: queries in the order of the row, keys with each prefix repeated for r.
 
     Attributes:
-        key_index: int64, packed tokens in the order of the keys; None where that is the row itself.
-        cu_seqlens_q, cu_seqlens_k: int32, one more than sequences, starting at 0.
-        max_seqlen_q, max_seqlen_k: tokens of the longest sequence.
+        key_index: int64, packed tokens in the order of the keys; None if that is the row itself.
+        cu_seqlens_q, cu_seqlens_k: int32, cumulative lengths from 0, one more than there are sequences.
+        max_seqlen_q, max_seqlen_k: length of the longest sequence.
     """
 
     key_index: torch.Tensor | None
@@ -261,7 +261,7 @@ def varlen_plan(lengths: list[tuple[int, int, int]], device: torch.device) -> Va
 
 
 def attend_varlen(query, key, value, plan: VarlenPlan, scaling: float | None, kernel: Callable) -> torch.Tensor:
-    """(1, T, heads, dim) from `kernel`, which takes (T, heads, dim), as varlen kernels do."""
+    """(1, T, heads, dim) from a varlen `kernel`, which takes (T, heads, dim)."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if plan.key_index is not None:
         key, value = key.index_select(0, plan.key_index), value.index_select(0, plan.key_index)
@@ -269,21 +269,21 @@ def attend_varlen(query, key, value, plan: VarlenPlan, scaling: float | None, ke
 
 
 def fits_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether flash attention's varlen kernels take these: half precision, one head size, a multiple of 8 up to 256."""
+    """Whether flash attention's varlen kernels fit these: half precision, one head size, a multiple of 8 up to 256."""
     dim = query.shape[-1]
     half = query.dtype in (torch.float16, torch.bfloat16) and query.dtype == key.dtype == value.dtype
     return half and value.shape[-1] == dim and dim % 8 == 0 and dim <= 256
 
 
 def _to_autocast(x: torch.Tensor) -> torch.Tensor:
-    """Under autocast SDPA casts by itself; varlen kernels don't, and rotary embeddings leave q and k in fp32."""
+    """Cast to autocast's dtype: varlen kernels don't, unlike SDPA, and rotary embeddings leave q and k in fp32."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 @lru_cache
 def varlen_kernel(device: torch.device) -> Callable | None:
-    """The varlen kernel of a device as kernel(query, key, value, plan, scaling), or None: then SDPA a segment."""
+    """The varlen kernel of a device as kernel(query, key, value, plan, scaling); None means SDPA per segment."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
@@ -300,9 +300,9 @@ def varlen_kernel(device: torch.device) -> Callable | None:
 
 
 def kernel_name(device: torch.device) -> str:
-    """What packed attention in half precision is computed by on a device, in words."""
+    """The name of the kernel of packed attention in half precision on a device, for messages."""
     if varlen_kernel(device) is None:
-        return "PyTorch's scaled_dot_product_attention, a segment at a time"
+        return "PyTorch's scaled_dot_product_attention, per segment"
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -318,7 +318,7 @@ def _torch_varlen(varlen_attn, query, key, value, plan: VarlenPlan, scaling: flo
     if groups > 1:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
-        else:  # torch before 2.12 doesn't say that it takes fewer key heads
+        else:  # torch before 2.12 doesn't document fewer key heads
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     sequences = (plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k)
     return varlen_attn(query, key, value, *sequences, **options)

@@ -1,8 +1,8 @@
 """Wrap the forward of a model's backbone so that it computes on one packed row.
 
 Trainers call `model(...)`, which calls its backbone (`model.base_model`, a LlamaModel for example) on a padded batch and
-takes `last_hidden_state`. What the backbone does in between is its own business: so loss, metrics, LM heads, reward heads
-and reference passes stay as they are.
+takes `last_hidden_state`. Only the backbone's forward is replaced, so loss, metrics, LM heads, reward heads and
+reference passes are unchanged.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.packing.attention import NAME, Segments, register
-from rlhf.packing.layout import MODES, is_right_padded, lay_out, unpack
+from rlhf.packing.layout import MODES, is_right_padded, packed_layout, unpack
 
 # Model types whose packed hidden states and gradients tests/packing/test_packed_backbone.py compares with the padded
-# ones. A list of what is known good, since much of what isn't can't be told from outside: transformers 5.23's falcon,
-# gpt_neo, nemotron and stablelm choose their attention when they are built, and would ignore the segments.
+# ones. An allow-list, because many unsupported models can't be detected: transformers 5.23's falcon, gpt_neo, nemotron
+# and stablelm choose their attention at construction, and would ignore the segments.
 VERIFIED = frozenset(
     "apertus arcee cohere ernie4_5 gemma glm glm4 gpt2 gpt_bigcode gpt_neox granite granitemoe helium llama mistral "
     "mixtral olmo olmo2 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
 )
-# Arguments that a packed call may have beside input_ids and attention_mask; with any other, the call is the model's own.
-# `margin` is a column of TRL's reward data, which RewardTrainer hands to the model with everything else.
+# Arguments that a packed call may have besides input_ids and attention_mask; with any other, the call is not packed.
+# `margin` is a column of TRL's reward data, which RewardTrainer passes to the model with everything else.
 HARMLESS = frozenset({"return_dict", "output_router_logits", "num_items_in_batch", "margin"})
 
 
 def why_not(model) -> str | None:
     """Why this model can't be packed, in one sentence; None if it can.
 
-    Ask when the trainer is built: TRL's trainers for DPO and rewards switch dropout modules off (GPT-2's attention has
-    0.1 by default).
+    Call it once the trainer is built: TRL's DPO and reward trainers disable dropout modules (GPT-2's attention has 0.1
+    by default).
     """
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning:
@@ -48,21 +48,21 @@ def why_not(model) -> str | None:
         return f"{type(backbone).__name__} is an encoder-decoder"
     attention = [module for module in backbone.modules() if hasattr(module, "is_causal")]
     if attention and not all(module.is_causal for module in attention):
-        return f"{type(backbone).__name__} is an encoder: its tokens see what comes after them"
+        return f"{type(backbone).__name__} is an encoder: its tokens attend to later ones"
     layer_types = getattr(config, "layer_types", None)
     if kinds := sorted(set(layer_types or ()) - {"full_attention"}):
         return f"{type(backbone).__name__} has layers of type {', '.join(kinds)}"
     windows = {getattr(module, "sliding_window", None) for module in attention}
-    if not layer_types:  # Mistral, Mixtral, Phi-3, Starcoder2: one window for all layers, known to the config only
+    if not layer_types:  # Mistral, Mixtral, Phi-3, Starcoder2: one window for all layers, only in the config
         windows.add(getattr(config, "sliding_window", None))
     if windows := windows - {None, 0}:
-        return f"its attention sees a sliding window of {max(windows)} tokens only"
+        return f"its attention has a sliding window of {max(windows)} tokens"
     if getattr(backbone, "_is_stateful", False):
         return f"{type(backbone).__name__} is recurrent: its state can't branch into two answers"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
     if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(type(backbone).forward).parameters:
-        return f"{type(backbone).__name__} does not take the positions of its tokens from position_ids"
+        return f"{type(backbone).__name__} does not take token positions from position_ids"
     if config._attn_implementation not in ("sdpa", "eager", NAME):
         return f"its attention implementation is {config._attn_implementation}, not sdpa or eager"
     if config.model_type not in VERIFIED or not type(backbone).__module__.startswith("transformers."):
@@ -73,17 +73,17 @@ def why_not(model) -> str | None:
 
 
 def pack_backbone(model, mode: str) -> None:
-    """Make a model's backbone compute padded batches as one packed row, on this instance, until it is thrown away.
+    """Make a model's backbone compute padded batches as one packed row (this instance only, not reversible).
 
-    A call is packed if it has a right-padded 2-D batch of input_ids, no cache (`use_cache=False`) and asks for nothing
-    but last hidden states and router logits; it returns them as the padded call does, zeros where there is padding.
-    Every other call (generation, inputs_embeds, left padding, hidden states of all layers) is the model's own, with
-    attention "sdpa". Weights, names of parameters and what `save_pretrained` writes stay the same. Packing again only
-    sets the mode.
+    A call is packed if it has a right-padded 2-D batch of input_ids, no cache (`use_cache=False`) and requests only
+    last hidden states and router logits; it returns them as the padded call does, with zeros for padding. Every other
+    call (generation, inputs_embeds, left padding, hidden states of all layers) runs the original forward, with
+    attention "sdpa". Weights, parameter names and the output of `save_pretrained` are unchanged. Calling this again
+    only sets the mode.
 
     Args:
         model: a transformers model with a backbone, or a PeftModel around one; before or after TRL's trainer wrapped it.
-        mode: `pairs` (DPO, rewards) or `rows` (everything else), see `lay_out`.
+        mode: `pairs` (DPO, rewards) or `rows` (everything else), see `packed_layout`.
 
     Raises:
         ValueError: an unknown mode, or a model that can't be packed (`why_not`).
@@ -94,7 +94,7 @@ def pack_backbone(model, mode: str) -> None:
         raise ValueError(f"this model can't be packed: {reason}")
     register()
     backbone = find_backbone(model)
-    for config in (backbone.config, _without_peft(model).config):  # mostly one object
+    for config in (backbone.config, _without_peft(model).config):  # usually the same object
         config._attn_implementation = NAME
     if not hasattr(backbone, "_packing_mode"):
         backbone.forward = MethodType(packed_forward(_unbound_forward(backbone)), backbone)
@@ -102,7 +102,7 @@ def pack_backbone(model, mode: str) -> None:
 
 
 def packing_mode(model) -> str | None:
-    """The mode in which a model's backbone packs its batches; None if it computes them as they are."""
+    """The packing mode of a model's backbone; None if it computes padded batches."""
     return getattr(find_backbone(model), "_packing_mode", None)
 
 
@@ -117,11 +117,11 @@ def _without_peft(model):
 
 
 def _unbound_forward(backbone) -> Callable:
-    """The forward of this instance as a function of `self`, so that a deep copy of the model runs its own weights."""
+    """The forward of this instance as a function of `self`, so that a deep copy of the model uses its own weights."""
     forward = backbone.forward
     if getattr(forward, "__self__", None) is backbone:
         return forward.__func__
-    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))  # a hook of accelerate's
+    return functools.wraps(forward)(lambda self, *args, **kwargs: forward(*args, **kwargs))  # a hook of accelerate
 
 
 def _attention_dropout(module) -> float:
@@ -133,7 +133,7 @@ def _attention_dropout(module) -> float:
 
 
 def packed_forward(forward: Callable) -> Callable:
-    """A method like `forward` of a backbone that packs what it can pack."""
+    """Wrap a backbone's `forward` in one that packs the calls that it can pack."""
     names = [name for name in inspect.signature(forward).parameters if name != "self"]
 
     @functools.wraps(forward)
@@ -143,8 +143,8 @@ def packed_forward(forward: Callable) -> Callable:
             if self.training and torch.is_grad_enabled():
                 given = sorted(name for name, value in arguments.items() if value is not None)
                 warnings.warn(
-                    f"packing: a batch in training is computed padded, because of its arguments ({', '.join(given)}) or "
-                    "because it is not padded on the right",
+                    f"packing: a training batch is computed padded, because of its arguments ({', '.join(given)}) or "
+                    "because it is not right-padded",
                     stacklevel=2,
                 )
             return forward(self, *args, **kwargs)
@@ -152,7 +152,7 @@ def packed_forward(forward: Callable) -> Callable:
         attention_mask = arguments.pop("attention_mask", None)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        layout = lay_out(input_ids, attention_mask, self._packing_mode)
+        layout = packed_layout(input_ids, attention_mask, self._packing_mode)
         packed = {
             "input_ids": input_ids.flatten().index_select(0, layout.token_index_T)[None],
             "position_ids": layout.position_ids_T[None],
@@ -161,7 +161,7 @@ def packed_forward(forward: Callable) -> Callable:
         }
         outputs = forward(self, **(arguments | packed))
         outputs.last_hidden_state = unpack(outputs.last_hidden_state[0], layout, *input_ids.shape)
-        if getattr(outputs, "router_logits", None) is not None:  # (T, experts) a layer, padded: (R * L, experts)
+        if getattr(outputs, "router_logits", None) is not None:  # (T, experts) per layer, padded: (R * L, experts)
             outputs.router_logits = tuple(
                 unpack(logits, layout, *input_ids.shape).flatten(0, 1) for logits in outputs.router_logits
             )
@@ -171,16 +171,16 @@ def packed_forward(forward: Callable) -> Callable:
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """A 4-D attention mask that says nothing.
+    """A dummy 4-D attention mask.
 
-    transformers (5.17 to 5.23, `_preprocess_mask_arguments`) hands a 4-D mask on as it is; packed attention doesn't
-    look at it. With None it would see that positions start again, and build the T x T mask of packed documents.
+    transformers (5.17 to 5.23, `_preprocess_mask_arguments`) passes a 4-D mask on unchanged, and packed attention
+    ignores it. With None it would detect restarting positions and build the T x T mask of packed documents.
     """
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def can_pack(backbone, arguments: dict[str, Any]) -> bool:
-    """Whether this call of a backbone is a padded batch whose last hidden states are all that is wanted."""
+    """Whether this call of a backbone is a right-padded batch that requests only last hidden states."""
     input_ids, attention_mask = arguments.get("input_ids"), arguments.get("attention_mask")
     use_cache = arguments.get("use_cache")
     if use_cache is None:

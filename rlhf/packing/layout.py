@@ -1,7 +1,7 @@
-"""From a right-padded batch to one padding-free row and back.
+"""Pack a right-padded batch into one padding-free row, and unpack it.
 
 Suffixes of tensors: R rows of the padded batch, L its length, N its real tokens (R*L without padding), P segments,
-T tokens of the packed row (N less the shared prefixes), H hidden size.
+T tokens of the packed row (N minus the shared prefixes), H hidden size.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ MODES = ("pairs", "rows")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each token of a padded batch lies in one packed row.
+    """The position of each token of a padded batch in one packed row.
 
     Attributes:
-        segments: a (prefix, chosen, rejected) triple of token counts each, in the order of the row, which holds
-            `[prefix chosen rejected]` for each; a row that shares nothing, or all, is (length, 0, 0).
+        segments: (prefix, chosen, rejected) token counts, in the order of the packed row, which has
+            `[prefix chosen rejected]` per segment; a row that shares nothing, or everything, is (length, 0, 0).
         token_index_T: int64; packed token t is token `token_index_T[t]` of the flattened (R*L) padded batch.
-        position_ids_T: int64; starts at 0 in each segment, and `rejected` goes on where the prefix ended.
-        padded_index_N: int64; the real positions of the flattened (R*L) padded batch...
-        packed_index_N: int64; ...and the packed token whose hidden state belongs there (a prefix token twice).
+        position_ids_T: int64; starts at 0 in each segment, and `rejected` continues after the prefix.
+        padded_index_N: int64; the non-padding positions of the flattened (R*L) padded batch...
+        packed_index_N: int64; ...and the packed token whose hidden state belongs there (twice for prefix tokens).
     """
 
     segments: list[tuple[int, int, int]]
@@ -38,23 +38,23 @@ class Layout:
 
 
 def is_right_padded(attention_mask_RL: torch.Tensor) -> bool:
-    """Whether each row of a 0/1 mask is ones, then zeros."""
+    """Whether each row of a 0/1 mask is ones followed by zeros."""
     mask = attention_mask_RL.bool()
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
-def lay_out(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor, mode: str) -> Layout:
-    """Lay a right-padded batch out in one row without padding.
+def packed_layout(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor, mode: str) -> Layout:
+    """The layout that packs a right-padded batch into one row without padding.
 
     Args:
         input_ids_RL: (R, L) int64.
         attention_mask_RL: (R, L), 1 for real tokens, then 0 (`is_right_padded`); a row may be empty.
         mode: `rows` shares nothing. `pairs` takes the first half of the rows as chosen and the second half as rejected,
-            as TRL's collators for DPO and rewards lay them out, and lays the longest common prefix of rows i and
-            i + R/2 out once. Of two rows that differ each keeps one token at least for itself; equal rows are laid out
-            once, so that they stay equal to the bit, and a metric like `chosen > rejected` stays false. Any two rows
-            may be a pair: what they have in common is the same under causal attention, whether it is a prompt or not.
-            An odd number of rows holds no pairs and is laid out as `rows`.
+            the order of TRL's collators for DPO and rewards, and packs the longest common prefix of rows i and i + R/2
+            once. Two rows that differ each keep at least one token of their own; equal rows are packed once, so that
+            they stay bitwise equal and a metric like `chosen > rejected` stays false. Any two rows may be a pair: a
+            common prefix has the same hidden states under causal attention, whether it is a prompt or not. An odd
+            number of rows has no pairs and is packed as `rows`.
 
     Returns:
         A Layout with index tensors on the device of `input_ids_RL`.
@@ -63,7 +63,7 @@ def lay_out(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor, mode: s
         ValueError: an unknown mode.
 
     Example:
-        >>> layout = lay_out(
+        >>> layout = packed_layout(
         ...     torch.tensor([[5, 6, 7, 0], [5, 6, 8, 9]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), "pairs"
         ... )
         >>> layout.segments  # 5 6 | 7 | 8 9
@@ -88,8 +88,8 @@ def lay_out(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor, mode: s
 
 
 def pair_segments(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Lengths of what rows i and i + R/2 share, and of what each has for itself: nothing if they are equal, else one
-    token at least, if it has any."""
+    """Lengths of the prefix that rows i and i + R/2 share, and of the rest of each: 0 if the rows are equal, else at
+    least one token, unless the row is empty."""
     mask = attention_mask_RL.bool()
     (chosen, rejected), (chosen_mask, rejected_mask) = input_ids_RL.chunk(2), mask.chunk(2)
     same = (chosen == rejected) & chosen_mask & rejected_mask
@@ -99,7 +99,7 @@ def pair_segments(input_ids_RL: torch.Tensor, attention_mask_RL: torch.Tensor) -
     prefix = torch.minimum(common, torch.minimum(chosen_length, rejected_length) - 1).clamp(min=0)
     prefix = torch.where(equal, common, prefix)
     lengths = torch.stack([prefix, chosen_length - prefix, rejected_length - prefix], dim=1)
-    return [(p, c, r) for p, c, r in lengths.tolist()]  # the only wait for a GPU in this file
+    return [(p, c, r) for p, c, r in lengths.tolist()]  # the only GPU synchronisation in this file
 
 
 def _indices(segments, length: int, second_row: int | None) -> tuple[torch.Tensor, ...]:
@@ -126,9 +126,9 @@ def _indices(segments, length: int, second_row: int | None) -> tuple[torch.Tenso
 
 
 def unpack(values_TH: torch.Tensor, layout: Layout, num_rows: int, length: int) -> torch.Tensor:
-    """Put what was computed for packed tokens back to (R, L, H), zeros where there is padding.
+    """Scatter values of packed tokens back to (R, L, H), with zeros for padding.
 
-    Differentiable; the gradient of a shared token is the sum of its two copies'.
+    Differentiable; the gradient of a shared token is the sum over its two copies.
     """
     padded = values_TH.new_zeros(num_rows * length, *values_TH.shape[1:])
     padded = padded.index_copy(0, layout.padded_index_N, values_TH.index_select(0, layout.packed_index_N))

@@ -1,9 +1,9 @@
-"""The LM head on a CPU: log-probabilities and what TRL logs beside them, one vocabulary tile at a time.
+"""The LM head on a CPU: log-probabilities and the statistics that TRL logs with them, one vocabulary tile at a time.
 
-TRL's fused LM head calls `ChunkedLogProbFunction`, which without Triton goes a dozen times over tiles of 32,768 columns,
-in memory instead of in cache, and computes the logits again in the backward pass. Here is the same function of the same
-arguments for fp32 on CPUs: tiles that stay in cache, and, where the head is frozen (LoRA), the gradient of the hidden
-states from the same pass. 422 answer tokens (4 HH pairs), SmolLM2-135M's head, forward and backward on 2 cores: 0.18 s,
+TRL's fused LM head calls `ChunkedLogProbFunction`, which without Triton makes a dozen passes over tiles of 32,768
+columns, in memory instead of in cache, and recomputes the logits in the backward pass. This is the same function of the
+same arguments for fp32 on CPUs: tiles fit in the cache, and with a frozen head (LoRA) the gradient of the hidden states
+comes from the same pass. 422 answer tokens (4 HH pairs), SmolLM2-135M's head, forward and backward on 2 cores: 0.18 s,
 TRL's 0.68 s (`python bench/lm_head.py`).
 
 Suffixes: N tokens, H hidden size, V vocabulary, W width of a vocabulary tile.
@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 
 TILE_BYTES = 2 << 20
-MAX_TOKENS = 1024  # a block, so that tiles do not become slivers
+MAX_TOKENS = 1024  # per block, so that tiles do not become too narrow
 
 
 def install() -> None:
-    """Let TRL's fused LM head use this on CPUs, and score the answers' tokens only, as it does on a GPU.
+    """Make TRL's fused LM head use this on CPUs, and score only answer tokens, as it does on a GPU.
 
-    TRL 1.16 scores every position on devices without Triton, prompts and padding too, and masks afterwards; the reason
-    given there is recompilation on Neuron. Remove it once TRL is as fast on CPUs; tests/packing/test_lm_head.py
-    shows equal numbers. Doing it again changes nothing; other devices and dtypes are TRL's as before.
+    TRL 1.16 scores every position on devices without Triton, prompts and padding included, and masks afterwards (to
+    avoid recompilation on Neuron, according to its source). Remove this once TRL is as fast on CPUs;
+    tests/packing/test_lm_head.py shows equal results. Idempotent; other devices and dtypes still use TRL's function.
     """
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
@@ -32,18 +32,18 @@ def install() -> None:
 
 
 class LogProbs:
-    """Stands where TRL looks for its `ChunkedLogProbFunction`: `apply` with the same arguments and results."""
+    """Replaces TRL's `ChunkedLogProbFunction`: `apply` with the same arguments and results."""
 
     @staticmethod
     def apply(
         hidden_NH, weight_VH, bias_V, targets_N, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()
     ):  # fmt: skip
-        """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,), None where not in `outputs`."""
+        """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (N,), None if not in `outputs`."""
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
         tensors = [x for x in (hidden_NH, weight_VH, bias_V) if x is not None]
-        ours = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in tensors)
-        if not ours or softcap is not None or torch.is_autocast_enabled("cpu"):
+        supported = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in tensors)
+        if not supported or softcap is not None or torch.is_autocast_enabled("cpu"):
             rest = (temperature, chunk_size, softcap, logit_scale, outputs)
             return ChunkedLogProbFunction.apply(hidden_NH, weight_VH, bias_V, targets_N, *rest)
         return _LogProbs.apply(hidden_NH, weight_VH, bias_V, targets_N, logit_scale / temperature, outputs)
@@ -62,21 +62,23 @@ class _LogProbs(torch.autograd.Function):
             )  # fmt: skip
             for name, value in part.items():
                 found.setdefault(name, []).append(value)
-        whole = {name: torch.cat(parts) for name, parts in found.items()}
+        joined = {name: torch.cat(parts) for name, parts in found.items()}
         ctx.scale = scale
-        if "jacobian" in whole:
-            ctx.save_for_backward(whole["jacobian"])
+        if "jacobian" in joined:
+            ctx.save_for_backward(joined["jacobian"])
         elif any(needs_head):
-            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, whole["log_z"])
+            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, joined["log_z"])
         names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-        wanted = [whole[name] if name in outputs else None for name in names]
+        wanted = [joined[name] if name in outputs else None for name in names]
         ctx.mark_non_differentiable(*(x for x in wanted[1:] if x is not None))
-        return whole["log_probs"], *wanted
+        return joined["log_probs"], *wanted
 
     @staticmethod
     def backward(ctx, grad_N, grad_entropy_N, *_):
         if grad_entropy_N is not None:
-            raise NotImplementedError("rlhf.packing.head gives no gradient of the entropy (no loss of ours has one)")
+            raise NotImplementedError(
+                "rlhf.packing.lm_head has no gradient of the entropy (no supported loss needs it)"
+            )
         if grad_N is None:
             return (None,) * 6
         if len(ctx.saved_tensors) == 1:
@@ -90,7 +92,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def head_gradients(grad_N, hidden_NH, weight_VH, bias_V, targets_N, log_z_N, scale: float, needs) -> tuple:
-    """Gradients of sum(grad * log_probs) for hidden states, weight and bias: None where `needs` is false.
+    """Gradients of sum(grad * log_probs) for hidden states, weight and bias: None if `needs` is false.
 
     d log p_target / dz_j = [j = target] - p_j, z = scale * (hidden weight^T + bias).
     """
@@ -120,7 +122,7 @@ def head_gradients(grad_N, hidden_NH, weight_VH, bias_V, targets_N, log_z_N, sca
 
 
 def tile_width(num_tokens: int, vocabulary: int) -> int:
-    """Columns of a tile of about TILE_BYTES."""
+    """The number of columns of a tile of about TILE_BYTES."""
     return max(256, min(vocabulary, TILE_BYTES // 4 // num_tokens // 256 * 256))
 
 
@@ -138,19 +140,19 @@ def log_prob_statistics(
     with_jacobian: bool,
     log_sum_sq: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Statistics of z = scale * (hidden weight^T + bias) a token, without the (N, V) logits.
+    """Statistics of z = scale * (hidden weight^T + bias) per token, without materialising the (N, V) logits.
 
     Args:
         hidden_NH, weight_VH, bias_V: float32 (bias may be None).
         targets_N: int64 labels.
-        with_jacobian: also return d log_probs / d hidden, which a frozen head makes possible before the gradient comes.
+        with_jacobian: also return d log_probs / d hidden; with a frozen head it suffices for the backward pass.
         log_sum_sq: also return log(sum p^2).
 
     Returns:
         log_probs, log_z, entropy (nats), mean_logits: (N,) float32; is_top1: (N,) bool, ties go to the first token;
-        log_sum_sq_probs (N,) and jacobian (N, H) float32 where they are asked for.
+        log_sum_sq_probs (N,) and jacobian (N, H) float32 if requested.
 
-    Source: the running rescaling of online softmax, arXiv:1805.02867, carried over to softmax(z) weight as in
+    Source: the running rescaling of online softmax, arXiv:1805.02867, applied to softmax(z) weight as in
     arXiv:2205.14135.
     """
     num_tokens, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
@@ -166,7 +168,7 @@ def log_prob_statistics(
         at = z.gather(1, (targets_N - start).clamp(0, z.shape[1] - 1)[:, None])[:, 0]
         target_z = torch.where(here, at, target_z)
         tile_maximum, tile_top = z.max(dim=1)
-        top = torch.where(tile_maximum > maximum, tile_top + start, top)  # the first of equals, as argmax has it
+        top = torch.where(tile_maximum > maximum, tile_top + start, top)  # the first of equals, as in argmax
         new_maximum = torch.maximum(maximum, tile_maximum)
         rescale = torch.exp(maximum - new_maximum)
         exp = torch.sub(z, new_maximum[:, None]).exp_()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import quote
-from rlhf.files import read_json, sha256_of, sync_file, sync_folder, whole_number, write_file
+from rlhf.files import non_negative_int, read_json, sha256_of, sync_file, sync_folder, write_file
 from rlhf.runs.records import checkpoints
 
 MANIFEST = "manifest.json"
@@ -85,7 +85,7 @@ def checkpoint_damage(folder: Path, verify: bool = False, part: int = 0, parts: 
 
 def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
     size, digest = noted if isinstance(noted, list) and len(noted) == 2 else (None, None)
-    if whole_number(size) is None or not isinstance(digest, str):
+    if non_negative_int(size) is None or not isinstance(digest, str):
         return f"its manifest says {quote(noted)} of {quote(name)}, expected size and sha256"
     if os.path.isabs(name) or ".." in Path(name).parts:
         return f"its manifest names {quote(name)}, a file outside of it"
@@ -105,7 +105,7 @@ def _is_layout(layout: Any) -> bool:
     if layout is None:
         return True
     texts = isinstance(layout, dict) and all(isinstance(layout.get(key), str) for key in ("engine", "split"))
-    return texts and whole_number(layout.get("processes")) is not None
+    return texts and non_negative_int(layout.get("processes")) is not None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.console import log_line, metrics, seconds_left, training_bar
-from rlhf.files import read_json_lines, whole_number, write_file
+from rlhf.files import non_negative_int, read_json_lines, write_file
 
 
 def add_callbacks(trainer, run_folder: Path, title: str) -> None:
@@ -104,7 +104,9 @@ def append(path: Path, text: str) -> bool:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; lines that are damaged (a kill tears the last one) are left out."""
-    return [row for row in read_json_lines(Path(folder) / "metrics.jsonl") if whole_number(row.get("step")) is not None]
+    return [
+        row for row in read_json_lines(Path(folder) / "metrics.jsonl") if non_negative_int(row.get("step")) is not None
+    ]
 
 
 def _is_number(value: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.config.recipe import load_recipe
 from rlhf.config.stage_config import STAGES
 from rlhf.errors import UserError, quote
-from rlhf.files import lock_file, read_json, whole_number
+from rlhf.files import lock_file, non_negative_int, read_json
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.folder import refuse_other_run
 from rlhf.runs.metrics import read_metrics
@@ -92,15 +92,15 @@ def status_of_folder(folder: Path, stage: str) -> Status:
     saved = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
     step = max([saved, *(int(row["step"]) for row in read_metrics(folder))])
     state = (read_json(Path(checkpoint) / "trainer_state.json") or {}) if checkpoint else {}
-    found = Status(stage, folder, INTERRUPTED, step, whole_number(state.get("max_steps")) or 0, saved)
+    found = Status(stage, folder, INTERRUPTED, step, non_negative_int(state.get("max_steps")) or 0, saved)
     holder = holder_of(folder)
     if holder is not None:
         found.kind, found.by = RUNNING, holder
     elif stopped:
         found.kind, found.step, found.of = (
             STOPPED,
-            whole_number(stopped.get("step")) or step,
-            whole_number(stopped.get("of")) or found.of,
+            non_negative_int(stopped.get("step")) or step,
+            non_negative_int(stopped.get("of")) or found.of,
         )
         found.by = str(stopped.get("by") or "")
     elif not step and not (folder / "recipe.yaml").is_file():

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config.recipe import Recipe
-from rlhf.data.formats import join_chosen_rejected, refuse_margins_in_some_rows
+from rlhf.data.formats import join_chosen_rejected, reject_margins_in_some_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
-from rlhf.data.sources import SAMPLE_NAME, WHOLE, Source, load_source
+from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
 from rlhf.data.summary import DataSummary, line, skipped_line, summarise
 from rlhf.errors import UserError
 
@@ -70,7 +70,7 @@ def read_data(recipe: Recipe, to_rows: Callable[[Source, Reading], list[dict[str
             digests["heldout"] = heldout.digest
             heldout_rows = to_rows(heldout.head(heldout_limit), heldout_reading)
     if recipe.stage == "reward":
-        refuse_margins_in_some_rows(rows, reading.places)
+        reject_margins_in_some_rows(rows, reading.places)
     elif any("margin" in row for row in rows):
         reading.num_unused["margin"] = sum("margin" in row for row in rows)
     summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
@@ -82,7 +82,7 @@ def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str
     """(the source of the training rows, the digests of its files by key)"""
     split = recipe.get("dataset_train_split")
     if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
-        split = WHOLE
+        split = ALL_ROWS
     if recipe.ours.chosen_dataset_name:
         sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
         return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}

@@ -254,12 +254,12 @@ def test_value_is_read_in_the_type_of_its_key(tmp_path, line, value):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("lora_r: true", "'lora_r' is True; expected a whole number"),
-        ("lora_r: 1.5", "'lora_r' is 1.5; expected a whole number"),
-        ("lora_r: '16'", "'lora_r' is '16'; expected a whole number"),
-        ("lora_r: null", "'lora_r' is None; expected a whole number"),
-        ("max_steps: .inf", "'max_steps' is inf; expected a whole number"),
-        ("max_length: long", "'max_length' is 'long'; expected a whole number or null"),
+        ("lora_r: true", "'lora_r' is True; expected an integer"),
+        ("lora_r: 1.5", "'lora_r' is 1.5; expected an integer"),
+        ("lora_r: '16'", "'lora_r' is '16'; expected an integer"),
+        ("lora_r: null", "'lora_r' is None; expected an integer"),
+        ("max_steps: .inf", "'max_steps' is inf; expected an integer"),
+        ("max_length: long", "'max_length' is 'long'; expected an integer or null"),
         ("learning_rate: fast", "'learning_rate' is 'fast'; expected a number"),
         ("learning_rate: true", "'learning_rate' is True; expected a number"),
         ("learning_rate: [1]", "'learning_rate' is [1]; expected a number"),
@@ -267,14 +267,14 @@ def test_value_is_read_in_the_type_of_its_key(tmp_path, line, value):
         ("learning_rate: 1e400", "'learning_rate' is '1e400'; expected a finite number"),
         ("use_peft: 1", "'use_peft' is 1; expected true or false"),
         ("use_peft: 'yes'", "'use_peft' is 'yes'; expected true or false"),
-        ("run_name: [a]", "'run_name' is ['a']; expected a text or null"),
-        ("run_name: 7", "'run_name' is 7; expected a text or null"),
-        ("run_name: {a: 1}", "'run_name' is {'a': 1}; expected a text or null"),
-        ("run_name: no", "'run_name' is False; expected a text or null"),
+        ("run_name: [a]", "'run_name' is ['a']; expected a string or null"),
+        ("run_name: 7", "'run_name' is 7; expected a string or null"),
+        ("run_name: {a: 1}", "'run_name' is {'a': 1}; expected a string or null"),
+        ("run_name: no", "'run_name' is False; expected a string or null"),
         ("lora_target_modules: 3", "'lora_target_modules' is 3; expected a list or null"),
         ("lora_target_modules: [q, 3]", "'lora_target_modules' is ['q', 3]; expected a list or null"),
         ("lr_scheduler_kwargs: [1]", "'lr_scheduler_kwargs' is [1]; expected a mapping or null"),
-        ("lora_r: 0", "'lora_r' is 0; expected a whole number from 1 to 16384"),
+        ("lora_r: 0", "'lora_r' is 0; expected an integer from 1 to 16384"),
         (
             "learning_rate: -1.0",
             "'learning_rate' is -1.0; expected a number above 0 and at most 1 (1e-6 to 1e-3 is usual)",
@@ -290,7 +290,7 @@ def test_wrong_value(tmp_path, line, message):
     "stage, line, message",
     [
         ("sft", "loss_type: dtf", "'loss_type' is 'dtf'; expected one of nll, dft; did you mean 'dft'?"),
-        ("sft", "loss_type: 1", "'loss_type' is 1; expected a text"),
+        ("sft", "loss_type: 1", "'loss_type' is 1; expected a string"),
         ("sft", "bnb_4bit_quant_type: int8", "'bnb_4bit_quant_type' is 'int8'; expected one of fp4, nf4"),
         ("sft", "dtype: no", "'dtype' is 'no'; expected one of auto, bfloat16, float16, float32"),
         ("dpo", "loss_type: sigmoyd", "; did you mean 'sigmoid'?"),
@@ -356,7 +356,7 @@ def test_missing_file_lists_the_near_recipes(tmp_path):
 
 def test_missing_folder_points_to_configs(tmp_path):
     path = tmp_path / "none" / "sft.yaml"
-    assert error(path) == f"no recipe at {path}; recipes of this project are in configs/"
+    assert error(path) == f"no recipe at {path}; this project's recipes are in configs/"
 
 
 def test_recipe_of_another_stage(tmp_path):
@@ -373,7 +373,7 @@ def test_stage_that_does_not_exist(tmp_path):
 def test_missing_stage(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text(BASE)
-    assert error(path) == f"{path}:1: the recipe does not say its stage; add the line `stage: sft` (if it is one)"
+    assert error(path) == f"{path}:1: the recipe has no stage; add the line `stage: sft` (if that is its stage)"
 
 
 def test_command_line_can_not_change_the_stage(tmp_path):
@@ -395,7 +395,7 @@ def test_missing_key_of_a_training_recipe(tmp_path, stage, key):
 @pytest.mark.parametrize(
     "without, message",
     [
-        ("output_dir", "key 'output_dir' is missing; it says where the results go"),
+        ("output_dir", "key 'output_dir' is missing; it names the folder for the results"),
         ("dataset_name", "key 'dataset_name' is missing; it names the held-out preference pairs"),
         ("sft_model", "nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"),
         ("dpo_model", "nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"),
@@ -410,7 +410,7 @@ def test_missing_key_of_an_evaluate_recipe(tmp_path, without, message):
 def test_an_address_is_no_output_folder(tmp_path):
     path = tmp_path / "evaluate.yaml"
     path.write_text(re.sub("output_dir: .*", "output_dir: s3://bucket/run", EVALUATE))
-    assert "output_dir s3://bucket/run is no folder; train into one, and copy it" in error(path, "evaluate")
+    assert "output_dir s3://bucket/run is not a folder; train into one and copy it" in error(path, "evaluate")
 
 
 def test_whole_evaluate_recipe_loads(tmp_path):
@@ -500,8 +500,8 @@ def test_override_wins_over_the_file(tmp_path):
         (["--"], "unexpected '--' on the command line; recipe keys are given as --key value"),
         (["--seed", "1", "2"], "unexpected '2' on the command line; recipe keys are given as --key value"),
         (["--learing_rate", "1"], "--learing_rate: unknown key 'learing_rate'; did you mean 'learning_rate'?"),
-        (["--lora_r", "many"], "--lora_r: 'lora_r' is 'many'; expected a whole number"),
-        (["--lora_r"], "--lora_r: 'lora_r' is True; expected a whole number"),
+        (["--lora_r", "many"], "--lora_r: 'lora_r' is 'many'; expected an integer"),
+        (["--lora_r"], "--lora_r: 'lora_r' is True; expected an integer"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice on the command line; keep one"),
         (["--max-length=8", "--max_length", "9"], "--max_length is given twice on the command line; keep one"),
         (["--hub-token=abc"], f"--hub_token: key 'hub_token' can't be set here: {REFUSED['hub_token']}"),

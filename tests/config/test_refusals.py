@@ -45,7 +45,7 @@ def refusal(tmp_path, text, stage="dpo", words=()):
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 YAML = {
-    "tag bool": ("run_name: !!bool maybe", "#:5:11: tags ('!!bool') have no place here; write the value without"),
+    "tag bool": ("run_name: !!bool maybe", "#:5:11: tags ('!!bool') are not supported; write the value without one"),
     "tag int": ('run_name: !!int ""', "#:5:11: tags ('!!int')"),
     "tag timestamp": ("run_name: !!timestamp x", "#:5:11: tags ('!!timestamp')"),
     "tag python": ("run_name: !!python/object/apply:os.system [ls]", "#:5:11: tags ('!!python/object/apply:os.system')"),
@@ -54,29 +54,29 @@ YAML = {
     "key is a list": ("? [a]\n: 1", "#:5: a key is one word; found a list or a mapping"),
     "key is a mapping": ("? {a: 1}\n: 1", "#:5: a key is one word"),
     "key of 100,000": ("k" * 500 + ": 1", "#:5: unknown key 'kkkkkkk"),
-    "alias bomb": (BOMB, "#:5:4: aliases ('&a') have no place here; write the value out, or in quotes"),
-    "alias of nothing": ("run_name: *a", "#:5:11: aliases ('*a') have no place here"),
+    "alias bomb": (BOMB, "#:5:4: aliases ('&a') are not supported; write the value out, or in quotes"),
+    "alias of nothing": ("run_name: *a", "#:5:11: aliases ('*a') are not supported"),
     "3,000 brackets": (f"run_name: {'[' * 3000}", "#:5:22: nested more than 12 levels deep"),
     "1,000 levels": (LEVELS, "#:16:12: nested more than 12 levels deep"),
-    "400 digits": (f"seed: {'9' * 400}", "#:5: 'seed' is a number of about 401 digits; expected a whole number from 0"),
+    "400 digits": (f"seed: {'9' * 400}", "#:5: 'seed' is a number of about 401 digits; expected an integer from 0"),
     "400 digits as float": (f"beta: {'9' * 400}", "#:5: 'beta' is a number of about 401 digits; expected a finite number"),
     "5,000 digits": (f"seed: {'9' * 5000}", "#:5: 'seed' can't be read: it is a number of 5000 digits"),
-    "octal": ("seed: 010", "#:5: 'seed' can't be read: YAML reads it as a number to the base 8 or 60; write it in decimal"),
-    "base 60": ("seed: 1:30", "#:5: 'seed' can't be read: YAML reads it as a number to the base 8 or 60"),
+    "octal": ("seed: 010", "#:5: 'seed' can't be read: YAML reads it as a number in base 8 or 60; write it in decimal"),
+    "base 60": ("seed: 1:30", "#:5: 'seed' can't be read: YAML reads it as a number in base 8 or 60"),
     "half a number": ("seed: 0x_", "#:5: 'seed' can't be read: invalid literal"),
     "no character": ('run_name: "\\UFFFFFFFF"', "#:5: not valid YAML: Python int too large"),
-    "half a character": ('run_name: "\\ud800"', "#:5: 'run_name' is '\\ud800', which holds NUL or half a character"),
+    "half a character": ('run_name: "\\ud800"', "#:5: 'run_name' is '\\ud800', which contains NUL or a lone surrogate"),
     "NUL": ('output_dir2: "a"\nrun_name: "a\\0b"', "#:5: unknown key 'output_dir2'"),
-    "NUL in a path": ('eval_dataset_name: "a\\0b"', "#:5: 'eval_dataset_name' is 'a\\x00b', which holds NUL"),
+    "NUL in a path": ('eval_dataset_name: "a\\0b"', "#:5: 'eval_dataset_name' is 'a\\x00b', which contains NUL"),
     "merge": ("<<: {a: 1}", "#:5: unknown key '<<'"),
     "merge as value": ("run_name: <<", "#:5: 'run_name' can't be read: could not determine a constructor"),
     "directive": ("%YAML 9.9", "#:5:1: not valid YAML: found incompatible YAML document"),
     "inner key twice": ("lr_scheduler_kwargs: {a: 1, a: 2}", "#:5: 'lr_scheduler_kwargs' sets 'a' twice; keep one"),
     "long text": (f"loss_type: {'x' * 100_000}", "#:5: 'loss_type' is 'xxxxxxxx"),
-    "long list": (f"run_name: [{'x, ' * 20_000}]", "#:5: 'run_name' is ['x', 'x', 'x', 'x', 'x', 'x', ...]; expected a text or null"),
+    "long list": (f"run_name: [{'x, ' * 20_000}]", "#:5: 'run_name' is ['x', 'x', 'x', 'x', 'x', 'x', ...]; expected a string or null"),
     "UTF-16": ("stage: dpo".encode("utf-16"), "#: UTF-16, not UTF-8 text; save the recipe as UTF-8"),
     "binary": (bytes(range(256)), "#: not UTF-8 text (byte 128)"),
-    "zeros": (bytes(100), "#:1: not valid YAML: character #x0000 can't stand in it"),
+    "zeros": (bytes(100), "#:1: not valid YAML: character #x0000 is not allowed"),
     "2 MB": (b"stage: dpo\nx: " + b"x" * 2_000_000, "# has 2,000,014 bytes, too many for a recipe (at most 1,000,000)"),
 }  # fmt: skip
 
@@ -99,8 +99,8 @@ def paths(folder):
         str(folder / "folder"): "/folder is a folder, not a recipe",
         str(folder / "dangling.yaml"): "dangling.yaml: it is a link to '",
         str(folder / "loop.yaml"): "loop.yaml: it is a link to '",
-        str(folder / "pipe.yaml"): "pipe.yaml is no ordinary file",
-        str(folder / "none" / "x.yaml"): "x.yaml; recipes of this project are in configs/",
+        str(folder / "pipe.yaml"): "pipe.yaml is not a regular file",
+        str(folder / "none" / "x.yaml"): "x.yaml; this project's recipes are in configs/",
     }
 
 
@@ -115,22 +115,22 @@ def test_paths_that_are_no_recipe(tmp_path):
 
 WORDS = {
     "twice": (["--beta", "0.1", "--beta", "0.2"], "--beta is given twice on the command line; keep one"),
-    "alias": (["--beta", "*a"], "--beta: aliases ('*a') have no place here"),
+    "alias": (["--beta", "*a"], "--beta: aliases ('*a') are not supported"),
     "brackets": (["--beta", "[" * 3000], "--beta: nested more than 12 levels deep"),
     "half a list": (["--loss_type", "[sigmoid,"], "--loss_type: not valid YAML: expected the node content"),
-    "tag": (["--beta", "!!int x"], "--beta: tags ('!!int') have no place here"),
+    "tag": (["--beta", "!!int x"], "--beta: tags ('!!int') are not supported"),
     "digits": (["--beta", "9" * 500], "--beta: 'beta' is a number of about 501 digits; expected a finite number"),
     "date": (["--beta", "2024-13-45"], "--beta: 'beta' can't be read: month must be in 1..12"),
     "long": (["--beta", "x" * 100_000], "--beta: 'beta' is 'xxxx"),
     "long key": (["--" + "x" * 100_000, "1"], "--xxxx"),
     "long stray word": (["x" * 100_000], "unexpected 'xxxx"),
-    "not UTF-8": (["--run_name", "\udc80"], "--run_name: 'run_name' is '\\udc80', which holds NUL or half a character"),
-    "blank folder": (["--output_dir", "  "], "--output_dir: output_dir ' ' is blank; name the folder where the results go"),
+    "not UTF-8": (["--run_name", "\udc80"], "--run_name: 'run_name' is '\\udc80', which contains NUL or a lone surrogate"),
+    "blank folder": (["--output_dir", "  "], "--output_dir: output_dir ' ' is blank; name the folder for the results"),
     "no folder": (["--output_dir", ""], "#: key 'output_dir' is missing"),
-    "NUL": (["--output_dir", "a\0b"], "--output_dir: 'output_dir' is 'a\\x00b', which holds NUL"),
+    "NUL": (["--output_dir", "a\0b"], "--output_dir: 'output_dir' is 'a\\x00b', which contains NUL"),
     "long name": (["--output_dir", "a/" + "x" * 256], "--output_dir: output_dir 'a/xxx"),
     "long path": (["--output_dir", "a/" * 3000], "--output_dir: output_dir 'a/a/"),
-    "nobody": (["--output_dir", "~no-such-user/x"], "--output_dir: output_dir '~no-such-user/x': there is no such user's home"),
+    "nobody": (["--output_dir", "~no-such-user/x"], "--output_dir: output_dir '~no-such-user/x': no such user"),
 }  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_output_dir_through_a_dangling_link(tmp_path):
     for name in ("link", "link/a/b", "loop", "loop/a"):
         found = refusal(tmp_path, "", words=["--output_dir", str(tmp_path / name)])
         assert (
-            "leads through the link" in found and "which isn't there; remove the link, or name another folder" in found
+            "goes through the link" in found and "which doesn't exist; remove the link, or name another folder" in found
         )
 
 
@@ -171,40 +171,40 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
 # --- values ----------------------------------------------------------------------------------------------------------
 
 VALUES = {
-    "seed: -1": "'seed' is -1; expected a whole number from 0 to 4_294_967_295",
+    "seed: -1": "'seed' is -1; expected an integer from 0 to 4_294_967_295",
     "adam_beta1: 5": "'adam_beta1' is 5.0; expected a number at least 0 and below 1",
     "use_peft: true\nlora_dropout: 7": "'lora_dropout' is 7.0; expected a number at least 0 and below 1",
-    "watchdog_minutes: -1": "'watchdog_minutes' is -1.0; expected a number from 0 to 525_600 (0: never)",
+    "watchdog_minutes: -1": "'watchdog_minutes' is -1.0; expected a number from 0 to 525_600 (0 disables)",
     "neftune_noise_alpha: -5": "'neftune_noise_alpha' is -5.0; expected a number from 0 to 1000",
-    "dataset_num_proc: -3": "'dataset_num_proc' is -3; expected a whole number from 1 to 4096",
-    "dataloader_num_workers: -1": "'dataloader_num_workers' is -1; expected a whole number from 0 to 4096",
-    "lora_r: 1000000000": "'lora_r' is 1000000000; expected a whole number from 1 to 16384",
+    "dataset_num_proc: -3": "'dataset_num_proc' is -3; expected an integer from 1 to 4096",
+    "dataloader_num_workers: -1": "'dataloader_num_workers' is -1; expected an integer from 0 to 4096",
+    "lora_r: 1000000000": "'lora_r' is 1000000000; expected an integer from 1 to 16384",
     "label_smoothing: 9": "'label_smoothing' is 9.0; expected a number at least 0 and below 0.5",
     "weight_decay: -1": "'weight_decay' is -1.0; expected a number from 0 to 10",
     "max_grad_norm: -1": "'max_grad_norm' is -1.0; expected a number from 0 to",
-    "max_steps: -5": "'max_steps' is -5; expected a whole number from 1 to 1_000_000_000, or -1 (-1: as many as num_train_epochs makes)",
+    "max_steps: -5": "'max_steps' is -5; expected an integer from 1 to 1_000_000_000, or -1 (-1: decided by num_train_epochs)",
     "max_steps: 0": "'max_steps' is 0; expected",
     "beta: 1e30": "'beta' is 1e+30; expected a number above 0 and at most 1000 (0.01 to 1 is usual)",
     "learning_rate: 1e30": "'learning_rate' is 1e+30; expected a number above 0 and at most 1 (1e-6 to 1e-3 is usual)",
     "learning_rate: 3": "'learning_rate' is 3.0; expected a number above 0 and at most 1",
-    "global_batch_size: 99999999999": "'global_batch_size' is 99999999999; expected a whole number from 1 to 1_000_000",
-    "max_length: 100000000000000000000": "'max_length' is 100000000000000000000; expected a whole number from 1 to",
+    "global_batch_size: 99999999999": "'global_batch_size' is 99999999999; expected an integer from 1 to 1_000_000",
+    "max_length: 100000000000000000000": "'max_length' is 100000000000000000000; expected an integer from 1 to",
     "warmup_steps: -3": "'warmup_steps' is -3.0; expected a number from 0 to",
-    "warmup_steps: 2.5": "(a whole number of steps, or a share of the run below 1)",
-    "save_total_limit: 0": "'save_total_limit' is 0; expected a whole number from 1",
+    "warmup_steps: 2.5": "(an integer number of steps, or a fraction of the run below 1)",
+    "save_total_limit: 0": "'save_total_limit' is 0; expected an integer from 1",
     "beta: .nan": "'beta' is nan; expected a finite number",
     "loss_weights: [.inf]": "'loss_weights' is [inf]; expected a finite number",
     "gradient_checkpointing_kwargs: {a: .nan}": "'gradient_checkpointing_kwargs' is {'a': nan}; expected a finite number",
     "bf16: true\nfp16: true": "#:6: bf16 and fp16 are both true; keep one",
-    "loss_type: [sigmoid, sft]\nloss_weights: [1.0]": "#:6: loss_weights has 1 numbers and loss_type 2; give one each",
-    "loss_weights: [1.0, 2.0]": "loss_weights has 2 numbers and loss_type 1",
-    "loss_type: [sft, sft]": "names a loss twice",
-    "loss_type: simpo": "SimPO has no reference and is none of TRL's DPO losses; the nearest are",
-    "loss_type: orpo": "ORPO is another trainer, without a reference; here train `rlhf sft` first",
+    "loss_type: [sigmoid, sft]\nloss_weights: [1.0]": "#:6: loss_weights has 1 numbers and loss_type has 2; give one weight per loss",
+    "loss_weights: [1.0, 2.0]": "loss_weights has 2 numbers and loss_type has 1",
+    "loss_type: [sft, sft]": "lists a loss twice",
+    "loss_type: simpo": "SimPO has no reference model and is not one of TRL's DPO losses; the closest are",
+    "loss_type: orpo": "ORPO is another trainer, without a reference model; here train `rlhf sft` first",
     "loss_type: kto": "KTO takes single answers with a thumb up or down",
     "lr_scheduler_type: cosin": "; did you mean 'cosine'?",
-    "lr_scheduler_kwargs: {foo: 1}": "lr_scheduler_kwargs has 'foo', and the scheduler linear takes none",
-    "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycle: 1}": "#:6: lr_scheduler_kwargs has 'num_cycle', and the scheduler cosine takes num_cycles",
+    "lr_scheduler_kwargs: {foo: 1}": "lr_scheduler_kwargs has 'foo', but the scheduler linear takes none",
+    "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycle: 1}": "#:6: lr_scheduler_kwargs has 'num_cycle', but the scheduler cosine takes num_cycles",
     "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: x}": "#:6: lr_scheduler_kwargs.num_cycles is 'x'; expected a number",
     "lr_scheduler_type: warmup_stable_decay": "the scheduler warmup_stable_decay needs num_decay_steps",
     "lr_scheduler_type: cosine_with_min_lr": "the scheduler cosine_with_min_lr needs min_lr",
@@ -212,17 +212,17 @@ VALUES = {
     "lr_scheduler_type: reduce_lr_on_plateau": "reduce_lr_on_plateau follows the held-out loss; set eval_strategy",
     "load_best_model_at_end: true": "load_best_model_at_end needs equal strategies",
     "accelerator_config: no-such-file.json": "'accelerator_config' is 'no-such-file.json'; expected a mapping or null",
-    "lr_scheduler_kwargs: {1: 2}": "'lr_scheduler_kwargs' is {1: 2}; expected names as its keys",
+    "lr_scheduler_kwargs: {1: 2}": "'lr_scheduler_kwargs' is {1: 2}; expected strings as its keys",
     "optim: adamw_8bi": "; did you mean 'adamw_8bit'?",
     "optim_args: foo": "optim_args is 'foo'; expected name=value,name=value",
     "attn_implementation: flash": "expected one of eager, sdpa, flash_attention_2, flash_attention_3, flex_attention or a kernel",
     "attn_implementation: spda": "; did you mean 'sdpa'?",
     "report_to: wandbb": "; did you mean 'wandb'?",
-    "report_to: [none, wandb]": "`none` and `all` stand alone",
+    "report_to: [none, wandb]": "use `none` and `all` alone",
     "debug: x": "'debug' is 'x'; expected one of underflow_overflow, tpu_metrics_debug",
     "ddp_backend: glo": "; did you mean 'gloo'?",
     "torch_compile_mode: fast": "'torch_compile_mode' is 'fast'; expected one of default",
-    "gradient_checkpointing: true\nactivation_checkpointing: true": "two names of one thing",
+    "gradient_checkpointing: true\nactivation_checkpointing: true": "two names of the same key",
 }  # fmt: skip
 LOADS = (
     "max_steps: -1", "warmup_steps: 0.1", "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}",
@@ -318,7 +318,7 @@ NO_EFFECT = (
     ("dpo", "f_alpha_divergence_coef: 0.1", "without `f_divergence_type: alpha_divergence`"),
     ("dpo", "ref_model_sync_steps: 8", "without `sync_ref_model: true`"),
     ("dpo", "neftune_noise_alpha: 5", "without `packing: false`"),
-    ("dpo", "optim: sgd\nadam_beta1: 0.9", "#:6: 'adam_beta1' has no effect with this `optim`, which is no Adam"),
+    ("dpo", "optim: sgd\nadam_beta1: 0.9", "#:6: 'adam_beta1' has no effect with this `optim`, which is not an Adam"),
     ("dpo", "lr_scheduler_type: constant\nwarmup_steps: 3", "#:6: 'warmup_steps' has no effect with a scheduler that does not"),
     ("dpo", "pad_to_multiple_of: 8", "without `packing: false`: packed rows have no padding"),
     ("dpo", "gradient_checkpointing: false\ngradient_checkpointing_kwargs: {use_reentrant: true}", "#:6: 'gradient_checkpointing_kwargs' has no effect without `gradient_checkpointing: true`"),
@@ -410,10 +410,10 @@ def test_answers_name_keys_that_exist():
         ("base_model", "use model_name_or_path"),
         ("val_set_size", "use heldout"),
         ("flash_attn", "drop it: packed attention uses a varlen flash kernel"),
-        ("zero_stage", "that is the launch file's business"),
+        ("zero_stage", "set it in the launch file"),
         ("pretrain", "use model_name_or_path"),
         ("torch_dtype", "use dtype"),
-        ("max_prompt_length", "use max_length, which bounds prompt and answer together"),
+        ("max_prompt_length", "use max_length, which limits prompt and answer together"),
         ("overwrite_output_dir", "use --fresh"),
     ],
 )
@@ -427,19 +427,19 @@ def test_name_of_another_project(tmp_path, name, expected):
 DEEPSPEED, FSDP = "distributed_type: DEEPSPEED\n", "distributed_type: FSDP\n"
 DAMAGED = {
     DEEPSPEED + "deepspeed_config: hello": "#:2: 'deepspeed_config' is 'hello'; expected `key: value` lines below it",
-    DEEPSPEED + "deepspeed_config: {zero_stage: two}": "#:2: deepspeed_config.zero_stage is 'two'; expected a whole number from 0 to 3",
-    DEEPSPEED + "deepspeed_config: {zero_stage: null}": "#:2: deepspeed_config.zero_stage is None; expected a whole number",
+    DEEPSPEED + "deepspeed_config: {zero_stage: two}": "#:2: deepspeed_config.zero_stage is 'two'; expected an integer from 0 to 3",
+    DEEPSPEED + "deepspeed_config: {zero_stage: null}": "#:2: deepspeed_config.zero_stage is None; expected an integer",
     DEEPSPEED + "deepspeed_config: {zero_stage: 7}": "#:2: deepspeed_config.zero_stage is 7; expected",
     DEEPSPEED + "deepspeed_config: {offload_param_device: [1]}": "#:2: deepspeed_config.offload_param_device is [1]; expected one value",
     FSDP + "fsdp_config: [1]": "#:2: 'fsdp_config' is [1]; expected `key: value` lines below it",
-    FSDP + "fsdp_config: {fsdp_version: x}": "#:2: fsdp_config.fsdp_version is 'x'; expected a whole number from 1 to 2",
+    FSDP + "fsdp_config: {fsdp_version: x}": "#:2: fsdp_config.fsdp_version is 'x'; expected an integer from 1 to 2",
     "distributed_type: NO\nmain_process_ip: 2024-13-45": "#:2: 'main_process_ip' can't be read: month must be in 1..12",
-    "distributed_type: [NO]": "#: no launch file of accelerate's",
+    "distributed_type: [NO]": "#: not a launch file of accelerate",
     "distributed_type: MEGATRON_LM": "#:1: 'distributed_type' is 'MEGATRON_LM'; expected NO, MULTI_GPU",
     "distributed_type: NO\nmixed_precision: 7": "#:2: 'mixed_precision' is 7; expected no, bf16 or fp16",
     "distributed_type: NO\nparallelism_config: {parallelism_config_tp_size: x}": "#:2: parallelism_config.parallelism_config_tp_size is 'x'",
-    "distributed_type: &a NO": "#:1:19: aliases ('&a') have no place here",
-    bytes(200): "#:1: not valid YAML: character #x0000 can't stand in it",
+    "distributed_type: &a NO": "#:1:19: aliases ('&a') are not supported",
+    bytes(200): "#:1: not valid YAML: character #x0000 is not allowed",
     b"\xff\xfe" * 30: "#: UTF-16, not UTF-8 text; save the launch file as UTF-8",
     b"\x80\x81": "#: not UTF-8 text (byte 0); save the launch file as UTF-8",
 }  # fmt: skip
@@ -455,11 +455,11 @@ def test_damaged_launch_file(tmp_path, text):
 
 
 REFUSED_LAUNCHES = (
-    ("mixed_precision: fp8", {}, "asks for `mixed_precision: fp8`"),
-    ("parallelism_config: {parallelism_config_tp_size: 2}", {}, "asks for tensor parallelism, which is not supported"),
+    ("mixed_precision: fp8", {}, "sets `mixed_precision: fp8`"),
+    ("parallelism_config: {parallelism_config_tp_size: 2}", {}, "sets tensor parallelism, which is not supported"),
     ("parallelism_config: {parallelism_config_cp_size: 2, parallelism_config_sp_size: 4}", {}, "context and sequence parallelism"),
-    ("mixed_precision: bf16", {"bf16": "false"}, "--bf16: the recipe says `bf16: false`, and "),
-    ("mixed_precision: fp16", {"bf16": "true"}, "--bf16: the recipe says `bf16: true`, and "),
+    ("mixed_precision: bf16", {"bf16": "false"}, "--bf16: the recipe sets `bf16: false`, but "),
+    ("mixed_precision: fp16", {"bf16": "true"}, "--bf16: the recipe sets `bf16: true`, but "),
 )  # fmt: skip
 
 
@@ -504,7 +504,7 @@ def test_fp16_needs_a_gpu(tmp_path, monkeypatch):
 
     path = tmp_path / "dpo.yaml"
     path.write_text(f"stage: dpo\n{BASE}use_cpu: true\n")
-    with pytest.raises(UserError, match="--fp16: fp16 needs a GPU, and this run is on the CPU"):
+    with pytest.raises(UserError, match="--fp16: fp16 needs a GPU, but this run is on the CPU"):
         build_configs(load_recipe(str(path), "dpo", ["--fp16"]))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="the launch file's mixed_precision: fp16 needs a GPU"):
@@ -513,7 +513,7 @@ def test_fp16_needs_a_gpu(tmp_path, monkeypatch):
 
 def test_environment_that_is_none_of_accelerates(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(UserError, match="WORLD_SIZE is 'two'; expected a whole number"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two'; expected an integer"):
         topology_of_environment()
 
 
@@ -529,7 +529,7 @@ def test_refusals_import_no_torch(tmp_path):
     )
     root = Path(__file__).parent.parent.parent
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, capture_output=True, text=True)
-    expected = f"rlhf: {path}:5:16: nested more than 12 levels deep; a value is flat\n"
+    expected = f"rlhf: {path}:5:16: nested more than 12 levels deep; values are flat\n"
     assert (done.stdout, done.stderr) == ("2 []\n", expected)
 
 
@@ -543,12 +543,12 @@ def test_stage_config_has_help():
     [
         (["x" * 100_000], "invalid choice: 'xxxx"),
         (["report", "x", "--" + "x" * 100_000], "unknown argument '--xxxx"),
-        (["chat", "m", "--top_p", "7"], "argument --top_p: '7' is no number from 1e-06 to 1"),
-        (["chat", "m", "--temperature", "nan"], "argument --temperature: 'nan' is no number from 0 to 100"),
-        (["chat", "m", "--max_new_tokens", "-1"], "argument --max_new_tokens: '-1' is no number from 1 to 1e+06"),
+        (["chat", "m", "--top_p", "7"], "argument --top_p: '7' is not a number from 1e-06 to 1"),
+        (["chat", "m", "--temperature", "nan"], "argument --temperature: 'nan' is not a number from 0 to 100"),
+        (["chat", "m", "--max_new_tokens", "-1"], "argument --max_new_tokens: '-1' is not a number from 1 to 1e+06"),
         (["chat", "m", "--seed", "9" * 5000], "argument --seed: '9999"),
-        (["pairs", "d", "--limit", "-5"], "argument --limit: '-5' is no number from 1 to 1e+12"),
-        (["preflight", "--timeout_s", "0"], "argument --timeout_s: '0' is no number from 1 to 1e+06"),
+        (["pairs", "d", "--limit", "-5"], "argument --limit: '-5' is not a number from 1 to 1e+12"),
+        (["preflight", "--timeout_s", "0"], "argument --timeout_s: '0' is not a number from 1 to 1e+06"),
     ],
 )
 def test_words_of_other_commands(capsys, words, expected):
@@ -571,5 +571,5 @@ def test_report_of_a_folder_with_a_damaged_recipe(tmp_path, capsys):
     (tmp_path / "dpo.yaml").write_text(f"stage: dpo\noutput_dir: {'[' * 3000}\n")
     assert main(["report", str(tmp_path)]) == 2
     assert (
-        capsys.readouterr().err == f"rlhf: {tmp_path}/dpo.yaml:2:24: nested more than 12 levels deep; a value is flat\n"
+        capsys.readouterr().err == f"rlhf: {tmp_path}/dpo.yaml:2:24: nested more than 12 levels deep; values are flat\n"
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.data.formats import join_chosen_rejected, preference_rows, refuse_margins_in_some_rows, sft_rows
+from rlhf.data.formats import join_chosen_rejected, preference_rows, reject_margins_in_some_rows, sft_rows
 from rlhf.data.reading import Reading
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
@@ -64,7 +64,7 @@ def test_empty_system_column_is_none(empty):
 
 def test_two_system_messages_that_differ():
     row = {"prompt": [SYSTEM, user("Q")], "completion": "A", "system": "T"}
-    assert error(sft_rows, row) == "f.jsonl:7: 'system' ('T') is not the system message that is there too ('S')"
+    assert error(sft_rows, row) == "f.jsonl:7: 'system' ('T') differs from the other system message ('S'); keep one"
 
 
 def test_alpaca_history_stands_between_system_and_instruction():
@@ -106,8 +106,8 @@ def test_system_message_in_the_answers_alone_becomes_the_prompts():
 def test_system_message_in_one_answer_only_is_named():
     row = {"prompt": "Q", "chosen": [SYSTEM, user("Q"), assistant("A")], "rejected": "B"}
     assert error(preference_rows, row) == (
-        "f.jsonl:7: 'chosen' and 'rejected' differ before the last answer, in message 1 (system); expected the same "
-        "dialogue up to there"
+        "f.jsonl:7: 'chosen' and 'rejected' differ before the last answer, in message 1 (system); expected equal "
+        "dialogues before the last answer"
     )
 
 
@@ -143,42 +143,42 @@ def test_indentation_of_answers_survives(given, kept):
 
 
 def test_answers_that_differ_in_outer_white_space_are_the_same():
-    assert "are the same" in error(preference_rows, {**PAIR, "chosen": "    x", "rejected": "x\n"})
+    assert "are equal" in error(preference_rows, {**PAIR, "chosen": "    x", "rejected": "x\n"})
 
 
 @pytest.mark.parametrize("blank", ["\u200b", "\ufeff \n", "\x00", "\u2800\u200d"], ids=ascii)
 def test_invisible_answer_is_empty(blank):
-    expected = "f.jsonl:7: 'completion' is empty (it has invisible characters only)"
+    expected = "f.jsonl:7: 'completion' is empty (it has only invisible characters)"
     assert error(sft_rows, {**QA, "completion": blank}) == expected
 
 
 def test_half_a_character_is_named():
     """JSON can write it, Arrow and every tokenizer stop at it later, with a traceback."""
     assert error(sft_rows, {**QA, "completion": "ab\ud800"}).startswith(
-        "f.jsonl:7: 'completion' has half a character (\\ud800)"
+        "f.jsonl:7: 'completion' has a lone surrogate (\\ud800)"
     )
 
 
 # --- refused by name -------------------------------------------------------------------------------------------------
 
-TOOLS = "tools and their calls are not supported: leave these rows out"
+TOOLS = "tools and their calls are not supported: skip these rows"
 CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 REFUSED = {
     "tools": (
         {"tools": [{"name": "f"}]},
-        f"'tools' is set (list \"[{{'name': 'f'}}]\"), which would be dropped; {TOOLS}",
+        f"'tools' is set (list \"[{{'name': 'f'}}]\") and would be dropped; {TOOLS}",
     ),
     "images": (
         {"images": ["a.png"]},
-        "'images' is set (list \"['a.png']\"), which would be dropped; only text is trained",
+        "'images' is set (list \"['a.png']\") and would be dropped; only text is trained",
     ),
     "template": (
         {"chat_template_kwargs": {"enable_thinking": False}},
-        "'chat_template_kwargs' is set (dict \"{'enable_thinking': False}\"), which would be dropped; it is not passed on",
+        "'chat_template_kwargs' is set (dict \"{'enable_thinking': False}\") and would be dropped; it is not passed to",
     ),
     "thoughts": (
         {"reasoning_content": "hm"},
-        "'reasoning_content' is set (str 'hm'), which would be dropped; only 'content'",
+        "'reasoning_content' is set (str 'hm') and would be dropped; only 'content'",
     ),
     "train": ({"train": False}, "'train' is false, but every row is trained; remove the row"),
 }
@@ -227,7 +227,7 @@ def test_parts_of_a_content():
 @pytest.mark.parametrize("label", [False, "False"])
 def test_kto_row_with_a_bad_answer_is_not_imitated(label):
     assert error(sft_rows, {**QA, "label": label}) == (
-        "f.jsonl:7: 'label' is false: a bad answer, which SFT would imitate; remove the row"
+        "f.jsonl:7: 'label' is false: SFT would imitate a bad answer; remove the row"
     )
     assert sft_rows(source({**QA, "label": True})) == sft_rows(source(QA))
 
@@ -236,8 +236,8 @@ def test_kto_row_with_a_bad_answer_is_not_imitated(label):
 class TestAnswersNotToBeLearnt:
     def test_last_one_is_refused(self, mark):
         message = error(sft_rows, {"messages": [user("Q"), assistant("A", **mark)]})
-        assert message.startswith("f.jsonl:7: the last answer is not to be learnt")
-        assert "not to be learnt" in error(preference_rows, {**PAIR, "chosen": [assistant("A", **mark)]})
+        assert message.startswith("f.jsonl:7: the last answer is excluded from training")
+        assert "excluded from training" in error(preference_rows, {**PAIR, "chosen": [assistant("A", **mark)]})
 
     def test_all_but_the_last_belong_to_the_prompt(self, mark):
         row = {"messages": [user("Q"), assistant("A", **mark), user("R"), assistant("B", weight=1)]}
@@ -247,12 +247,14 @@ class TestAnswersNotToBeLearnt:
 
     def test_some_of_the_earlier_ones_are_refused(self, mark):
         row = {"messages": [user("1"), assistant("A", **mark), user("2"), assistant("B"), user("3"), assistant("C")]}
-        assert error(sft_rows, row).startswith("f.jsonl:7: some of the earlier answers are not to be learnt")
+        assert error(sft_rows, row).startswith(
+            "f.jsonl:7: some, but not all, of the earlier answers are excluded from training"
+        )
 
 
 def test_weight_between_0_and_1():
     row = {"messages": [user("Q"), assistant("A", weight=0.5)]}
-    assert error(sft_rows, row) == "f.jsonl:7: 'messages', message 2: weight 0.5; only 0 and 1 can be used"
+    assert error(sft_rows, row) == "f.jsonl:7: 'messages', message 2: weight 0.5; expected 0 or 1"
 
 
 @pytest.mark.parametrize(
@@ -269,23 +271,21 @@ def test_margin_of_a_csv_file_is_a_number(margin):
 
 def test_margin_in_some_rows_only():
     rows = preference_rows(source({**PAIR, "margin": 1}, PAIR, {**PAIR, "margin": 2}))
-    with pytest.raises(
-        UserError, match="^f:2: no 'margin', which 2 of 3 rows have .the first: f:1.; give it in all rows"
-    ):
-        refuse_margins_in_some_rows(rows, ["f:1", "f:2", "f:3"])
-    refuse_margins_in_some_rows(rows[1:2], ["f:2"])
-    refuse_margins_in_some_rows(rows[::2], ["f:1", "f:3"])
+    with pytest.raises(UserError, match="^f:2: no 'margin', but 2 of 3 rows have one .first: f:1.; set it in all rows"):
+        reject_margins_in_some_rows(rows, ["f:1", "f:2", "f:3"])
+    reject_margins_in_some_rows(rows[1:2], ["f:2"])
+    reject_margins_in_some_rows(rows[::2], ["f:1", "f:3"])
 
 
 def test_input_that_is_a_list():
     row = {"instruction": "Do", "input": ["a", "b"], "output": "A"}
-    assert error(sft_rows, row) == "f.jsonl:7: 'input' is list \"['a', 'b']\"; expected a text"
+    assert error(sft_rows, row) == "f.jsonl:7: 'input' is list \"['a', 'b']\"; expected a string"
 
 
 @pytest.mark.parametrize("text", ["[{'role': 'user', 'content': 'Q'}]", '[{"role": "user", "content": "Q"}]'])
 def test_messages_written_as_a_text(text):
     """What a CSV file makes of a list."""
-    assert "'prompt' is a list of messages written as a text" in error(sft_rows, {**QA, "prompt": text})
+    assert "'prompt' is a list of messages written as a string" in error(sft_rows, {**QA, "prompt": text})
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_messages_written_as_a_text(text):
     [
         ({"prompt": "Q", "completion": "A", "label": True}, "a KTO row"),
         ({"conversations": [], "chosen": {}}, "a ShareGPT row"),
-        ({"prompt": "Q", "response_0": "A", "response_1": "B", "safer_response_id": 0}, "a row of two responses"),
-        ({"question": "Q", "response_j": "A", "response_k": "B"}, "a row of two responses"),
+        ({"prompt": "Q", "response_0": "A", "response_1": "B", "safer_response_id": 0}, "a row with two responses"),
+        ({"question": "Q", "response_j": "A", "response_k": "B"}, "a row with two responses"),
     ],
 )
 def test_other_formats_are_named(row, hint):
@@ -355,7 +355,7 @@ def test_hh_answer_keeps_the_indentation_of_a_line_of_its_own():
 
 def test_hh_answer_of_another_prompt():
     row = {"prompt": "Something else", "chosen": f"{HH} A", "rejected": f"{HH} B"}
-    assert "or before it the very messages of the prompt" in error(preference_rows, row)
+    assert "optionally preceded by exactly the prompt's messages" in error(preference_rows, row)
 
 
 def test_hh_answer_of_one_turn_beside_its_prompt():

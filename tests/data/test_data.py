@@ -108,20 +108,20 @@ def test_parquet(tmp_path):
 
 def test_file_that_is_no_parquet(tmp_path):
     path = write(tmp_path, "a.parquet", "nope")
-    assert load_error(path, asked_by="r.yaml:4").startswith(f"r.yaml:4: {path} is not a readable parquet file: ")
+    assert load_error(path, where="r.yaml:4").startswith(f"r.yaml:4: {path} is not a readable parquet file: ")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_empty_file(tmp_path, name, content):
     path = write(tmp_path, name, content)
-    assert load_error(path) == f"{path} has no rows; expected one example a line"
+    assert load_error(path) == f"{path} has no rows; expected one example per line"
 
 
 @pytest.mark.parametrize("name, content", [("a.json", "[]"), ("a.csv", "prompt,chosen\n"), ("a.csv", "")])
 def test_file_without_rows(tmp_path, name, content):
     path = write(tmp_path, name, content)
-    assert load_error(path, asked_by="r.yaml:4") == f"r.yaml:4: {path} has no rows; expected one example a line"
+    assert load_error(path, where="r.yaml:4") == f"r.yaml:4: {path} has no rows; expected one example per line"
 
 
 def test_broken_json_line_names_line_and_column(tmp_path):
@@ -174,7 +174,7 @@ def test_missing_pair_file_says_how_to_write_it(tmp_path, name):
 
 
 def test_missing_file_names_who_asked(tmp_path):
-    assert load_error(tmp_path / "c.jsonl", asked_by="r.yaml:4").startswith("r.yaml:4: no data file at ")
+    assert load_error(tmp_path / "c.jsonl", where="r.yaml:4").startswith("r.yaml:4: no data file at ")
 
 
 def test_digest_is_that_of_the_file(tmp_path):
@@ -212,8 +212,8 @@ def test_folder_without_the_split(tmp_path, datasets_cache):
 
 def test_folder_without_data(tmp_path, datasets_cache):
     (tmp_path / "d").mkdir()
-    message = load_error(tmp_path / "d", asked_by="r.yaml:4")
-    assert message.startswith(f"r.yaml:4: {tmp_path / 'd'} holds no data set that can be read: ")
+    message = load_error(tmp_path / "d", where="r.yaml:4")
+    assert message.startswith(f"r.yaml:4: {tmp_path / 'd'} has no readable dataset: ")
 
 
 def test_saved_dataset(tmp_path, datasets_cache):
@@ -231,7 +231,7 @@ def test_saved_dataset_dict(tmp_path, datasets_cache):
 def test_saved_dataset_dict_without_the_split(tmp_path, datasets_cache):
     parts = {split: datasets_cache.Dataset.from_list([{"a": split}]) for split in ("train", "test")}
     datasets_cache.DatasetDict(parts).save_to_disk(tmp_path / "d")
-    message = load_error(tmp_path / "d", "dev", asked_by="r.yaml:4")
+    message = load_error(tmp_path / "d", "dev", where="r.yaml:4")
     assert message == f"r.yaml:4: {tmp_path / 'd'} has no split 'dev'; it has train, test"
 
 
@@ -245,14 +245,14 @@ def test_digest_of_rows_without_a_file_follows_their_content(tmp_path, datasets_
 
 
 def test_hub_data_set_without_a_network_is_one_sentence(datasets_cache):
-    message = load_error("some-org/some-data", asked_by="r.yaml:4")
-    start = "r.yaml:4: 'some-org/some-data' is no local file or directory, and could not be loaded from the hub: "
+    message = load_error("some-org/some-data", where="r.yaml:4")
+    start = "r.yaml:4: 'some-org/some-data' is not a local file or directory and could not be loaded from the hub: "
     assert message.startswith(start) and "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["two words", "a/b/c", "s3://bucket/data"])
 def test_name_that_can_be_nothing(name):
-    assert load_error(name) == f"'{name}' is neither a file, nor a directory, nor a data set's id on the hub"
+    assert load_error(name) == f"'{name}' is neither a file, nor a directory, nor the id of a dataset on the hub"
 
 
 # --- formats: SFT ----------------------------------------------------------------------------------------------------
@@ -341,11 +341,11 @@ def sft_error(row):
         ({"prompt": "Q", "completion": "\n"}, "'completion' is empty"),
         ({"instruction": "", "output": "A"}, "'instruction' is empty"),
         ({"text": ""}, "'text' is empty"),
-        ({"text": 5}, "'text' is int '5'; expected a text"),
-        ({"prompt": 5, "completion": "A"}, "'prompt' is int '5'; expected a text or a list of messages"),
-        ({"prompt": [], "completion": "A"}, "'prompt' is list '[]'; expected a text or a list of messages"),
-        ({"prompt": "Q", "completion": 5}, "'completion' is int '5'; expected a text or a list of messages"),
-        ({"messages": "hello"}, "'messages' is str 'hello'; expected a text or a list of messages"),
+        ({"text": 5}, "'text' is int '5'; expected a string"),
+        ({"prompt": 5, "completion": "A"}, "'prompt' is int '5'; expected a string or a list of messages"),
+        ({"prompt": [], "completion": "A"}, "'prompt' is list '[]'; expected a string or a list of messages"),
+        ({"prompt": "Q", "completion": 5}, "'completion' is int '5'; expected a string or a list of messages"),
+        ({"messages": "hello"}, "'messages' is str 'hello'; expected a string or a list of messages"),
         ({"messages": Q}, "'messages' ends with a user message; the last one must be the assistant's"),
         ({"messages": [*Q, assistant("")]}, "'messages, message 2' is empty"),
         (
@@ -357,7 +357,7 @@ def sft_error(row):
             {"messages": [{"role": "bot", "content": "x"}]},
             "'messages', message 1: role 'bot'; expected one of system, user, assistant",
         ),
-        ({"messages": [{"role": "user", "content": 3}]}, "'messages, message 1' is int '3'; expected a text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "'messages, message 1' is int '3'; expected a string"),
         (
             {"prompt": [*Q, *A], "completion": "A"},
             "'prompt' ends with an assistant message; it must end with the user's",
@@ -383,7 +383,7 @@ def test_rows_of_two_shapes():
     with pytest.raises(UserError) as caught:
         sft_rows(source)
     assert str(caught.value) == (
-        "f.jsonl:4: this row becomes ['text'], the first row ['completion', 'prompt']; use one shape"
+        "f.jsonl:4: this row gives ['text'], but the first row gives ['completion', 'prompt']; use one format"
     )
 
 
@@ -399,7 +399,7 @@ PREFERENCE_CASES = {
     "messages": PAIR,
     "instruction + chosen + rejected": {"instruction": "Q", "chosen": "A", "rejected": "B"},
     "question + chosen + rejected": {"question": "Q", "chosen": "A", "rejected": "B"},
-    "chosen + rejected (whole dialogues)": {"chosen": [*Q, *A], "rejected": [*Q, assistant("B")]},
+    "chosen + rejected (full dialogues)": {"chosen": [*Q, *A], "rejected": [*Q, assistant("B")]},
     "UltraFeedback: prompt and whole dialogues": {"prompt": "Q", "chosen": [*Q, *A], "rejected": [*Q, assistant("B")]},
     "HH-RLHF": {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
     "HH-RLHF without leading breaks": {"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant: B"},
@@ -453,9 +453,12 @@ def test_canonical_pairs_stay_as_they_are():
             "'chosen' must end with the assistant's answer, found",
         ),
         ({"chosen": HH, "rejected": f"{HH}B"}, "'chosen, message 4' is empty"),
-        ({"prompt": "Q", "chosen": "A", "rejected": " A "}, "'chosen' and 'rejected' are the same; a pair without"),
+        ({"prompt": "Q", "chosen": "A", "rejected": " A "}, "'chosen' and 'rejected' are equal, so there is nothing"),
         ({"prompt": "Q", "chosen": "", "rejected": "B"}, "'chosen' is empty"),
-        ({"prompt": "Q", "chosen": "A", "rejected": 7}, "'rejected' is int '7'; expected a text or a list of messages"),
+        (
+            {"prompt": "Q", "chosen": "A", "rejected": 7},
+            "'rejected' is int '7'; expected a string or a list of messages",
+        ),
         ({"prompt": "R", "chosen": [*Q, *A], "rejected": "B"}, "'chosen' has roles ['user', 'assistant']; expected"),
         ({"prompt": [*Q, *A], "chosen": "A", "rejected": "B"}, "'prompt' ends with an assistant message; it must"),
         ({"chosen": A, "rejected": [assistant("B")]}, "the prompt is empty"),
@@ -519,10 +522,26 @@ def test_join_matches_alpaca_rows_with_prompts():
 @pytest.mark.parametrize(
     "yes, no, message",
     [
-        ([("p", "1"), ("q", "2")], [("p", "3")], "yes:2: no answer to this prompt in no; each needs one of both"),
-        ([("p", "1"), ("p", "2")], [("p", "3")], "yes:2: no answer to this prompt in no; each needs one of both"),
-        ([("p", "1")], [("p", "2"), ("q", "3")], "no:2: no answer to this prompt in yes; each needs one of both"),
-        ([("p", "1")], [("p", "2"), ("p", "3")], "no:2: no answer to this prompt in yes; each needs one of both"),
+        (
+            [("p", "1"), ("q", "2")],
+            [("p", "3")],
+            "yes:2: no answer to this prompt in no; each prompt needs one in both",
+        ),
+        (
+            [("p", "1"), ("p", "2")],
+            [("p", "3")],
+            "yes:2: no answer to this prompt in no; each prompt needs one in both",
+        ),
+        (
+            [("p", "1")],
+            [("p", "2"), ("q", "3")],
+            "no:2: no answer to this prompt in yes; each prompt needs one in both",
+        ),
+        (
+            [("p", "1")],
+            [("p", "2"), ("p", "3")],
+            "no:2: no answer to this prompt in yes; each prompt needs one in both",
+        ),
         ([("p", " ")], [("p", "2")], "yes:1: 'response' is empty"),
     ],
 )
@@ -542,7 +561,7 @@ def test_join_needs_prompts():
 
 def test_equal_answers_in_both_files_are_found_with_the_accepted_line():
     joined = join_chosen_rejected(answers("yes", ("p", "1"), ("q", "2")), answers("no", ("p", "3"), ("q", "2")))
-    with pytest.raises(UserError, match="^yes:2: 'chosen' and 'rejected' are the same"):
+    with pytest.raises(UserError, match="^yes:2: 'chosen' and 'rejected' are equal"):
         preference_rows(joined)
 
 
@@ -601,7 +620,7 @@ def test_pair_files_overwrite_nothing(tmp_path, name):
     write(tmp_path, name, "mine")
     with pytest.raises(UserError) as caught:
         write_pair_files(SAMPLE_NAME, str(tmp_path))
-    assert str(caught.value) == f"{tmp_path / name} is already there; move it away or name another --output_dir"
+    assert str(caught.value) == f"{tmp_path / name} already exists; move it away or give another --output_dir"
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: "mine"}
 
 

@@ -76,9 +76,9 @@ def test_a_share_does_not_move_prompts_when_rows_are_added_and_a_count_is_exact(
 @pytest.mark.parametrize(
     ("values", "key", "words"),
     [
-        ({"heldout": 0.5, "dataset_test_split": "x"}, "heldout", "both say what is held out"),
+        ({"heldout": 0.5, "dataset_test_split": "x"}, "heldout", "both define the held-out data"),
         ({"heldout": 12}, "heldout", "leaves no row of"),
-        ({"heldout": 1.5}, "heldout", "neither a share below 1 nor a whole number"),
+        ({"heldout": 1.5}, "heldout", "neither a fraction below 1 nor an integer number"),
         ({"heldout": -1}, "heldout", "heldout"),
         ({"dataset_test_split": "heldout"}, "dataset_test_split", "has no split 'heldout': a single file has one split; use `heldout: 0.05`"),
         ({"dataset_train_split": "other"}, "dataset_name", "has no split 'other'"),

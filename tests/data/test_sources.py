@@ -52,13 +52,13 @@ LONG = "1" * 5000
 @pytest.mark.parametrize(
     "line, column, words",
     [
-        ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", 1, "lists and objects in each other"),
-        ('{"a": ' + "[" * 150 + "]" * 150 + "}", 106, "more than 100 lists and objects"),  # 1 object + 99 lists are 100
+        ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", 1, "nested lists and objects"),
+        ('{"a": ' + "[" * 150 + "]" * 150 + "}", 106, "more than 100 nested lists and objects"),  # 1 object + 99 lists are 100
         ('{"a": "1", "b": ' + LONG + "}", 17, "an integer of thousands of digits"),
-        (r'{"a": "x\ud800y"}', 9, r"\ud800 is half of a character"),
-        (r'{"a": "\\ \udc00"}', 11, r"\udc00 is half of a character"),
-        (r'{"a": "\ud83d\ud83d\ude00"}', 8, r"\ud83d is half of a character"),
-        ('{"a": 1, "b": {"c": 2, "c": 3}}', 24, "key 'c' stands twice in one object"),
+        (r'{"a": "x\ud800y"}', 9, r"\ud800 is a lone surrogate"),
+        (r'{"a": "\\ \udc00"}', 11, r"\udc00 is a lone surrogate"),
+        (r'{"a": "\ud83d\ud83d\ude00"}', 8, r"\ud83d is a lone surrogate"),
+        ('{"a": 1, "b": {"c": 2, "c": 3}}', 24, "key 'c' is set twice in one object"),
         ('{"a": "NaN", "b": NaN}', 19, "NaN is not JSON; write null"),
         ('{"a": -Infinity}', 7, "-Infinity is not JSON"),
         ("\x00\x00\x00\x00", 1, "only NUL characters"),
@@ -88,7 +88,7 @@ def test_a_hundred_lists_beside_each_other_are_not_deep(tmp_path):
 
 def test_long_key_is_not_echoed(tmp_path):
     key = json.dumps("k" * 10**6)
-    assert "stands twice" in error_of(write(tmp_path, "a.jsonl", f"{{{key}: 1, {key}: 2}}"))
+    assert "set twice" in error_of(write(tmp_path, "a.jsonl", f"{{{key}: 1, {key}: 2}}"))
 
 
 @pytest.mark.parametrize("text, rows", [("[]", None), ("[ ]\n", None), (' [{"a": 1} , {"a": 2}]\n', 2)])
@@ -143,7 +143,7 @@ def test_packed_file_that_is_cut_or_damaged(tmp_path, suffix):
 def test_packed_bomb(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(raw, "ALWAYS_ALLOWED_BYTES", 2**20)
     path = write(tmp_path, f"a.jsonl{suffix}", PACKERS[suffix](bytes(20 * 2**20)))
-    assert "as no real data does" in error_of(path)
+    assert "unlike real data" in error_of(path)
 
 
 def test_missing_packed_file_is_a_file(tmp_path):
@@ -187,7 +187,7 @@ DISGUISED = {
 def test_other_kinds_are_named_with_the_fix(tmp_path, kind, name):
     content, fix = DISGUISED[kind]
     path = write(tmp_path, name, gzip.compress(content) if name.endswith(".gz") else content)
-    message = error_of(path, asked_by="r.yaml:3")
+    message = error_of(path, where="r.yaml:3")
     assert message.startswith(f"r.yaml:3: {path} is a") and kind.removeprefix("a ") in message and fix in message
 
 
@@ -201,7 +201,7 @@ def test_annex_link_without_its_data(tmp_path):
 
 def test_csv_column_twice(tmp_path):
     path = write(tmp_path, "a.csv", "prompt,chosen,prompt\na,b,c\n")
-    assert error_of(path) == f"{path}:1: column 'prompt' stands twice in the header; rename or remove one"
+    assert error_of(path) == f"{path}:1: column 'prompt' is twice in the header; rename or remove one"
 
 
 def test_csv_quote_that_is_never_closed(tmp_path):
@@ -223,10 +223,7 @@ def test_csv_messages_as_python(tmp_path):
     field = '"' + repr(MESSAGES).replace('"', '""') + '"'
     path = write(tmp_path, "a.csv", f"prompt,chosen\na,b\n{field},x\n")
     message = error_of(path)
-    assert (
-        message.startswith(f"{path}:3: column 'prompt' holds messages as Python writes them")
-        and "json.dumps" in message
-    )
+    assert message.startswith(f"{path}:3: column 'prompt' has messages in Python syntax") and "json.dumps" in message
 
 
 # --- Parquet and Arrow -----------------------------------------------------------------------------------------------
@@ -282,7 +279,7 @@ def test_single_file_has_one_split(tmp_path, split):
 
 def test_single_file_has_no_other_split(tmp_path):
     path = write(tmp_path, "a.jsonl", ROW)
-    message = error_of(path, "heldout", asked_by="r.yaml:9")
+    message = error_of(path, "heldout", where="r.yaml:9")
     assert message.startswith(
         f"r.yaml:9: {path} has no split 'heldout': a single file has one split; use `heldout: 0.05`"
     )
@@ -360,7 +357,7 @@ def test_script_of_a_data_set_is_refused_by_name(tmp_path, monkeypatch, datasets
     monkeypatch.setattr(datasets_cache, "load_dataset", never)
     write(tmp_path, "d/d.py", f"open({str(tmp_path / 'run')!r}, 'w')")
     write(tmp_path, "d/x.jsonl", ROW)
-    assert error_of(tmp_path / "d").startswith(f"{tmp_path / 'd' / 'd.py'} is a data set's script, and no code")
+    assert error_of(tmp_path / "d").startswith(f"{tmp_path / 'd' / 'd.py'} is a dataset script, and dataset code")
     assert not (tmp_path / "run").exists()
 
 
@@ -401,7 +398,7 @@ def test_reading_a_folder_writes_nothing_into_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".jsonl", "a/" * 3000, "~/" + "b" * 5000, "a\0b.jsonl", "\0"])
 def test_name_that_can_be_no_path(name):
-    message = error_of(name, asked_by="r.yaml:2")
+    message = error_of(name, where="r.yaml:2")
     assert message.startswith("r.yaml:2: '") and ("too long" in message or "can't be a path" in message)
 
 
@@ -432,7 +429,7 @@ def test_link_to_itself(tmp_path):
 
 def test_folder_where_a_file_is_expected(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
-    assert "a.jsonl holds no data set that can be read: found no files" in error_of(tmp_path / "a.jsonl")
+    assert "a.jsonl has no readable dataset: found no files" in error_of(tmp_path / "a.jsonl")
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
@@ -474,4 +471,4 @@ def test_a_damaged_arrow_file_is_refused_before_arrow_aborts(tmp_path, datasets_
             load_source(str(tmp_path / "d"))
         except UserError as error:
             told.add(str(error).split(":")[0])
-    assert any("is no readable Arrow file" in text for text in told)
+    assert any("is not a readable Arrow file" in text for text in told)

@@ -91,7 +91,7 @@ def test_line_names_first_places_and_columns():
 
 def test_line_says_that_repeated_prompts_were_cut_off():
     question = "What is the capital of France?"
-    assert "prompt repeated in the answers in all: cut off" in line(
+    assert "prompt repeated in the answers in all: removed" in line(
         summary_of(pair(question, question + " A", question + "B"))
     )
 
@@ -147,8 +147,8 @@ def test_check_stops_at_the_first_bad_row(data, recipe, tmp_path, capsys):
     path = recipe("dpo", model_name_or_path="none", dataset_name=str(data), output_dir=str(tmp_path / "out"))
     assert main(["dpo", path, "--check"]) == 2
     assert capsys.readouterr().err == (
-        f"rlhf: {data}:2: 'chosen' and 'rejected' differ before the last answer, in message 1 (user); expected the same "
-        f"dialogue up to there; 1 more row can't be used (next: {data}:4); `bad_rows: skip` leaves such rows out\n"
+        f"rlhf: {data}:2: 'chosen' and 'rejected' differ before the last answer, in message 1 (user); expected equal "
+        f"dialogues before the last answer; 1 more row can't be used (next: {data}:4); `bad_rows: skip` skips such rows\n"
     )
 
 
@@ -191,7 +191,7 @@ def test_margin_in_some_rows_stops_the_reward_stage_only(recipe, tmp_path, capsy
     file.write_text("".join(json.dumps(row) + "\n" for row in (pair(margin=1.0), pair("R"))))
     words = dict(model_name_or_path="none", dataset_name=str(file), output_dir=str(tmp_path / "out"))
     assert main(["reward", recipe("reward", **words), "--check"]) == 2
-    assert capsys.readouterr().err.startswith(f"rlhf: {file}:2: no 'margin', which 1 of 2 rows have")
+    assert capsys.readouterr().err.startswith(f"rlhf: {file}:2: no 'margin', but 1 of 2 rows have one")
 
 
 def test_dpo_says_that_it_does_not_use_margins(recipe, tmp_path, capsys, tiny_llama):

@@ -47,7 +47,7 @@ def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zer
     for name, value in environment_of(path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "1" if engine == "one process" else "2")
-    assert topology_of_environment() == Topology(engine, zero_stage, offload, fsdp_version)
+    assert topology_of_environment() == Topology(engine, zero_stage, offload, fsdp_version, started=True)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zer
         (None, "no launch file at "),
         ("{", r"x.yaml:1:2: not valid YAML"),
         ("- a", "x.yaml:1: a launch file is a list of `key: value` lines"),
-        ("num_processes: 2", "no launch file of accelerate's"),
+        ("num_processes: 2", "not a launch file of accelerate"),
     ],
 )
 def test_files_that_are_none(text, sentence, tmp_path):
@@ -71,10 +71,10 @@ def test_files_that_are_none(text, sentence, tmp_path):
     ("topology", "values", "cpu", "sentence"),
     [
         (Topology("FSDP", fsdp_version=1), {}, False, "`fsdp_version: 2`, or use launch/fsdp2.yaml"),
-        (Topology("FSDP", fsdp_version=2, offload=True), {}, True, "on the CPU already; use launch/fsdp2.yaml"),
-        (Topology("FSDP", fsdp_version=2), {"load_in_8bit": True}, False, r"r.yaml:1: FSDP can't split 8-bit weights; use `load_in_4bit: true`, or launch/ddp.yaml"),
-        (Topology("DeepSpeed", 3, True), {"optim": "paged_adamw_8bit"}, False, "DeepSpeed's Adam in the place of `optim: paged_adamw_8bit`; remove `optim`, or use launch/zero3.yaml"),
-        (Topology("DeepSpeed", 3, True), {"optim": "sgd"}, False, "in the place of `optim: sgd`"),
+        (Topology("FSDP", fsdp_version=2, offload=True), {}, True, "already on the CPU; use launch/fsdp2.yaml"),
+        (Topology("FSDP", fsdp_version=2), {"load_in_8bit": True}, False, r"r.yaml:1: FSDP can't shard 8-bit weights; use `load_in_4bit: true`, or launch/ddp.yaml"),
+        (Topology("DeepSpeed", 3, True), {"optim": "paged_adamw_8bit"}, False, "replace `optim: paged_adamw_8bit` by DeepSpeed's Adam; remove `optim`, or use launch/zero3.yaml"),
+        (Topology("DeepSpeed", 3, True), {"optim": "sgd"}, False, "would replace `optim: sgd`"),
     ],
 )  # fmt: skip
 def test_what_cannot_work(topology, values, cpu, sentence, monkeypatch):
@@ -102,16 +102,16 @@ def test_deepspeed_and_its_compiler(monkeypatch):
     check_topology(recipe_with(), Topology("DeepSpeed", 2), False)  # a GPU's processes talk through NCCL
     with pytest.raises(UserError, match=r"there is no C\+\+ compiler; install g\+\+"):
         check_topology(recipe_with(), Topology("DeepSpeed", 2), True)
-    with pytest.raises(UserError, match=r"compile its Adam for the CPU"):
+    with pytest.raises(UserError, match=r"compile its CPU Adam"):
         check_topology(recipe_with(), Topology("DeepSpeed", 3, True), False)
 
 
 @pytest.mark.parametrize(
     ("values", "device", "capability", "sentence"),
     [
-        ({"load_in_4bit": True}, "mps", None, "r.yaml:1: load_in_4bit can't be computed here: bitsandbytes has no kernels for mps; remove load_in_4bit"),
-        ({"load_in_4bit": True}, "cuda", (5, 2), "compute capability is 5.2, and bitsandbytes needs 6.0"),
-        ({"load_in_8bit": True}, "cuda", (7, 0), "compute capability is 7.0, and bitsandbytes needs 7.5"),
+        ({"load_in_4bit": True}, "mps", None, "r.yaml:1: load_in_4bit is not supported here: bitsandbytes has no kernels for mps; remove load_in_4bit"),
+        ({"load_in_4bit": True}, "cuda", (5, 2), "compute capability 5.2, but bitsandbytes needs 6.0"),
+        ({"load_in_8bit": True}, "cuda", (7, 0), "compute capability 7.0, but bitsandbytes needs 7.5"),
         ({"reference": "nf4"}, "mps", None, "use `reference: cached`, or set `use_cpu: true`"),
     ],
 )  # fmt: skip
@@ -130,9 +130,9 @@ def test_check_takes_a_launch_file(recipe, tiny_llama, few_pairs, tmp_path, caps
     file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), optim="sgd")  # fmt: skip
     words = ["--launch", str(ROOT / "launch" / "zero3_offload.yaml")]
     assert main(["dpo", file, "--check", *words]) == 2
-    assert "zero3_offload.yaml keeps the optimizer in the machine's memory" in capsys.readouterr().err
+    assert "zero3_offload.yaml offloads the optimizer to CPU memory" in capsys.readouterr().err
     assert main(["dpo", file, *words]) == 2
-    assert "--launch goes with --check; to train: accelerate launch --config_file" in capsys.readouterr().err
+    assert "--launch needs --check; to train: accelerate launch --config_file" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

@@ -148,7 +148,7 @@ def test_a_wrong_name_asks_no_network(tiny_llama, monkeypatch, capsys):
     assert talk.command("/compare nosuch")
     assert "'nosuch' is no local folder" in capsys.readouterr().out and lookups == []
     assert talk.command("/compare nosuch/model")
-    assert "'nosuch/model' is no local folder, and could not be loaded from the hub" in capsys.readouterr().out
+    assert "'nosuch/model' is not a local folder and could not be loaded from the hub" in capsys.readouterr().out
     assert len(lookups) == 1 and len(talk.speakers) == 1
 
 
@@ -165,8 +165,8 @@ def test_sampling_follows_the_seed(tiny_llama):
     ("words", "sentence"),
     [
         (["./nowhere"], "'./nowhere' is no local folder"),
-        (["."], "holds no finished model"),
-        (["embedded:gpt5"], "unknown embedded model 'embedded:gpt5'; there is one: embedded:smollm2-135m-instruct"),
+        (["."], "has no finished model"),
+        (["embedded:gpt5"], "unknown embedded model 'embedded:gpt5'; the only one is embedded:smollm2-135m-instruct"),
     ],
 )
 def test_wrong_models(words, sentence, capsys):

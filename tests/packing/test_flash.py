@@ -33,7 +33,7 @@ def test_flash_attention_trains_packed_on_a_cpu(recipe, tiny_llama, few_pairs, t
         common = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / name)}
         assert main(["dpo", recipe("dpo", name=name, attn_implementation=name, max_steps=2, **common)]) == 0
         found[name] = losses(tmp_path / name), capsys.readouterr().out
-    kernel = "PyTorch's scaled_dot_product_attention, a segment at a time"
+    kernel = "PyTorch's scaled_dot_product_attention, per segment"
     note = f"note: flash_attention_2 means packed attention here; on cpu it is computed by {kernel}\n"
     assert note in found["flash_attention_2"][1] and "means packed" not in found["sdpa"][1]
     assert "padded" not in found["flash_attention_2"][1]
@@ -47,7 +47,7 @@ def test_without_packing_it_needs_a_gpu(recipe, name):
     )
     with pytest.raises(UserError) as caught:
         build_configs(load_recipe(file, "sft"))
-    assert str(caught.value).endswith(f": {name} needs a GPU, and this run is on the CPU; remove it")
+    assert str(caught.value).endswith(f": {name} needs a GPU, but this run is on the CPU; remove it")
 
 
 def test_the_kernel_of_a_gpu_is_named(monkeypatch):

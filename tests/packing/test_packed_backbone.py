@@ -373,15 +373,15 @@ def from_config(config, auto=AutoModel):
 
 SMALL = {k: SIZES[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}  # fmt: skip
 REASONS = [
-    (lambda: from_config(BertConfig(**SMALL), REWARD), "BertModel is an encoder: its tokens see what comes after them"),
+    (lambda: from_config(BertConfig(**SMALL), REWARD), "BertModel is an encoder: its tokens attend to later ones"),
     (lambda: from_config(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)), "T5Model is an encoder-decoder"),
-    (lambda: from_config(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)), "its attention sees a sliding window of 8 tokens only"),
-    (lambda: tiny_model("phi3", sliding_window=8), "its attention sees a sliding window of 8 tokens only"),
+    (lambda: from_config(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)), "its attention has a sliding window of 8 tokens"),
+    (lambda: tiny_model("phi3", sliding_window=8), "its attention has a sliding window of 8 tokens"),
     (lambda: from_config(Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)), "layers of type sliding_attention"),
     (lambda: from_config(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2)), "attention scores are soft-capped"),
     (lambda: from_config(AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)), "linear_attention|recurrent|encoder"),
     (lambda: from_config(AutoConfig.for_model("lfm2", **SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])), "layers of type conv"),
-    (lambda: from_config(AutoConfig.for_model("bloom", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)), "BloomModel does not take the positions"),
+    (lambda: from_config(AutoConfig.for_model("bloom", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)), "BloomModel does not take token positions"),
     (lambda: from_config(AutoConfig.for_model("stablelm", **SMALL, num_key_value_heads=2)), "packing has not been verified for StableLmModel .model type stablelm."),
     (lambda: tiny_model("gpt2", attn_pdrop=0.1), r"attention has a dropout of 0.1; set attention_dropout .GPT-2: attn_pdrop. to 0"),
     (lambda: tiny_model("llama", attention_dropout=0.2), "attention has a dropout of 0.2"),

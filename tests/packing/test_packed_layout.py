@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.packing.layout import MODES, is_right_padded, lay_out, unpack
+from rlhf.packing.layout import MODES, is_right_padded, packed_layout, unpack
 
 PAD = 0
 
@@ -25,7 +25,7 @@ def packed_tokens(ids, layout):
 def test_worked_example():
     """The docstring's: 5 6 7 is chosen, 5 6 8 9 rejected; they share 5 6."""
     ids, mask = padded([[5, 6, 7], [5, 6, 8, 9]])
-    layout = lay_out(ids, mask, "pairs")
+    layout = packed_layout(ids, mask, "pairs")
     assert layout.segments == [(2, 1, 2)]
     assert packed_tokens(ids, layout) == [5, 6, 7, 8, 9]
     assert layout.token_index_T.tolist() == [0, 1, 2, 6, 7]
@@ -36,7 +36,7 @@ def test_worked_example():
 
 def test_two_pairs_are_rows_i_and_i_plus_half():
     ids, mask = padded([[5, 6, 7], [8, 9], [5, 6, 1, 2], [8, 3, 4]])
-    layout = lay_out(ids, mask, "pairs")
+    layout = packed_layout(ids, mask, "pairs")
     assert layout.segments == [(2, 1, 2), (1, 1, 2)]
     assert packed_tokens(ids, layout) == [5, 6, 7, 1, 2, 8, 9, 3, 4]
     assert layout.position_ids_T.tolist() == [0, 1, 2, 2, 3, 0, 1, 1, 2]
@@ -56,17 +56,17 @@ def test_two_pairs_are_rows_i_and_i_plus_half():
     ],
 )
 def test_pair(chosen, rejected, segment):
-    assert lay_out(*padded([chosen, rejected], pad_to=6), "pairs").segments == [segment]
+    assert packed_layout(*padded([chosen, rejected], pad_to=6), "pairs").segments == [segment]
 
 
 def test_pads_are_no_tokens():
     """Both rows go on with pads, which are equal too."""
-    assert lay_out(*padded([[5, 6], [5, 6]], pad_to=9), "pairs").segments == [(2, 0, 0)]
+    assert packed_layout(*padded([[5, 6], [5, 6]], pad_to=9), "pairs").segments == [(2, 0, 0)]
 
 
 def test_rows_share_nothing():
     ids, mask = padded([[5, 6, 7], [5, 6], [5]])
-    layout = lay_out(ids, mask, "rows")
+    layout = packed_layout(ids, mask, "rows")
     assert layout.segments == [(3, 0, 0), (2, 0, 0), (1, 0, 0)]
     assert packed_tokens(ids, layout) == [5, 6, 7, 5, 6, 5]
     assert layout.position_ids_T.tolist() == [0, 1, 2, 0, 1, 0]
@@ -74,12 +74,12 @@ def test_rows_share_nothing():
 
 def test_odd_number_of_rows_holds_no_pairs():
     ids, mask = padded([[5, 6], [5, 6], [5, 6]])
-    assert lay_out(ids, mask, "pairs").segments == [(2, 0, 0)] * 3
+    assert packed_layout(ids, mask, "pairs").segments == [(2, 0, 0)] * 3
 
 
 def test_unknown_mode():
     with pytest.raises(ValueError, match="packing mode 'pair' is unknown; expected pairs or rows"):
-        lay_out(*padded([[5]]), "pair")
+        packed_layout(*padded([[5]]), "pair")
 
 
 @pytest.mark.parametrize("row, right", [([1, 1, 0], True), ([1, 1, 1], True), ([0, 0, 0], True), ([0, 1, 1], False), ([1, 0, 1], False)])  # fmt: skip
@@ -90,7 +90,7 @@ def test_right_padded(row, right):
 def test_unpack_adds_the_gradients_of_a_shared_token():
     """Tokens 5 6 | 7 | 8 9: d(sum of weights * padded) is 1 + 100 and 10 + 1000 for the shared ones."""
     ids, mask = padded([[5, 6, 7], [5, 6, 8, 9]])
-    layout = lay_out(ids, mask, "pairs")
+    layout = packed_layout(ids, mask, "pairs")
     values = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], requires_grad=True)
     back = unpack(values, layout, 2, 4)
     assert back[..., 0].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5]]
@@ -112,7 +112,7 @@ def batches(draw):
 def test_any_batch(batch):
     rows, pad_to, mode = batch
     ids, mask = padded(rows, pad_to)
-    layout = lay_out(ids, mask, mode)
+    layout = packed_layout(ids, mask, mode)
     # the way back: each real token is where it was, padding is zero
     back = unpack(ids.flatten()[layout.token_index_T][:, None] + 1, layout, *ids.shape)[..., 0]
     assert torch.equal(back, (ids + 1) * mask)

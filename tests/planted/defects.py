@@ -82,8 +82,8 @@ PACKING = (
     Defect(
         "prompt-gradient-overwritten", "the prompt gets the gradient of the rejected answer only, not of both",
         "rlhf/packing/attention.py",
-        "whole[:, :, part] += grad[:, :, at : at + length]",
-        "whole[:, :, part] = grad[:, :, at : at + length]",
+        "total[:, :, part] += grad[:, :, at : at + length]",
+        "total[:, :, part] = grad[:, :, at : at + length]",
         ("tests/packing/test_packed_attention.py::test_equals_dense_mask",),
     ),
     Defect(
@@ -169,8 +169,8 @@ TRAINING = (
     Defect(
         "any-eos-will-do", "a template is taken that has EOS before the answer, and none after it",
         "rlhf/models/tokenizer.py",
-        "if tokenizer.eos_token_id not in whole[len(prompt) :]:",
-        "if tokenizer.eos_token_id not in whole:",
+        "if tokenizer.eos_token_id not in complete[len(prompt) :]:",
+        "if tokenizer.eos_token_id not in complete:",
         ("tests/models/test_models.py::test_a_template_without_eos_is_refused",),
     ),
     Defect(
@@ -378,7 +378,7 @@ RUNS = (
     Defect(
         "error-of-main-rank-only", "an error of the main rank is not told to the other ranks, which wait for it",
         "rlhf/distributed/processes.py",
-        "except Exception as failure:  # of any kind: it is raised again below, once the other ranks know",
+        "except Exception as failure:  # of any type: re-raised below, once the other ranks know",
         "except UserError as failure:",
         ("tests/distributed/test_fail_together.py::test_the_other_ranks_are_told_before_an_error_is_raised",),
     ),

@@ -460,7 +460,7 @@ def test_recipe_without_a_stage(tmp_path, capsys):
     file = tmp_path / "r.yaml"
     file.write_text("beta: 1\n")
     assert main(["preflight", str(file)]) == 2
-    assert f"{file}:1: the recipe does not say its stage" in capsys.readouterr().err
+    assert f"{file}:1: the recipe has no stage" in capsys.readouterr().err
 
 
 def test_model_that_an_earlier_stage_makes_is_measured_by_what_it_starts_from(recipe, tiny_llama, tmp_path):

@@ -224,7 +224,7 @@ def test_a_sibling_recipe_that_cant_be_read_makes_no_model(tmp_path, content):
 @pytest.mark.parametrize("text", ["[1]", '{"sha256": [1]}', '{"sha256": {"a": 1}}'])
 def test_a_damaged_manifest_of_the_embedded_model_is_not_whole(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    assert not embedded._is_whole(tmp_path)
+    assert not embedded._is_complete(tmp_path)
 
 
 def test_digest_of_a_model_with_a_dangling_link(tmp_path):
@@ -273,16 +273,16 @@ def weights(path, cut=None):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        (lambda f: os.unlink(f / "config.json"), "holds no finished model (no config.json or adapter_config.json)"),
+        (lambda f: os.unlink(f / "config.json"), "has no finished model (no config.json or adapter_config.json)"),
         (lambda f: (f / "config.json").write_text("[1]"), "config.json can't be read as a JSON object"),
-        (lambda f: weights(f / "model.safetensors", cut=-1), "model.safetensors has 76 bytes, and its header tells of 77"),
-        (lambda f: weights(f / "model.safetensors", cut=5), "model.safetensors is no safetensors file"),
-        (lambda f: weights(f / "model.safetensors", cut=20), "model.safetensors is cut short or is no safetensors file"),
-        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "is cut short or is no safetensors"),
+        (lambda f: weights(f / "model.safetensors", cut=-1), "model.safetensors has 76 bytes, but its header requires 77"),
+        (lambda f: weights(f / "model.safetensors", cut=5), "model.safetensors is not a safetensors file"),
+        (lambda f: weights(f / "model.safetensors", cut=20), "model.safetensors is truncated or not a safetensors file"),
+        (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "is truncated or not a safetensors"),
         (lambda f: os.unlink(f / "model.safetensors"), "has no model.safetensors"),
-        (lambda f: (os.unlink(f / "model.safetensors"), (f / "model.safetensors").symlink_to("gone")), "is missing (a link"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are not read ('pytorch_model.bin'"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), "'base_model_name_or_path' is None, expected a text"),
+        (lambda f: (os.unlink(f / "model.safetensors"), (f / "model.safetensors").symlink_to("gone")), "is missing (a dangling link"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are not loaded ('pytorch_model.bin'"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "'base_model_name_or_path' is None, expected a string"),
     ],
 )  # fmt: skip
 def test_a_model_folder_that_cant_be_loaded_is_refused_by_its_file(tmp_path, change, problem):

@@ -83,11 +83,11 @@ def test_bars_of_other_libraries_are_lines_in_files(monkeypatch):
     datasets.enable_progress_bars()  # a run of few rows switches them off
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
-    monkeypatch.setattr("rlhf.console.TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("rlhf.console.REPORT_EVERY_S", 0.0)
     with tqdm(total=3, desc="Loading weights", mininterval=0, miniters=1) as bar:
         for _ in range(3):
             bar.update()
-    monkeypatch.setattr("rlhf.console.TELL_EVERY_S", 1e9)
+    monkeypatch.setattr("rlhf.console.REPORT_EVERY_S", 1e9)
     list(of_datasets(range(2000), desc="Tokenizing train dataset", unit=" examples", disable=False))
     list(tqdm([], desc="nothing"))
     lines = [line.rpartition(",")[0] for line in file.getvalue().splitlines()]

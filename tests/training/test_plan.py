@@ -60,7 +60,7 @@ def test_a_model_that_is_not_there(check, recipe, few_pairs, tmp_path, capsys, n
     file = recipe("sft", model_name_or_path="nosuch/model", dataset_name=few_pairs, output_dir=str(tmp_path / "out"))
     assert main(["sft", file, *check]) == 2
     error = capsys.readouterr().err
-    assert "'nosuch/model' is no local folder, and could not be loaded from the hub" in error, error
+    assert "'nosuch/model' is not a local folder and could not be loaded from the hub" in error, error
 
 
 def test_a_model_without_tokenizer(recipe, tiny_llama, few_pairs, tmp_path, capsys, no_weights):

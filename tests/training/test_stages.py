@@ -264,7 +264,7 @@ def test_pickled_weights_are_not_read(sft_model, sft_adapter, recipe, few_pairs,
         "dpo", model_name_or_path=sft_adapter, dataset_name=few_pairs, output_dir=str(tmp_path / "dpo"), **LORA
     )
     assert main(["dpo", file]) == 2
-    assert "has no adapter_model.safetensors; pickled weights are not read" in capsys.readouterr().err
+    assert "has no adapter_model.safetensors; pickled weights are not loaded" in capsys.readouterr().err
     whole = Path(sft_model) / "model.safetensors"
     torch.save(load_file(whole), Path(sft_model) / "pytorch_model.bin")
     whole.unlink()
@@ -330,7 +330,7 @@ def test_dpo_notices_that_its_sft_model_was_trained_anew(sft_model, recipe, few_
 
 BAD_INPUT = {
     "no such model": ({"model_name_or_path": "./nowhere"}, "could not be loaded from the hub"),
-    "a folder without a model": ({"model_name_or_path": "."}, "holds no finished model"),
+    "a folder without a model": ({"model_name_or_path": "."}, "has no finished model"),
     "too long": ({"max_length": 4096}, "max_length=4096 is more than the 1024 positions"),
     "all too long": ({"max_length": 4}, "max_length=4 leaves no training example; raise it"),
     "missing reporter": (

@@ -186,7 +186,7 @@ def test_bad_sizes(recipe, tiny_llama, few_pairs, tmp_path, capsys):
     common = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"))
     assert main(["dpo", recipe("dpo", global_batch_size=4, **common)]) == 2
     error = capsys.readouterr().err
-    assert "per_device_train_batch_size and global_batch_size say the same in two ways; remove per_device" in error
+    assert "per_device_train_batch_size and global_batch_size set the same thing; remove per_device" in error
     file = Path(recipe("dpo", global_batch_size=4, max_tokens_per_device=30, **common))
     file.write_text("".join(x for x in file.read_text().splitlines(keepends=True) if "per_device_train" not in x))
     assert main(["dpo", str(file)]) == 2
