@@ -1,7 +1,7 @@
 """As `sitecustomize.py` on PYTHONPATH it makes training wait: before it goes past the step that the file `hold` beside it names.
 
-It waits until the file names a later step or is gone. A signal ends the waiting too, and removes the file, so that the
-other ranks do not wait for the one that was told.
+It waits until the file names a later step or is gone. A request to stop ends the waiting too, be it a signal or the file
+that RLHF_STOP_FILE names, and removes `hold`, so that the other ranks do not wait for the one that was told.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import time
 from pathlib import Path
 
 FILE, MODULE = Path(__file__).with_name("hold"), "transformers.trainer_callback"
@@ -30,7 +31,9 @@ def wait(step: int) -> None:
     os.set_blocking(wakeup, False)
     before = signal.set_wakeup_fd(wakeup)
     while held(step):
-        if select.select([told], [], [], 0.1)[0]:
+        asked = Path(os.environ.get("RLHF_STOP_FILE") or "/none").exists()
+        if select.select([told], [], [], 0.1)[0] or asked:
+            time.sleep(1.1 if asked else 0)  # a run looks for that file once a second
             with contextlib.suppress(OSError):
                 FILE.unlink()
     signal.set_wakeup_fd(before)
