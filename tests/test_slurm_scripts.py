@@ -25,7 +25,7 @@ def script(tmp_path):
         (tools / name).chmod(0o755)
 
     tool("scontrol", '[ "$2" != hostnames ] || printf "n1\\nn2\\n"')
-    tool("srun", 'case "$*" in --help) echo --container-image ;; *--status) echo "dpo: not begun"; exit 3 ;; esac')
+    tool("srun", 'case "$*" in --help) echo --container-image ;; *--status) echo "dpo: not started"; exit 3 ;; esac')
     tool("sbatch", "echo 41")
 
     def run(name, *words, **env):

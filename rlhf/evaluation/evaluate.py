@@ -1,7 +1,7 @@
-"""Held-out evaluation of a whole run: losses, accuracies, win rate and answers side by side.
+"""Held-out evaluation of all stages of a run: losses, accuracies, win rate and answers side by side.
 
-Every number is a sum over pairs or prompts that is written out too (pairs.jsonl, answers.jsonl), so that it can be
-recomputed by hand. Processes take every n-th row and rank 0 collects them, so the result does not depend on their number.
+Every number is a sum over pairs or prompts whose terms are also written (pairs.jsonl, answers.jsonl), so that it can be
+recomputed by hand. Each rank takes every n-th row and rank 0 gathers them, so results don't depend on the world size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf.evaluation.statistics import summarise
 from rlhf.files import read_json, read_json_lines
 from rlhf.inference.generate import SIDES, bar, generate, pair_logps, score
 from rlhf.runs.card import refresh_cards
-from rlhf.runs.folder import begin_run, finish_run, open_run
+from rlhf.runs.folder import finish_run, open_run, start_run
 from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
@@ -90,7 +90,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     results |= {"models": models, "max_new_tokens": config.max_new_tokens}
     results["overlap"] = overlap.record()
     results["changes"] = [row._asdict() for row in table_rows(results)]
-    begin_run(run, recipe, inputs, vars(config) | {"data": summary.record()})
+    start_run(run, recipe, inputs, vars(config) | {"data": summary.record()})
     write_skipped(run.folder, reading.skipped)
     for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -104,7 +104,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
 
 
 def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict], Reading]:
-    """(source, the canonical pairs to evaluate on, how they were read)"""
+    """(source, canonical pairs to evaluate on, the record of reading them)"""
     reading = Reading(config.bad_rows, can_skip=True)
     split = config.dataset_train_split if config.heldout else config.dataset_test_split
     if split is None and config.heldout and config.dataset_name == SAMPLE_NAME:
@@ -124,14 +124,14 @@ def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict
 
 
 def read_beta(dpo_model: str | None) -> float:
-    """The beta that the DPO run was trained with; TRL's default 0.1 if it is not known."""
+    """The beta that the DPO run was trained with; TRL's default 0.1 if it is unknown."""
     arguments = (read_json(Path(dpo_model) / "provenance.json") or {}).get("arguments") if dpo_model else None
     beta = arguments.get("beta") if isinstance(arguments, dict) else None
     return float(beta) if isinstance(beta, (int, float)) and math.isfinite(beta) else 0.1
 
 
 def read_results(folder: Path, models: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a finished evaluation; with `models`, where an older version did not record them.
+    """The results of a finished evaluation; `models` is used if an older version did not record them.
 
     Raises:
         UserError: results.json is missing or damaged.
@@ -145,13 +145,13 @@ def read_results(folder: Path, models: dict[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError):
         pass
     raise UserError(
-        f"{folder / 'results.json'} is missing or damaged, and complete.json beside it says that the evaluation is finished; "
-        "remove complete.json, and the same command evaluates again"
+        f"{folder / 'results.json'} is missing or damaged, but complete.json beside it marks the evaluation as "
+        "finished; remove complete.json and run the same command to evaluate again"
     )
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """The answers of a finished evaluation; lines that can't be read are left out."""
+    """The answers of a finished evaluation, without unreadable lines."""
     return [answer for answer in read_json_lines(folder / "answers.jsonl") if _is_answer(answer)]
 
 
@@ -172,7 +172,7 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
     """Score the pairs and answer the prompts with every model, one model in memory at a time.
 
     Returns:
-        (pairs, answers), in the order of `rows`: log-probabilities and rewards of both answers of each pair, and each
+        (pairs, answers), in the order of `rows`: log-probabilities and rewards of both answers per pair, and each
         policy's own answer to each prompt with its reward. Complete on the main process only.
     """
     from accelerate import PartialState
@@ -190,7 +190,7 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
             short = key.removesuffix("_model")
             model, tokenizer = _load(names[key], config, state, reward=False)
             if why_not(model) is None:
-                pack_backbone(model, "pairs")  # the prompt of a pair is computed once
+                pack_backbone(model, "pairs")  # a pair shares one copy of its prompt
             for i in bar(mine, f"{short}: pairs"):
                 pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
             asked = [i for i in mine if short != "base" or i < config.num_shown]
@@ -235,7 +235,7 @@ def _free(model) -> None:
 
 
 def shown_answers(answers: list[dict]) -> list[dict]:
-    """The answers that every policy gave (base answers only the first few prompts)."""
+    """The prompts that every policy answered (base answers the first few only)."""
     return [a for a in answers if "base" in a] or answers[:3]
 
 

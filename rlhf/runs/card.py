@@ -1,7 +1,7 @@
-"""The model card (README.md) of a training run: written from the run's own files, so that all it says was recorded.
+"""The model card (README.md) of a training run, written only from what the run's own files record.
 
-TRL and PEFT write cards of their own, which say `None` and `[More Information Needed]`; they are replaced. A card may be
-published as it is: paths of this machine are cut to their last part.
+It replaces the cards of TRL and PEFT, which contain `None` and `[More Information Needed]`. A card can be published as
+it is: paths of this machine are shortened to their last component.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ print(model(input_ids=tokenizer.apply_chat_template(messages, return_dict=True, 
 
 
 def write_card(folder: Path, summary: dict[str, Any] | None = None, measured: dict[str, Any] | None = None) -> None:
-    """Write README.md into a run folder (main process only); nothing where no run has started.
+    """Write README.md into a run folder (main process only); does nothing if no run has started there.
 
     Args:
-        summary: what complete.json says, or is about to say; None while the run trains.
-        measured: {"folder", "results", "data"} of an evaluation of these very weights.
+        summary: the content of complete.json (which may be written later); None while the run trains.
+        measured: {"folder", "results", "data"} of an evaluation of exactly these weights.
     """
     provenance = read_json(folder / "provenance.json")
     if not provenance:
@@ -76,7 +76,7 @@ def refresh_cards(
 ) -> list[str]:
     """Add an evaluation's results to the cards of the runs that it measured.
 
-    A card is left as it is where somebody has edited it, or where the run's weights are not those that were measured.
+    A card is left unchanged if it was edited by hand, or if the run's weights are not the measured ones.
 
     Args:
         names, digests: of the measured models, by key (`sft_model`, ...).
@@ -99,7 +99,7 @@ def refresh_cards(
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a card was written here and nobody has edited it."""
+    """Whether a card was written by `write_card` and has not been edited since."""
     try:
         text, _, mark = card.read_text(encoding="utf-8").rpartition(MARK.partition("{")[0])
     except (OSError, UnicodeDecodeError):
@@ -119,7 +119,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def ancestors(folder: Path, most: int = 20) -> list[str]:
-    """The models that a run was made from, the nearest first; the last is where it all started, as far as it is recorded."""
+    """The chain of models that a run was trained from, nearest first; the last is the earliest one on record."""
     names: list[str] = []
     while len(names) < most:
         name = _recipe(folder).get("model_name_or_path")
@@ -127,7 +127,7 @@ def ancestors(folder: Path, most: int = 20) -> list[str]:
         if not isinstance(name, str):
             return names
         if inputs.get("model_name_or_path", name) != name and hub_id(name) == name:
-            name = f"./{name}"  # was a folder, for only a hub id is its own digest
+            name = f"./{name}"  # it was a folder: only a hub id is its own digest
         if name in names:
             return names
         names.append(name)
@@ -136,20 +136,20 @@ def ancestors(folder: Path, most: int = 20) -> list[str]:
 
 
 def hub_id(name: str) -> str | None:
-    """A model's (or a data set's) id on the hub, or None where it is a local path or not on the hub under its name."""
+    """A model's (or a data set's) id on the hub; None if it is a local path or not on the hub under its name."""
     if name == embedded.NAME:
         return EMBEDDED_ID
     return name if HUB_ID.fullmatch(name) and not Path(name).exists() and not name.endswith(".jsonl") else None
 
 
 def public(name: str) -> str:
-    """A model's or a file's name without folders of this machine."""
+    """A model's or a file's name without the folders of this machine."""
     is_path = os.path.isabs(name) or name.startswith("~")
     return f"…/{Path(name).name}" if is_path else name
 
 
 def hyper_parameters(recipe: dict[str, Any], provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of what shapes a training, with the defaults that were in force."""
+    """(name, value) of the main hyper-parameters, including the defaults that were in effect."""
     arguments = provenance.get("arguments") or {}
     found = {**(arguments.get("stage") or {}), **(arguments.get("model") or {}), **arguments, **recipe}
     get = lambda key: found.get(key)  # noqa: E731
@@ -182,7 +182,7 @@ def method(found: dict[str, Any]) -> str:
 
 
 def data_rows(recipe: dict[str, Any], provenance: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what for, name, sha256) of each data set that went in."""
+    """(purpose, name, sha256) of each data set the run used."""
     inputs = provenance.get("inputs") or {}
     name, split = recipe.get("dataset_name"), recipe.get("dataset_train_split", "train")
     rows = [("training", f"{name}, split {split}", inputs.get("dataset_name"))] if name else []
@@ -215,7 +215,7 @@ def card_text(folder: Path, provenance: dict, summary: dict | None, measured: di
         parts.append("**The training is not complete; this folder holds no finished model yet.**")
     else:
         who = "reward" if stage == "reward" else "policy"
-        parts += ["## Usage", "In this folder (elsewhere, put its path or hub id in place of the dot):"]
+        parts += ["## Usage", "In this folder (elsewhere, replace the dot with its path or hub id):"]
         parts.append(f"```python\n{USAGE[who, is_adapter]}\n```")
     parts += ["## Made from", *_origin_lines(names, is_adapter), "## Data", _table(
         ("for", "data set", "sha256"), [(w, public(n), f"`{d}`") for w, n, d in data_rows(recipe, provenance)])]  # fmt: skip
@@ -230,7 +230,7 @@ def card_text(folder: Path, provenance: dict, summary: dict | None, measured: di
 
 
 def front_matter(recipe: dict[str, Any], stage: str, names: list[str], is_adapter: bool) -> str:
-    """The YAML that the hub reads; what is not known on the hub is left out."""
+    """The YAML front matter for the hub, without models and data sets that are not on the hub."""
     base, data = _base(names, is_adapter), hub_id(str(recipe.get("dataset_name") or ""))
     found: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
@@ -247,15 +247,15 @@ def front_matter(recipe: dict[str, Any], stage: str, names: list[str], is_adapte
 
 
 def _base(names: list[str], is_adapter: bool) -> str | None:
-    """The model the hub would call the base: an adapter's is what it lies on, a whole model's is where it all started."""
+    """`base_model` as the hub defines it: what an adapter was trained on; for a full model, the earliest ancestor."""
     if not is_adapter:
         return names[-1] if names else None
     base = next((name for name in names if not (Path(name) / "adapter_config.json").is_file()), None)
-    return base if base in (None, names[-1]) else f"./{base}"  # what has a recipe of its own is a folder
+    return base if base in (None, names[-1]) else f"./{base}"  # a model with a recipe of its own is a folder
 
 
 def licence_of(names: list[str]) -> str | None:
-    """The licence of the model at the start, where it is recorded in reach; None where it is not."""
+    """The licence of the earliest ancestor, if it is recorded locally; else None."""
     if not names:
         return None
     if names[-1] == embedded.NAME:
@@ -277,12 +277,12 @@ def _origin_lines(names: list[str], is_adapter: bool) -> list[str]:
         )
     licence = licence_of(names)
     lines.append(f"Licence of the base model: {_plain(licence)}." if licence else
-                 "The licence of the base model is not recorded here; look at its own page before you publish this one.")  # fmt: skip
+                 "The licence of the base model is not recorded; see its own page before you publish this one.")  # fmt: skip
     base = _base(names, is_adapter)
     if is_adapter and (base is None or not hub_id(base) or base == embedded.NAME):
         lines.append(
-            "The adapter's base lies on the machine that trained it: to use it elsewhere, put the base's new place into "
-            "`base_model_name_or_path` of adapter_config.json."
+            "The adapter's base model is on the machine that trained it: to use the adapter elsewhere, set "
+            "`base_model_name_or_path` in adapter_config.json to the new path of the base model."
         )
     return lines
 
@@ -322,7 +322,7 @@ def _table(columns: tuple, rows: list) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line in which a name is no mark-up."""
+    """One line, with Markdown and HTML in it escaped."""
     return " ".join(text.split()).replace("<", "&lt;").replace("[", "\\[")
 
 

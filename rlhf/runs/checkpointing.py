@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and a run that stops when it is asked to: what TRL's trainers lack for that."""
+"""Atomic checkpoints and graceful stopping for TRL's trainers."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class FaultTolerance:
 
     Attributes:
         folder: the run folder.
-        stopper: who is asked to stop.
-        layout: processes and engine, for the manifest.
-        watchdog_s: seconds after which a step that does not end is a hang; None: never.
-        saving_to: where the checkpoint at hand is written, in place of `folder`; None while none is.
-        evaluation_pending: a stop has kept the step at hand from its evaluation.
-        max_spike: a gradient norm of so many times its median of late ends the run; None: none does.
-        finite: whether all losses of the step at hand are, 0-d bool; None: none was taken yet.
-        norms: the gradient norms of the last steps.
-        disk_error: what the disk had to say while this process wrote its part of the checkpoint at hand.
-        portable: checkpoints hold their state in one piece, instead of as the engine splits it.
-        restore: the checkpoint to go on from, where it does.
+        stopper: receives the requests to stop.
+        layout: world size and engine, for the manifest.
+        watchdog_s: a step that takes longer than this many seconds counts as a hang; None disables the watchdog.
+        saving_to: where the current checkpoint is written, in place of `folder`; None while none is being written.
+        evaluation_pending: the stop skipped this step's evaluation; run it on resume.
+        max_spike: abort when the gradient norm exceeds this multiple of its recent median; None disables.
+        finite: whether all losses of the current step are finite, 0-d bool; None before its first loss.
+        norms: the gradient norms of the recent steps.
+        disk_error: disk error raised on this rank while writing the current checkpoint.
+        portable: checkpoints hold the unsharded state, not the engine's own shards.
+        restore: the unsharded checkpoint to resume from; None: there is none.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class FaultTolerance:
     restore: PortableState | None = None
 
     def failure(self) -> str:
-        """What is wrong with the step that has ended, or ''."""
+        """The failure of the step that has just ended (NOT_FINITE or SPIKE), or ''."""
         *before, norm = self.norms or [0.0]
         finite, self.finite = self.finite, None
         if finite is not None and not finite:
@@ -69,27 +69,27 @@ class FaultTolerance:
         return ""
 
 
-HISTORY = 100  # steps whose gradient norms are kept; a fifth of them has to be there for a judgement
+HISTORY = 100  # steps whose gradient norms are kept; the spike check starts after HISTORY / 5 steps
 
 
 class EvaluationStopped(Exception):
-    """A stop was asked for while evaluating."""
+    """A stop was requested during evaluation."""
 
 
 class CheckpointMixin:
-    """Mixed in before TRL's trainer; does nothing until `use_fault_tolerance` is called."""
+    """Precedes TRL's trainer among the bases of a class; does nothing until `use_fault_tolerance` is called."""
 
     fault_tolerance: FaultTolerance | None = None
 
     def use_fault_tolerance(self, fault_tolerance: FaultTolerance) -> None:
-        """From now on checkpoints are placed whole, and requests to stop are heard."""
+        """Write checkpoints atomically and honour requests to stop from now on."""
         self.fault_tolerance = fault_tolerance
-        self.args.logging_nan_inf_filter = False  # it would log the mean of the losses before in place of NaN
+        self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses instead of NaN
         self.add_callback(StopCallback(self))
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.fault_tolerance is not None:  # of each micro-batch; looked at once a step, as that waits for the GPU
+        if self.fault_tolerance is not None:  # per micro-batch; read once per step, as that synchronises with the GPU
             before, now = self.fault_tolerance.finite, torch.isfinite(loss)
             self.fault_tolerance.finite = now if before is None else before & now
         return loss
@@ -105,7 +105,7 @@ class CheckpointMixin:
         return str(saving_to) if saving_to else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write everything beside the run's checkpoints, bring it to the disk with checksums, and only then name it."""
+        """Write to a folder beside the checkpoints, sync it to disk with checksums, then rename it."""
         if self.fault_tolerance is None:
             super()._save_checkpoint(model, trial)
             return
@@ -118,8 +118,8 @@ class CheckpointMixin:
             shutil.rmtree(partial, ignore_errors=True)
         if reason:
             kept = newest_checkpoint(self.fault_tolerance.folder)
-            kept = f"{Path(kept).name} stays" if kept else "there is none yet"
-            say(f"\nwarning: no checkpoint of step {self.state.global_step}: {reason}; {kept}, and training goes on")
+            kept = f"{Path(kept).name} is kept" if kept else "there is no earlier one"
+            say(f"\nwarning: no checkpoint of step {self.state.global_step}: {reason}; {kept}, and training continues")
 
     def _why_no_room(self) -> str:
         reason = ""
@@ -127,11 +127,11 @@ class CheckpointMixin:
             needed = 1.02 * sum(f.stat().st_size for f in Path(newest).rglob("*") if f.is_file())
             free = shutil.disk_usage(self.fault_tolerance.folder).free
             if free < needed:
-                reason = f"it needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
+                reason = f"it needs {needed / 1e9:.2f} GB, but the disk has only {free / 1e9:.2f} GB free"
         return broadcast_object_list([reason])[0]
 
     def _write_checkpoint(self, model, trial, partial: Path) -> str:
-        """Why it could not be written on one process or more; '' if it could."""
+        """The reason why at least one rank could not write its part; '' if all could."""
         reason = ""
         try:
             if is_main():
@@ -143,32 +143,32 @@ class CheckpointMixin:
             return reason
         self.fault_tolerance.saving_to, self.fault_tolerance.disk_error = partial, ""
         try:
-            with self._disk_error_noted():
+            with self._defer_disk_errors():
                 super()._save_checkpoint(model, trial)
         finally:
             self.fault_tolerance.saving_to = None
         return self._first(self.fault_tolerance.disk_error)
 
     @contextlib.contextmanager
-    def _disk_error_noted(self):
-        """While a checkpoint is written, the disk's errors wait until the processes have done what they do together."""
+    def _defer_disk_errors(self):
+        """Defer disk errors while a checkpoint is written, so that no rank leaves the others in a collective."""
         try:
             yield
-        except Exception as error:  # safetensors and torch have kinds of their own for a full disk
+        except Exception as error:  # safetensors and torch have their own exceptions for a full disk
             if self.fault_tolerance is None or self.fault_tolerance.saving_to is None or not is_disk_error(error):
                 raise
             self.fault_tolerance.disk_error = self.fault_tolerance.disk_error or " ".join(str(error).split())
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL calls it with each checkpoint, and before it pushes; its own card says `None` where ours has facts."""
+        """Called by TRL with each checkpoint and before a push; TRL's card says `None` where ours has values."""
         if self.fault_tolerance is not None and is_main():
-            with self._disk_error_noted():
+            with self._defer_disk_errors():
                 write_card(self.fault_tolerance.folder)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        with self._disk_error_noted():
+        with self._defer_disk_errors():
             super()._save(output_dir, state_dict)
-            if output_dir is not None:  # PEFT's, full of [More Information Needed]
+            if output_dir is not None:  # PEFT's card, full of [More Information Needed]
                 (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def _place(self, partial: Path, folder: Path) -> str:
@@ -180,7 +180,7 @@ class CheckpointMixin:
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if is_main() and (metrics := self.fault_tolerance.folder / "metrics.jsonl").is_file():
-                sync_file(metrics)  # its lines up to this step last as long as the checkpoint
+                sync_file(metrics)  # its lines up to this step must be as durable as the checkpoint
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
             files = digest_files(partial, rank, world)
         except OSError as error:
@@ -204,26 +204,26 @@ class CheckpointMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
         if self.fault_tolerance is not None and self.fault_tolerance.portable:
-            with self._disk_error_noted():
+            with self._defer_disk_errors():
                 reason = save_portable(self, Path(output_dir))
                 if not reason:
                     return
                 self.fault_tolerance.portable = False
-                say(f"\nnote: checkpoints will be read by this engine only, not under another launch file: {reason}")
+                say(f"\nnote: checkpoints can be resumed under this engine only, not with other launch files: {reason}")
             if self.fault_tolerance.disk_error:
                 return
         split = self.fault_tolerance is not None and self.is_deepspeed_enabled
-        with self._deepspeed_waits(output_dir) if split else contextlib.nullcontext():
+        with self._deepspeed_defers_errors(output_dir) if split else contextlib.nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
 
     @contextlib.contextmanager
-    def _deepspeed_waits(self, output_dir):
-        """DeepSpeed's engine writes in between of what its processes do together: an error there must not part them."""
+    def _deepspeed_defers_errors(self, output_dir):
+        """DeepSpeed interleaves file writes with collectives: an I/O error on one rank must not desynchronise all."""
         engine = self.model_wrapped
         write = engine.checkpoint_engine.save
 
         def save(*args, **kwargs):
-            with self._disk_error_noted():
+            with self._defer_disk_errors():
                 write(*args, **kwargs)
 
         engine.checkpoint_engine.save = save
@@ -234,11 +234,11 @@ class CheckpointMixin:
         finally:
             del engine.checkpoint_engine.save, engine._copy_recovery_script, engine.save_checkpoint
         if is_main():
-            with self._disk_error_noted():
+            with self._defer_disk_errors():
                 (Path(output_dir) / "latest").write_text(f"global_step{engine.global_steps}")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """A state in one piece goes in by parts: weights first, the rest when the engine has wrapped all."""
+        """Restore an unsharded state in two steps: the weights first, the rest when the engine has wrapped them."""
         if self.fault_tolerance is None or self.fault_tolerance.restore is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.fault_tolerance.restore.restore_weights(self.model)
@@ -252,7 +252,7 @@ class CheckpointMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _first(self, reason: str) -> str:
-        """The first process's reason that is not '', on all of them."""
+        """The reason of the lowest rank that has one, on all ranks; '' if none has."""
         return next(filter(None, gather_object([reason])), "")
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False):
@@ -265,7 +265,7 @@ class CheckpointMixin:
 
 
 class StopCallback(TrainerCallback):
-    """Asks after each step whether to stop, and keeps the watchdog quiet."""
+    """Checks after each step whether to stop, and resets the watchdog."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -285,7 +285,7 @@ class StopCallback(TrainerCallback):
         watch(self.fault_tolerance.watchdog_s)
         request = self.fault_tolerance.stopper.agree(self.fault_tolerance.failure())
         if request in (NOT_FINITE, SPIKE):
-            raise UserError(why_it_ends(request, self.fault_tolerance, state.global_step))
+            raise UserError(failure_message(request, self.fault_tolerance, state.global_step))
         if request and state.global_step < state.max_steps:
             at_end = args.eval_strategy == "epoch" and math.isclose(state.epoch, round(state.epoch))
             self.fault_tolerance.evaluation_pending = control.should_evaluate or at_end
@@ -309,26 +309,27 @@ class StopCallback(TrainerCallback):
         return bool(self.fault_tolerance.stopper.agreed) and state.global_step < state.max_steps
 
 
-def why_it_ends(failure: str, fault_tolerance: FaultTolerance, step: int) -> str:
-    """The sentence for a loss or a gradient that training should not go on from."""
+def failure_message(failure: str, fault_tolerance: FaultTolerance, step: int) -> str:
+    """The error message for a loss or a gradient norm after which training must not continue."""
     kept = newest_checkpoint(fault_tolerance.folder)
-    kept = f"{kept} is from before it" if kept else "no checkpoint had been written"
+    kept = f"the last checkpoint before it is {kept}" if kept else "no checkpoint had been written"
     if failure == SPIKE:
         *before, norm = fault_tolerance.norms
+        limit = f"max_gradient_spike={fault_tolerance.max_spike:g}"
         return (
-            f"the gradient norm of step {step} is {norm:.3g}, and its median over the {len(before)} steps before "
-            f"{statistics.median(before):.3g}: more than max_gradient_spike={fault_tolerance.max_spike:g} times as much; {kept}. Look at "
-            "the data of this step, or raise max_gradient_spike (0: never stop), and give the same command again"
+            f"the gradient norm of step {step} is {norm:.3g}, more than {limit} times the median of the {len(before)} "
+            f"steps before it, {statistics.median(before):.3g}; {kept}. Inspect the data of this step, or raise "
+            "max_gradient_spike (0 disables the check), and run the same command to resume"
         )
     return (
-        f"the loss of step {step} is not a finite number, so training would only spoil the model further; {kept}. Usual "
+        f"the loss of step {step} is not a finite number, and more training would only damage the model; {kept}. Usual "
         "causes: a learning rate that is too high, fp16 where bf16 is possible, a broken input model. Change the recipe and "
         "start with --fresh"
     )
 
 
-def end_if_stopped(trainer) -> None:
-    """After training: note what was asked for and raise Stopped, if it was and there is more to do."""
+def raise_if_stopped(trainer) -> None:
+    """After training: if it was stopped before its last step, write stopped.json and raise Stopped."""
     fault_tolerance, state = trainer.fault_tolerance, trainer.state
     if not fault_tolerance.stopper.agreed or state.global_step >= state.max_steps:
         return
@@ -339,13 +340,14 @@ def end_if_stopped(trainer) -> None:
     trainer.accelerator.wait_for_everyone()
     say(
         f"\nStopped after step {state.global_step} of {state.max_steps} ({fault_tolerance.stopper.agreed}); "
-        f"{'saved as ' + checkpoint if checkpoint else 'no checkpoint could be written'}. The same command goes on from there."
+        f"{'saved as ' + checkpoint if checkpoint else 'no checkpoint could be written'}. "
+        "Run the same command to resume."
     )
     raise Stopped
 
 
 def note_stop(folder: Path, by: str, step: int = 0, of: int = 0, checkpoint: str | None = None) -> None:
-    """Write stopped.json, and remove the file `stop`: it has been answered, and must not stop the next start too."""
+    """Write stopped.json and remove the file `stop`, so that it does not stop the next start too."""
     note = {"step": step, "of": of, "by": by, "checkpoint": checkpoint}
     write_file(folder / "stopped.json", json.dumps(note) + "\n")
     (folder / STOP_FILE).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 
 
 def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]:
-    """`{name: [bytes, sha256]}` of a checkpoint's files, each brought to the disk; of every `parts`-th one from `part`."""
+    """`{name: [bytes, sha256]}` of a checkpoint's files, each synced to disk; every `parts`-th file from `part` on."""
     found = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)[part::parts]:
         sync_file(file)
@@ -25,13 +25,13 @@ def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]
 
 
 def place_checkpoint(partial: Path, folder: Path, files: dict[str, list], **more: Any) -> None:
-    """Write the manifest of a checkpoint that is on the disk, and give it its name: from now on it may be resumed.
+    """Write the manifest of a checkpoint whose files are on disk, and rename it: from now on it can be resumed.
 
     Args:
-        partial: where its files are.
-        folder: where it belongs (`checkpoint-N`); one that is there already is replaced.
-        files: of `digest_files`.
-        more: what else the manifest tells (processes, layout, ...).
+        partial: the folder that holds its files.
+        folder: the final name (`checkpoint-N`); an existing checkpoint of that name is replaced.
+        files: from `digest_files`.
+        more: further entries of the manifest (processes, layout, ...).
     """
     write_file(partial / MANIFEST, json.dumps({"files": files, **more}) + "\n")
     for directory in {partial, *(f.parent for f in partial.rglob("*"))}:
@@ -43,23 +43,23 @@ def place_checkpoint(partial: Path, folder: Path, files: dict[str, list], **more
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint so that a kill in between leaves nothing that looks whole."""
+    """Delete a checkpoint, its manifest first, so that a kill meanwhile leaves nothing that looks complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def rotate_checkpoints(folder: Path, keep: int | None, best: str | None = None) -> None:
-    """Delete all whole checkpoints but the newest `keep` and the best one, and what a kill has left half-written."""
+    """Delete all complete checkpoints but the newest `keep` and the best one, and incomplete ones that a kill left."""
     numbered = checkpoints(folder)
-    whole = [step for step in sorted(numbered) if (numbered[step] / MANIFEST).is_file()]
-    old = whole[: -max(keep, 1)] if keep else []
+    complete = [step for step in sorted(numbered) if (numbered[step] / MANIFEST).is_file()]
+    old = complete[: -max(keep, 1)] if keep else []
     for step, path in numbered.items():
-        if (step in old or (whole and step not in whole)) and str(path) != best:
+        if (step in old or (complete and step not in complete)) and str(path) != best:
             remove_checkpoint(path)
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint of the highest step whose files are all there in their size, or None."""
+    """The checkpoint of the highest step whose files are all present with their recorded sizes, or None."""
     steps = sorted(checkpoints(folder).items(), reverse=True)
     return next((str(path) for _, path in steps if not checkpoint_damage(path)), None)
 
@@ -68,12 +68,12 @@ def checkpoint_damage(folder: Path, verify: bool = False, part: int = 0, parts: 
     """What is wrong with a checkpoint; '' if nothing is.
 
     Args:
-        verify: read the files and compare their checksums too; of every `parts`-th one from `part` on, as ranks share them.
+        verify: also read every `parts`-th file from `part` on and compare its checksum: ranks share the files.
     """
     manifest = read_manifest(folder)
     files = (manifest or {}).get("files")
     if manifest is None or not isinstance(files, dict) or not files:
-        return "it was never finished (no manifest that can be read)"
+        return "it was never finished (no readable manifest)"
     if not _is_layout(manifest.get("layout")):
         return f"its manifest says layout: {quote(manifest['layout'])}"
     for number, (name, noted) in enumerate(files.items()):
@@ -88,7 +88,7 @@ def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
     if non_negative_int(size) is None or not isinstance(digest, str):
         return f"its manifest says {quote(noted)} of {quote(name)}, expected size and sha256"
     if os.path.isabs(name) or ".." in Path(name).parts:
-        return f"its manifest names {quote(name)}, a file outside of it"
+        return f"its manifest names {quote(name)}, a file outside the checkpoint"
     path = folder / name
     if not os.path.isfile(path):
         return f"{quote(name)[1:-1]} is missing"
@@ -96,12 +96,12 @@ def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:
         return f"{name} has {path.stat().st_size} bytes, {size} were written"
     if verify:
         if sha256_of(path) != digest:
-            return f"the content of {name} is not what was written (sha256)"
+            return f"the content of {name} differs from what was written (sha256)"
     return ""
 
 
 def _is_layout(layout: Any) -> bool:
-    """Whether this is what `Layout.record` gives; also None, of before it was recorded."""
+    """Whether this is a result of `Topology.record`; also None, from before it was recorded."""
     if layout is None:
         return True
     texts = isinstance(layout, dict) and all(isinstance(layout.get(key), str) for key in ("engine", "split"))
@@ -109,5 +109,5 @@ def _is_layout(layout: Any) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's manifest says."""
+    """The content of a checkpoint's manifest; None if it can't be read."""
     return read_json(Path(folder) / MANIFEST)

@@ -1,4 +1,4 @@
-"""The command that repeats a run: what started it, as it can be pasted, whichever way it was started."""
+"""The command that repeats a run, ready to be pasted into a shell, whichever way the run was started."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import world_size
 
-LAUNCH_FILE = "LAUNCH_FILE.yaml"  # stands for the one that could not be found out
+LAUNCH_FILE = "LAUNCH_FILE.yaml"  # placeholder for a file whose name is unknown
 TOKEN = re.compile(r"--(?:hub_|push_to_hub_)?token(=.*)?")
 
 
 def command_of(recipe: Recipe) -> list[str]:
-    """`rlhf STAGE RECIPE --key value ...`, whether `rlhf`, `python -m rlhf`, a launcher or Python code runs it."""
+    """`rlhf STAGE RECIPE --key value ...`, whether `rlhf`, `python -m rlhf`, a launcher or Python code started it."""
     if sys.argv[1:2] == [recipe.stage]:
         return ["rlhf", *_without_tokens(sys.argv[1:])]
     given = [key for key, line in recipe.lines.items() if line is None]  # on the command line, not in the file
@@ -27,7 +27,7 @@ def command_of(recipe: Recipe) -> list[str]:
 
 
 def _without_tokens(words: list[str]) -> list[str]:
-    """Credentials stay out of files: `--hub_token X` becomes `--hub_token ...`."""
+    """Keep credentials out of files: `--hub_token X` becomes `--hub_token ...`."""
     kept = []
     for word, before in zip(words, ["", *words], strict=False):
         match = TOKEN.fullmatch(word)
@@ -39,10 +39,10 @@ def _without_tokens(words: list[str]) -> list[str]:
 
 
 def launcher_of(command_lines: Iterator[list[str]] | None = None) -> dict[str, Any] | None:
-    """What started this process on behalf of `accelerate launch` or `torchrun`; None where neither did.
+    """The `accelerate launch` or `torchrun` command that started this process; None if neither did.
 
     Args:
-        command_lines: of the processes above this one, the nearest first; default: those of this host.
+        command_lines: of the ancestors of this process, nearest first; default: read from /proc.
 
     Returns:
         {"command": words up to `-m`, "complete": whether they were read from the launcher itself}
@@ -59,7 +59,7 @@ def launcher_of(command_lines: Iterator[list[str]] | None = None) -> dict[str, A
 
 
 def launcher_words(words: list[str]) -> list[str]:
-    """The launcher's part of a command line, without interpreter and folders; [] where it is no launcher of ours.
+    """The launcher's part of a command line, without interpreter and folders; [] if it does not launch rlhf.
 
     Example: ["/x/python", "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "rlhf", "sft", "sft.yaml"]
         -> ["accelerate", "launch", "--num_processes", "2"].
@@ -80,12 +80,12 @@ def launcher_words(words: list[str]) -> list[str]:
 
 
 def parents(most: int = 6) -> Iterator[list[str]]:
-    """The command lines of the processes above this one, the nearest first; none where there is no /proc."""
+    """The command lines of the ancestors of this process, nearest first; none if there is no /proc."""
     number = os.getppid()
     for _ in range(most):
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            # after the name in brackets, which may hold anything, come the state and the parent's number
+            # after the name in brackets, which may contain anything, come the state and the parent's process id
             number = int(Path(f"/proc/{number}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             return
@@ -95,7 +95,7 @@ def parents(most: int = 6) -> Iterator[list[str]]:
 
 
 def shell_line(provenance: dict[str, Any]) -> str:
-    """The line that repeats a run, quoted for a shell, of what its provenance.json says."""
+    """The shell-quoted line that repeats a run, from the content of its provenance.json."""
     words = list(provenance.get("command") or ["rlhf"])
     if Path(words[0]).name == "__main__.py":  # recorded by an older version
         words[0] = "rlhf"
@@ -104,7 +104,7 @@ def shell_line(provenance: dict[str, Any]) -> str:
 
 
 def is_complete(provenance: dict[str, Any]) -> bool:
-    """Whether the line is all of it; False where a launcher started the run and its own flags could not be read."""
+    """Whether `shell_line` is complete; False if a launcher started the run and its own flags could not be read."""
     launcher = provenance.get("launcher")
     if "launcher" not in provenance:  # an older version did not record it
         return int((provenance.get("hardware") or {}).get("processes") or 1) == 1

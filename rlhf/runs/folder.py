@@ -1,14 +1,14 @@
-"""The run folder: whose it is, where to go on, and when it is complete. Imports no torch, so that skipping is instant.
+"""The run folder: ownership, resume point, completion. Imports no torch, so that complete runs are skipped instantly.
 
 A run folder holds the finished model (safetensors, tokenizer, template) and beside it
-    recipe.yaml        the recipe as it was run, command line included
+    recipe.yaml        the recipe as it was run, including overrides from the command line
     provenance.json    versions, git commit, hardware, digests of data and input model, all arguments
-    metrics.jsonl      one line a log
-    checkpoint-N/      the trainer's state after step N; it gets this name when all of it is on the disk, with a manifest of
-                       sizes and checksums (`manifest.json`)
-    stopped.json       of a run that was asked to stop: step, checkpoint and by what; gone when it goes on
+    metrics.jsonl      one line per log
+    checkpoint-N/      the trainer's state after step N; renamed to this name once all of it is on disk, with a manifest
+                       of sizes and checksums (`manifest.json`)
+    stopped.json       of a run that was asked to stop: step, checkpoint and what asked; removed when the run resumes
     .lock              held by the run that writes here
-    complete.json      written last: the model was reloaded and compared, with its files, sizes and sha256
+    complete.json      written last, after the model was reloaded and compared: its files, sizes and sha256
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from rlhf.runs.command import command_of, launcher_of, shell_line
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_complete, read_recipe
 
-# May be in a folder that is otherwise empty.
+# Allowed in an otherwise empty folder.
 OURS = re.compile(r"\.lock|stop|stopped\.json|\.partial|\.rlhf-preflight-.*")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An output folder that is ours to write.
+    """An output folder that this run may write to.
 
     Attributes:
         folder: the output directory.
-        complete: what `complete.json` says, or None while there is work to do.
+        complete: the content of `complete.json`; None while the run is not complete.
         resume_from: the newest complete checkpoint folder; None to start from scratch.
         lock: held while this process writes there.
-        resumes_unsharded: the state in `resume_from` is unsharded, so that any launch file can read it.
+        resumes_unsharded: the state in `resume_from` is unsharded, so any launch file can read it.
     """
 
     folder: Path
@@ -57,23 +57,23 @@ class RunFolder:
 
 
 def open_run(recipe: Recipe, inputs: dict[str, str]) -> RunFolder:
-    """Look at the output directory before anything is loaded: new, to be resumed, complete, or not ours.
+    """Inspect the output directory before anything is loaded: new, to be resumed, complete, or not this run's.
 
     Args:
         recipe: the validated recipe.
-        inputs: digests of the data and of the models that go in, by the name of their key.
+        inputs: digests of the data and of the input models, by recipe key.
 
     Raises:
-        UserError: the folder holds another run (the differing keys are listed) or things that are no run, it can't be
-            written to, or the disk is full. Nothing is changed.
+        UserError: the folder holds another run (the differing keys are listed) or other files, or it can't be written
+            to. Nothing is changed.
     """
     folder = Path(recipe.values["output_dir"])
     where = recipe.where("output_dir")
     found = _names_in(folder, where)
     if found and "recipe.yaml" not in found:
         raise UserError(
-            f"{where}: output_dir {folder} holds other files ({', '.join(quote(n)[1:-1] for n in found[:4])}) and no run of "
-            "ours; name another folder (nothing was overwritten)"
+            f"{where}: output_dir {folder} holds other files ({', '.join(quote(n)[1:-1] for n in found[:4])}) and "
+            "no run; name another folder (nothing was overwritten)"
         )
     if found:
         refuse_other_run(recipe, folder, inputs)
@@ -82,18 +82,18 @@ def open_run(recipe: Recipe, inputs: dict[str, str]) -> RunFolder:
 
 
 def _names_in(folder: Path, where: str) -> list[str]:
-    """What an output folder holds beside `OURS`; [] if it is not there yet."""
+    """The names in an output folder other than `OURS`; [] if the folder does not exist yet."""
     for path in (folder, *folder.parents):
         if os.path.islink(path) and not os.path.exists(path):
             raise UserError(
-                f"{where}: output_dir {quote(str(folder))[1:-1]}: {path} is a link to {os.readlink(path)}, which is not "
-                "there; name another folder, or make that one"
+                f"{where}: output_dir {quote(str(folder))[1:-1]}: {path} is a link to {os.readlink(path)}, which "
+                "does not exist; name another folder, or create that one"
             )
     if os.path.isfile(folder):
         raise UserError(f"{where}: output_dir {folder} is a file; name a folder")
     try:
         return sorted(p.name for p in folder.iterdir() if not OURS.fullmatch(p.name))
-    except (FileNotFoundError, NotADirectoryError):  # the latter: it lies below a file, which _check_writable says
+    except (FileNotFoundError, NotADirectoryError):  # the latter: it is below a file, which _check_writable reports
         return []
     except (OSError, ValueError) as error:  # too long, not permitted; a NUL in the name
         reason = getattr(error, "strerror", None) or error
@@ -103,7 +103,7 @@ def _names_in(folder: Path, where: str) -> list[str]:
 
 
 def refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> None:
-    """Raise UserError with what differs, if the run in `folder` is not this recipe's, of these inputs."""
+    """Raise UserError with the differences if the run in `folder` has another recipe or other inputs."""
     before = read_recipe(folder / "recipe.yaml")
     if before is None:
         raise UserError(f"{folder / 'recipe.yaml'} can't be read; move the folder away and start again")
@@ -117,7 +117,7 @@ def refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> No
         old = recorded.get(key)
         if old is not None and old != digest and not any(c.startswith(f"{key}:") for c in changed):
             named = f"{key} ({recipe.get(key)})" if recipe.get(key) else f"the {key} data"
-            changed.append(f"the content of {named} is not what it was")
+            changed.append(f"the content of {named}")
     if changed:
         shown = [c for i, c in enumerate(changed) if i == 0 or len("; ".join(changed[: i + 1])) <= 300]
         more = f"; and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
@@ -128,7 +128,7 @@ def refuse_other_run(recipe: Recipe, folder: Path, inputs: dict[str, str]) -> No
 
 
 def _inputs_before(folder: Path) -> dict[str, Any]:
-    """The digests of the inputs that provenance.json has recorded; {} if that file was never written."""
+    """The digests of the inputs recorded in provenance.json; {} if that file was never written."""
     path = folder / "provenance.json"
     if not os.path.lexists(path):
         return {}
@@ -136,7 +136,7 @@ def _inputs_before(folder: Path) -> dict[str, Any]:
     inputs = None if provenance is None else provenance.get("inputs", {})
     if not isinstance(inputs, dict):
         raise UserError(
-            f"{path} is damaged, so it can't be told whether data and input model are those of the run in this folder; move "
+            f"{path} is damaged, so data and input model can't be compared with those of the run in this folder; move "
             "that file away to resume without this comparison, or give --fresh to train in a new folder"
         )
     return inputs
@@ -147,7 +147,7 @@ def _check_writable(folder: Path, where: str) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UserError(f"{where}: output_dir {folder} lies below the file {parent}; name another folder")
+        raise UserError(f"{where}: output_dir {folder} is below the file {parent}; name another folder")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{where}: output_dir {folder} can't be written to ({parent} is read-only for this user)")
 
@@ -165,11 +165,11 @@ def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def begin_run(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any]) -> None:
+def start_run(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any]) -> None:
     """Write recipe.yaml and provenance.json (main process only)."""
     run.folder.mkdir(parents=True, exist_ok=True)
     started = {"command": command_of(recipe), "launcher": launcher_of()}
-    text = f"# {recipe.path}, as it was run by `{' '.join(shell_line(started).split())}`\n"
+    text = f"# {recipe.path}, as run by `{' '.join(shell_line(started).split())}`\n"
     write_file(run.folder / "recipe.yaml", text + yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True))
     provenance = {
         "stage": recipe.stage,
@@ -184,16 +184,16 @@ def begin_run(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments:
 
 
 def finish_run(run: RunFolder, summary: dict[str, Any]) -> None:
-    """Write complete.json, last of all (main process only)."""
+    """Write complete.json, the last file of a run (main process only)."""
     summary = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), **summary}
     write_file(run.folder / "complete.json", json.dumps(summary, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def fresh_folder(folder: Path) -> Path:
-    """The first of `folder`, `folder-2`, `folder-3`, ... that holds nothing yet."""
+    """The first of `folder`, `folder-2`, `folder-3`, ... that is empty or does not exist."""
     if folder.name in ("", ".."):
         raise UserError(
-            f"--fresh makes a new folder beside output_dir, and {folder} has no name; give --output_dir another one"
+            f"--fresh makes a new folder beside output_dir, but {folder} has no name; give --output_dir another one"
         )
     number, found = 1, folder
     while os.path.lexists(found) and (not os.path.isdir(found) or os.listdir(found)):

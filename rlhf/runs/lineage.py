@@ -1,4 +1,4 @@
-"""Which recipe of the same folder makes a model, and whether it has done so yet."""
+"""Which recipe of the same folder produces a model, and whether its run is complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.runs.records import read_recipe
 
 
 def maker_of(recipe: Recipe, name: str | None) -> str:
-    """The command that makes this model, if a recipe of the same folder has it as output_dir; else ''."""
+    """The command that produces this model, if a recipe of the same folder has it as output_dir; else ''."""
     return " ".join(("rlhf", *found)) if (found := _sibling_that_makes(recipe, name)) else ""
 
 
@@ -21,7 +21,7 @@ def _sibling_that_makes(recipe: Recipe, name: str | None) -> tuple[str, str] | N
         sibling = Path(recipe.path).parent / f"{stage}.yaml"
         if stage == recipe.stage:
             continue
-        output = (read_recipe(sibling) or {}).get("output_dir")  # a sibling that can't be read is for its own --check
+        output = (read_recipe(sibling) or {}).get("output_dir")  # its own --check reports an unreadable one
         if isinstance(output, str) and output and _same_path(output, name):
             return stage, str(sibling)
     return None
@@ -32,15 +32,15 @@ def _same_path(one: str, other: str) -> bool:
 
 
 def waits_for(recipe: Recipe, name: str) -> str:
-    """The command that has yet to make (or finish) this model; '' if it is there or comes from elsewhere."""
+    """The command that still has to produce (or finish) this model; '' if it is complete or comes from elsewhere."""
     return "" if os.path.lexists(Path(name) / "complete.json") else maker_of(recipe, name)
 
 
 def starting_model(recipe: Recipe) -> tuple[str, bool]:
-    """The model that a recipe starts from; where a sibling recipe has yet to make it, the one that this starts from.
+    """The model a recipe starts from; while a sibling recipe has yet to produce it, that sibling's starting model.
 
     Returns:
-        (name, whether the recipe's own model is yet to be made)
+        (name, whether the recipe's own input model does not exist yet)
     """
     name, waits = recipe.values["model_name_or_path"], False
     seen = set()

@@ -1,4 +1,4 @@
-"""What a run tells: lines and progress bars on the screen, metrics.jsonl beside the model."""
+"""A run's output: lines and progress bars on the screen, metrics.jsonl beside the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rlhf.files import non_negative_int, read_json_lines, write_file
 
 
 def add_callbacks(trainer, run_folder: Path, title: str) -> None:
-    """Our progress bar, or lines where there is no terminal, in place of the trainer's printed dicts; and metrics.jsonl."""
+    """Replace the trainer's printed dicts by our progress bar (lines without a terminal), and write metrics.jsonl."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Metrics(TrainerCallback):
         path = run_folder / "metrics.jsonl"
-        waiting = ""  # lines that a full disk has kept back
+        waiting = ""  # lines not yet written because the disk is full
 
         def on_train_begin(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
@@ -46,11 +46,11 @@ def add_callbacks(trainer, run_folder: Path, title: str) -> None:
 
 
 def _progress(title: str) -> type:
-    """The callback that shows how far a run is: a bar in a terminal, lines in a log file."""
+    """The callback that shows progress: a bar in a terminal, lines in a log file."""
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
-        """The trainer's own, with our bar."""
+        """The trainer's own callback, with our bar."""
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.current_step, self.logs = state.global_step, {}
@@ -59,12 +59,12 @@ def _progress(title: str) -> type:
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if self.training_bar is not None and logs:
-                self.logs |= logs  # held-out metrics and the summary at the end come without those of training
+                self.logs |= logs  # held-out metrics and the final summary lack those of training
                 self.training_bar.parts = metrics(self.logs)
                 self.training_bar.refresh()
 
     class Lines(ProgressCallback):
-        """For log files: a line for each log, instead of a bar."""
+        """For log files: one line per log instead of a bar."""
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.first, self.started = state.global_step, time.monotonic()
@@ -90,7 +90,7 @@ def _progress(title: str) -> type:
 
 
 def append(path: Path, text: str) -> bool:
-    """Add text to the end of a file, all of it or, where the disk is full or read-only, nothing; whether it is there."""
+    """Append text to a file: all of it, or nothing if the disk is full or read-only. Returns whether it was written."""
     try:
         with open(path, "ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -103,7 +103,7 @@ def append(path: Path, text: str) -> bool:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; lines that are damaged (a kill tears the last one) are left out."""
+    """The lines of metrics.jsonl, without damaged ones (a kill truncates the last one)."""
     return [
         row for row in read_json_lines(Path(folder) / "metrics.jsonl") if non_negative_int(row.get("step")) is not None
     ]

@@ -1,9 +1,10 @@
-"""A training state in one piece: trained weights and what the optimizer keeps of them, by the parameters' names.
+"""The unsharded training state: trained weights and optimizer state, by the parameters' names.
 
-What DeepSpeed and FSDP2 save can be read by the same engine only, and ZeRO's by the same number of processes. These files
-can be read by any: one process, DDP, ZeRO-1 to 3 and FSDP2, on any number of processes. They hold, as safetensors, for each
-trained parameter NAME `weight:NAME` (fp32 where the engine keeps a master copy) and of its optimizer `exp_avg:NAME`,
-`exp_avg_sq:NAME` (Adam's moments) and `step:NAME`; and of the learning rate's schedule `schedule:last_epoch`.
+Checkpoints of DeepSpeed and FSDP2 can be read by the same engine only, and those of ZeRO only with the same world size.
+These files can be read by any engine: one process, DDP, ZeRO-1 to 3 and FSDP2, with any world size. They hold, as
+safetensors, for each trained parameter NAME `weight:NAME` (fp32 where the engine keeps a master copy) and its optimizer
+state `exp_avg:NAME`, `exp_avg_sq:NAME` (Adam's moments) and `step:NAME`; and the position of the learning-rate
+schedule, `schedule:last_epoch`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from rlhf.distributed.sharding import full_tensor, is_zero3, shard_like, writabl
 from rlhf.errors import UserError
 
 NAME = "portable-{:05d}.safetensors"
-SHARD_BYTES = 2 << 30  # so much of a state does the main process hold at a time
+SHARD_BYTES = 2 << 30  # maximum of the state that the main process holds at a time
 
 
 def is_portable(files) -> bool:
-    """Whether the names of a checkpoint's files are those of one that has its state in one piece."""
+    """Whether a checkpoint with these file names holds an unsharded state."""
     return NAME.format(0) in files
 
 
@@ -32,13 +33,13 @@ def is_portable(files) -> bool:
 
 
 def save_portable(trainer, folder: Path) -> str:
-    """Write the state; all processes must call.
+    """Write the state; a collective that all ranks must call.
 
     Returns:
-        Why it can't be (the optimizer keeps something else than numbers a weight or a step); '' if it is written.
+        Why it can't be written (the optimizer keeps state other than one number per weight or per step); '' if it was.
 
     Raises:
-        OSError, SafetensorError: of the disk, on the main process, after all others have done their part.
+        OSError, SafetensorError: a disk error, on the main process only, once the collective has ended on all ranks.
     """
     if reason := _why_not(trainer):
         return reason
@@ -60,27 +61,27 @@ def save_portable(trainer, folder: Path) -> str:
 def _write(shard: dict[str, torch.Tensor], folder: Path, number: int) -> Exception | None:
     try:
         save_file(shard, folder / NAME.format(number))
-    except Exception as error:  # raised when the other processes are no longer waiting for this one
+    except Exception as error:  # raised later, when the other ranks no longer wait for this one
         return error
     return None
 
 
 def _why_not(trainer) -> str:
     if trainer.is_deepspeed_enabled and trainer.args.fp16:
-        return "DeepSpeed keeps a loss scale of its own for fp16"
+        return "DeepSpeed keeps its own loss scale for fp16"
     if not isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return f"{type(trainer.lr_scheduler).__name__} is no schedule that a step's number decides"
+        return f"{type(trainer.lr_scheduler).__name__} is not a pure function of the step"
     optimizer = _inner(trainer)
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             plain = not torch.is_tensor(value) or value.dim() == 0 or value.is_floating_point()
             if not plain or (torch.is_tensor(value) and value.dim() and value.shape != parameter.shape):
-                return f"{type(optimizer).__name__} keeps {key} in a shape or type of its own"
+                return f"{type(optimizer).__name__} keeps {key} in another shape or type than the parameter"
     return ""
 
 
 def _whole_state(trainer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Keys and whole tensors, gathered one at a time; the same order on all processes."""
+    """Keys and unsharded tensors, gathered one at a time, in the same order on all ranks."""
     yield "schedule:last_epoch", torch.tensor(trainer.lr_scheduler.last_epoch)
     zero, optimizer = _zero(trainer), _inner(trainer)
     if zero is None:
@@ -113,13 +114,13 @@ def _zero(trainer):
 
 
 def _inner(trainer):
-    """The optimizer that does the arithmetic."""
+    """The torch optimizer that computes the update."""
     zero = _zero(trainer)
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer) if zero is None else zero.optimizer
 
 
 def _flat_parameters(zero) -> list[torch.Tensor]:
-    """DeepSpeed's flat fp32 partitions, on which its optimizer works."""
+    """DeepSpeed's flat fp32 partitions, which its optimizer updates."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         return zero.fp32_partitioned_groups_flat
     return [flat for group in zero.optimizer.param_groups for flat in group["params"]]
@@ -129,12 +130,12 @@ def _flat_parameters(zero) -> list[torch.Tensor]:
 
 
 class PortableState:
-    """The files of a checkpoint, read a tensor at a time.
+    """The files of a checkpoint, read one tensor at a time.
 
     Attributes:
         folder: the checkpoint.
-        names: the parameters that were trained.
-        kept: what the optimizer keeps of them, in the shape of the weight.
+        names: the trained parameters.
+        kept: the kinds of optimizer state that have the weight's shape (`exp_avg`, ...).
     """
 
     def __init__(self, folder: Path):
@@ -146,21 +147,21 @@ class PortableState:
         self.kept = sorted(kinds - {"weight", "step", "schedule"})
 
     def get(self, kind: str, name: str) -> torch.Tensor | None:
-        """`weight`, `step`, `exp_avg`, ... of a parameter, on the CPU; None where the optimizer had none."""
+        """`weight`, `step`, `exp_avg`, ... of a parameter, on the CPU; None if the optimizer had no such state."""
         key = f"{kind}:{name}"
         return self._place[key].get_tensor(key) if key in self._place else None
 
     def restore_weights(self, model) -> None:
-        """Put the trained weights into a model that no engine has wrapped yet.
+        """Copy the trained weights into a model that no engine has wrapped yet.
 
         Raises:
-            UserError: the model trains other parameters than those of the state.
+            UserError: the model trains other parameters than the saved ones.
         """
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if different := sorted(trained.keys() ^ set(self.names)):
             raise UserError(
-                f"{self.folder} is of a run that trains other parameters than this one (such as {different[0]}); begin anew "
-                "with --fresh"
+                f"{self.folder} is from a run that trains other parameters than this one (such as {different[0]}); "
+                "start from scratch with --fresh"
             )
         for name, parameter in trained.items():
             with writable(parameter), torch.no_grad():
@@ -168,7 +169,7 @@ class PortableState:
                     parameter.copy_(self.get("weight", name))
 
     def restore_optimizer(self, trainer) -> None:
-        """Put the optimizer's state, the master weights and the learning rates where the engine at hand keeps them."""
+        """Copy optimizer state, master weights and learning rates to where the current engine keeps them."""
         if _zero(trainer) is None:
             self._into_torch(trainer)
         else:
@@ -202,7 +203,7 @@ class PortableState:
             if steps:
                 state["step"] = _step_for(zero.optimizer, float(max(steps)), flat)
             zero.optimizer.state[flat] = state
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 do it after their first step
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 call it after their first step
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in _trained(trainer):
             for kind in ("weight", *self.kept):
@@ -211,7 +212,7 @@ class PortableState:
 
 
 def _step_for(optimizer, step: float, flat: torch.Tensor):
-    """A number of steps as this optimizer counts them; one object a partition, or all would count it."""
+    """The step count in this optimizer's type; one object per partition, as each partition increments its own."""
     if type(optimizer).__name__ == "DeepSpeedCPUAdam":
         return int(step)
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -227,7 +228,7 @@ def _set_zero(parameter, kind: str, value: torch.Tensor) -> None:
     )
 
     value = value.float().to(parameter.device)
-    if is_zero3(parameter):  # its whole setter lacks the padding of the last process
+    if is_zero3(parameter):  # its full setter does not pad the shard of the last rank
         part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
         padded = torch.nn.functional.pad(
             value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())

@@ -1,4 +1,4 @@
-"""What a run is made of: versions, hardware, git commit, digests of the models that go in."""
+"""The provenance of a run: versions, hardware, git commit, digests of its input models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "d
 
 
 def model_digest(name: str) -> str:
-    """What a model is, as a short text, so that a stage notices that its input model was trained anew.
+    """A short text that identifies a model, so that a stage notices when its input model was trained again.
 
-    The sha256 of the embedded model, or the one that the model's own run recorded; for other folders the names and sizes
-    of their weight files; a hub id as it is (its commit is in provenance.json).
+    The sha256 of the embedded model, or the one recorded by the model's own run; for other folders the names and sizes
+    of their weight files; for a hub id the id itself (its commit is in provenance.json).
     """
     if name == embedded.NAME:
         return embedded.GGUF_SHA256
@@ -33,11 +33,11 @@ def model_digest(name: str) -> str:
     summary, damage = look_at_complete(folder)
     if damage:
         raise UserError(
-            f"{folder / 'complete.json'} is damaged ({damage}), so it can't be told which model this is; if the weights beside it "
-            "are right, remove that file, else write or copy the model again"
+            f"{folder / 'complete.json'} is damaged ({damage}), so the model beside it can't be identified; if its "
+            "weights are right, remove that file, else write or copy the model again"
         )
     recorded = (summary or {}).get("weights_sha256")
-    weights = [w for w in sorted(folder.glob("*.safetensors")) if os.path.isfile(w)]  # not links to what is gone
+    weights = [w for w in sorted(folder.glob("*.safetensors")) if os.path.isfile(w)]  # without dangling links
     return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in weights)
 
 
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit of the source tree this package runs from, with `+changes` if it is not clean; None outside of git.
 
-    An image has no git: there RLHF_GIT_COMMIT tells it.
+    A container image has no git: its build sets RLHF_GIT_COMMIT.
     """
     if os.environ.get("RLHF_GIT_COMMIT"):
         return os.environ["RLHF_GIT_COMMIT"]
@@ -68,7 +68,7 @@ def git_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Host, cores, memory and GPUs (GPUs only if torch is loaded already)."""
+    """Host, cores, memory and GPUs (GPUs only if torch is already imported)."""
     found: dict[str, Any] = {"host": platform.node(), "cpus": os.cpu_count(), "platform": platform.platform()}
     if hasattr(os, "sysconf"):
         found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

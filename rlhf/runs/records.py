@@ -1,7 +1,6 @@
-"""What a run folder records (recipe, checkpoints, complete.json), whatever has happened to it. Imports no torch.
+"""Reading what a run folder records (recipe, checkpoints, complete.json), damaged or not. Imports no torch.
 
-Nothing here raises for a file's content but `read_complete`: it guards a finished model, which nothing may take for
-unfinished.
+Only `read_complete` raises for a file's content: it protects a finished model, which must not be taken for unfinished.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,15})")  # str.isdigit takes '²' t
 
 
 def read_recipe(path: Path | str) -> dict[str, Any] | None:
-    """The mapping in a recipe file; None if there is no such file, or no mapping that can be read in it."""
+    """The mapping in a recipe file; None if the file does not exist or holds no readable mapping."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, *YAML_ERRORS):
@@ -31,7 +30,7 @@ def read_recipe(path: Path | str) -> dict[str, Any] | None:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The folders `checkpoint-N` of a run folder, by N, whole or not."""
+    """The folders `checkpoint-N` of a run folder, by N, complete or not."""
     try:
         names = os.listdir(folder)
     except (OSError, ValueError):
@@ -62,7 +61,7 @@ def complete_damage(summary: Any) -> str:
 
 
 def look_at_complete(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """(what complete.json says, ''); (None, what is wrong with it); or (None, '') where there is none."""
+    """(content of complete.json, ''); (None, what is wrong with it); or (None, '') if there is none."""
     path = folder / "complete.json"
     if not os.path.lexists(path):
         return None, ""
@@ -79,10 +78,10 @@ def look_at_complete(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def read_complete(folder: Path) -> dict[str, Any] | None:
-    """What complete.json says of a finished run; None if the run is not finished.
+    """The content of complete.json; None if the run is not finished.
 
     Raises:
-        UserError: the file is there and damaged. Taken for absent, the run would be resumed over its finished model.
+        UserError: the file exists and is damaged. If it counted as absent, the run would overwrite its finished model.
     """
     summary, damage = look_at_complete(folder)
     if not damage:
@@ -92,7 +91,7 @@ def read_complete(folder: Path) -> dict[str, Any] | None:
     if found:
         resume = f"the same command resume from {folder / f'checkpoint-{max(found)}'}"
     raise UserError(
-        f"{folder / 'complete.json'} is damaged ({damage}), so it can't be told whether the model beside it is finished; "
+        f"{folder / 'complete.json'} is damaged ({damage}), so it is unknown whether the model beside it is finished; "
         f"nothing was changed: move the file away to let {resume}, or give --fresh to train in a new folder"
     )
 

@@ -1,7 +1,7 @@
-"""What an evaluation's numbers say: the table, what got worse, and who was measured and who judged, from provenance.
+"""An evaluation's results in words: the table, what got worse, which models were measured and which one judged.
 
-Nothing here is a fixed text about a run: a model is called SFT or DPO only where its own provenance says so, and the judge
-is described by the data that it was trained on.
+Nothing here is fixed text about a run: a model is called SFT or DPO only if its own provenance says so, and the judge
+is described by its recorded training data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BETTER, WORSE, UNCLEAR = "better", "worse", "unclear"
 
 
 class Row(NamedTuple):
-    """A line of the table; `change` is `better`, `worse`, `unclear` (the interval holds the value before) or ''."""
+    """A row of the table; `change` is `better`, `worse`, `unclear` (the interval contains the value before) or ''."""
 
     measure: str
     before: str
@@ -34,7 +34,7 @@ COLUMNS = Row("measure", "before", "after", "change", "unit or 95%")
 
 
 def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What is known of each measured model, by the recipe's key.
+    """The recorded facts about each measured model, by recipe key.
 
     Args:
         names: as the recipe names them (folder, hub id or `embedded:...`), by key (`sft_model`, ...).
@@ -61,9 +61,9 @@ def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str,
 
 
 def labels_of(results: dict[str, Any]) -> dict[str, str]:
-    """What each policy is called: `SFT` and `DPO` for runs of those stages, `base` for the model SFT started from.
+    """The label of each policy: `SFT` and `DPO` for runs of those stages, `base` for the model SFT started from.
 
-    Any other model is called by its name. Results without `models` are those of an older version; they keep the keys' names.
+    Any other model is labelled by its name. Results without `models` are from an older version and labelled by key.
     """
     models = results.get("models")
     if models is None:
@@ -86,7 +86,7 @@ def labels_of(results: dict[str, Any]) -> dict[str, str]:
 
 
 def short_name(name: str, most: int = 40) -> str:
-    """A model's name, its beginning cut off where it is long."""
+    """A model's name; a long one loses its first part."""
     return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
@@ -104,7 +104,7 @@ def models_line(results: dict[str, Any]) -> str:
 
 
 def judge_sentence(results: dict[str, Any]) -> str:
-    """Who judged the answers, and what that is worth; '' where nobody did."""
+    """Which model judged the answers and how far to trust it; '' if none did."""
     if "win_rate" not in results:
         return ""
     models, labels = results.get("models") or {}, labels_of(results)
@@ -118,14 +118,14 @@ def judge_sentence(results: dict[str, Any]) -> str:
         return f"{who}; whether it was trained on the data of {labels['dpo']} is not recorded."
     if judge["data"] == policy["data"]:
         return (
-            f"{who}, trained on the same data as {labels['dpo']}: it says whether {labels['dpo']} moved where those pairs "
-            "point, not what a stranger would prefer."
+            f"{who}, trained on the same data as {labels['dpo']}: it shows whether {labels['dpo']} follows the "
+            "preferences in those pairs, not what an independent judge would prefer."
         )
     return f"{who}, trained on other data than {labels['dpo']}."
 
 
 def reference_note(results: dict[str, Any]) -> str:
-    """A warning where the DPO rows compare with another model than DPO's own reference; '' where they do not."""
+    """A warning if the DPO rows compare with another model than DPO's own reference model, else ''."""
     models, labels = results.get("models") or {}, labels_of(results)
     sft, dpo = models.get("sft_model"), models.get("dpo_model")
     if "dpo" not in results or not sft or not dpo or dpo["stage"] != "dpo":
@@ -164,7 +164,7 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def part_about(results: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The results without what is not about the model of this stage."""
+    """The part of the results that is about the model of this stage."""
     kept = {"sft": ("base", "sft"), "reward": (), "dpo": ("sft", "dpo")}[stage]
     others = {"sft": ("reward", "dpo", "win_rate"), "reward": ("dpo", "win_rate"), "dpo": ("reward",)}[stage]
     policies = {policy: found for policy, found in results["policies"].items() if policy in kept}
@@ -172,7 +172,7 @@ def part_about(results: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def _policy_rows(results: dict[str, Any]) -> list[Row]:
-    """What DPO made of the chosen and the rejected answers themselves."""
+    """How DPO changed the likelihood of the chosen and of the rejected answers."""
     labels, policies = labels_of(results), results["policies"]
     name, a, b = labels["dpo"], policies["sft"], policies["dpo"]
     rows = [
@@ -217,17 +217,17 @@ def _beta_is_known(results: dict[str, Any]) -> bool:
 
 
 def what_got_worse(rows: list[Row]) -> str:
-    """One sentence that lists it, or says that nothing did."""
+    """One sentence that lists the rows that got worse, or says that none did."""
     worse = [f"{row.measure} ({row.before} → {row.after})" for row in rows if row.change == WORSE]
     unclear = sum(row.change == UNCLEAR for row in rows)
-    rest = f" {unclear} of {len(rows)} changes lie within their 95% interval and are called unclear." if unclear else ""
+    rest = f" {unclear} of {len(rows)} changes are within their 95% interval and are marked unclear." if unclear else ""
     if worse:
         return f"What got worse: {'; '.join(worse)}.{rest}"
     return f"Nothing in this table got worse.{rest}"
 
 
 def cut_sentence(results: dict[str, Any]) -> str:
-    """How many answers ended at the limit of tokens, and not by themselves; '' where it is not known."""
+    """How many answers were cut at max_new_tokens instead of ending with EOS; '' if unknown."""
     labels = labels_of(results)
     counted = [
         f"{p['answers_cut']} of {p['answers']} of {labels[policy]}"
@@ -240,19 +240,20 @@ def cut_sentence(results: dict[str, Any]) -> str:
 
 
 def how_to_read(results: dict[str, Any]) -> str:
-    """What the table's columns mean, for the models that it is about."""
+    """What the table's columns mean, for the models in it."""
     labels, policies = labels_of(results), results["policies"]
     before = [f"{labels['base']} for {labels['sft']}"] if {"base", "sft"} <= set(policies) else []
     if "dpo" in results:
-        before.append(f"{labels['sft']} for what {labels['dpo']} does to answers")
-    aim = f" {labels['dpo']} is to make rejected answers less likely, not chosen ones." if "dpo" in results else ""
+        before.append(f"{labels['sft']} for the effect of {labels['dpo']} on answers")
+    aim = f" {labels['dpo']} should make rejected answers less likely, not chosen ones." if "dpo" in results else ""
     return (
-        f"Before is {', '.join([*before, 'guessing (ln 2, 50%) elsewhere'])}. Likelier: than the rejected answer.{aim}"
+        f"Before is {', '.join([*before, 'guessing (ln 2, 50%) elsewhere'])}. Likelier means likelier than the "
+        f"rejected answer.{aim}"
     )
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """What stands below the table, on the screen and in the report."""
+    """The sentences below the table, on the screen and in the report."""
     found = [what_got_worse(table_rows(results)), models_line(results), judge_sentence(results)]
     return [
         s for s in [found[0], how_to_read(results), *found[1:], reference_note(results), cut_sentence(results)] if s
@@ -260,5 +261,5 @@ def sentences(results: dict[str, Any]) -> list[str]:
 
 
 def shown_text(answer: dict[str, Any], policy: str) -> str:
-    """A policy's answer as it is shown: with `…` where it was cut."""
+    """A policy's answer for display, with `…` if it was cut."""
     return (answer[policy] or "(nothing)") + (" …" if answer.get(f"{policy}_cut") else "")

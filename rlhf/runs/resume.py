@@ -14,18 +14,18 @@ from rlhf.runs.folder import RunFolder
 from rlhf.runs.records import checkpoints
 
 
-def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder:
-    """Lock the run folder for this run, and find the checkpoint to resume from, its checksums verified.
+def lock_and_find_checkpoint(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder:
+    """Lock the run folder for this run, and find the checkpoint to resume from; its checksums are verified.
 
     Args:
-        where: the place of `output_dir`, for messages.
-        topology: of `Topology.record`.
+        where: the line of `output_dir` in the recipe, for messages.
+        topology: from `Topology.record`.
 
     Returns:
         The folder with the checkpoint (the same on all ranks) and, on the main rank, the lock.
 
     Raises:
-        UserError: another run writes there, or the checkpoint is sharded so that this run can't read it; on all ranks.
+        UserError: on all ranks: another run writes there, or this run can't read the checkpoint's shards.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -33,7 +33,7 @@ def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder
     if is_main():
         try:
             lock = Lock(run.folder, where)
-            for partial in run.folder.glob(".*.partial"):  # of a write that a kill interrupted
+            for partial in run.folder.glob(".*.partial"):  # left by a write that a kill interrupted
                 partial.unlink()
         except UserError as error:
             refused = str(error)
@@ -52,7 +52,7 @@ def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder
 
 
 def verified_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose checksums are right, or None; the ranks share the reading, and all must call it."""
+    """The newest checkpoint whose checksums match, or None. A collective: the ranks share the files to read."""
     from accelerate.utils import broadcast_object_list, gather_object
 
     paths = [str(path) for _, path in sorted(checkpoints(folder).items(), reverse=True)]
@@ -66,7 +66,7 @@ def verified_checkpoint(folder: Path) -> str | None:
 
 
 def check_readable(checkpoint: str, topology: dict[str, Any]) -> bool:
-    """Refuse a checkpoint that another engine has split; returns whether its state is in one piece, which any engine reads."""
+    """Raise UserError for a checkpoint that another engine has sharded; returns whether its state is unsharded."""
     from rlhf.runs.portable import is_portable
 
     manifest = read_manifest(Path(checkpoint)) or {}
@@ -81,7 +81,8 @@ def check_readable(checkpoint: str, topology: dict[str, Any]) -> bool:
     if not same:
         raise UserError(
             f"{checkpoint} was written by {before['processes']} processes under {before['engine']}, and can't be read by "
-            f"{topology['processes']} under {topology['engine']}: it was saved without `portable_checkpoints: true` (the default "
-            "with LoRA). Go on as before (with that key the next checkpoint can be read by any), or begin anew with --fresh"
+            f"{topology['processes']} under {topology['engine']}: it was saved without `portable_checkpoints: true` (the "
+            "default with LoRA). Resume as before (with that key the next checkpoint can be read by any engine), or "
+            "start from scratch with --fresh"
         )
     return False

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its folder: for batch scripts, which decide by the exit code, and for people. No torch."""
+"""The state of a run, read from its folder: an exit code for batch scripts, one line for people. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from rlhf.runs.records import read_complete
 from rlhf.runs.stop import EXIT_STOPPED
 
 UNKNOWN = "?"  # a stage whose name can't be read
-COMPLETE, STOPPED, INTERRUPTED, NOT_BEGUN, RUNNING = "complete", "stopped", "interrupted", "not begun", "running"
-EXIT_CODES = {COMPLETE: 0, STOPPED: EXIT_STOPPED, INTERRUPTED: 1, NOT_BEGUN: 3, RUNNING: 4}
+COMPLETE, STOPPED, INTERRUPTED, NOT_STARTED, RUNNING = "complete", "stopped", "interrupted", "not started", "running"
+EXIT_CODES = {COMPLETE: 0, STOPPED: EXIT_STOPPED, INTERRUPTED: 1, NOT_STARTED: 3, RUNNING: 4}
 
 
 @dataclass
 class Status:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         stage: `sft`, `reward`, `dpo` or `evaluate`.
         folder: the run folder.
-        kind: `complete`, `stopped` (asked to, and saved), `interrupted`, `not begun` or `running`.
+        kind: `complete`, `stopped` (on request, and saved), `interrupted`, `not started` or `running`.
         step: the last step that the run has logged; 0: none.
-        of: how many there are; 0: not known.
-        saved: the step of the checkpoint to go on from; 0: none.
-        by: who asked it to stop, or who is running it.
+        of: the total number of steps; 0: unknown.
+        saved: the step of the checkpoint to resume from; 0: none.
+        by: what asked it to stop, or which process is running it.
     """
 
     stage: str
@@ -44,22 +44,22 @@ class Status:
     by: str = ""
 
     def progress(self) -> str:
-        """`step 12 of 40`, as far as that is known."""
+        """`step 12 of 40`, `step 12` if the total is unknown, or ''."""
         return (f"step {self.step}" + (f" of {self.of}" if self.of else "")) if self.step else ""
 
     def next(self) -> str:
-        """What giving the same command again will do."""
+        """What running the same command again will do."""
         if self.kind == RUNNING:
             return self.by
-        if self.kind in (COMPLETE, NOT_BEGUN):
+        if self.kind in (COMPLETE, NOT_STARTED):
             return ""
         if not self.saved:
-            return "no checkpoint yet: the same command begins again"
+            return "no checkpoint yet: the same command starts from scratch"
         lost = self.step - self.saved
-        return f"the same command goes on after step {self.saved}" + (f" ({_steps(lost)} lost)" if lost > 0 else "")
+        return f"the same command resumes after step {self.saved}" + (f" ({_steps(lost)} lost)" if lost > 0 else "")
 
     def line(self) -> str:
-        """All of it in one line."""
+        """The status in one line."""
         asked = f" ({self.by})" if self.kind == STOPPED and self.by else ""
         at = f"{' at' if self.kind in (STOPPED, INTERRUPTED) else ','} {self.progress()}" if self.progress() else ""
         return " · ".join(filter(None, (f"{self.stage}: {self.kind}{at}{asked}", str(self.folder), self.next())))
@@ -70,7 +70,7 @@ def _steps(number: int) -> str:
 
 
 def status_of_recipe(recipe_path: str, stage: str, overrides: list[str] | None = None) -> Status:
-    """Where the run of a recipe stands.
+    """The status of a recipe's run.
 
     Raises:
         UserError: a mistake in the recipe, or its folder holds another run.
@@ -83,7 +83,7 @@ def status_of_recipe(recipe_path: str, stage: str, overrides: list[str] | None =
 
 
 def status_of_folder(folder: Path, stage: str) -> Status:
-    """Where the run in a folder stands (`not begun` where there is none)."""
+    """The status of the run in a folder (`not started` if there is none)."""
     complete, stopped = read_complete(folder), read_json(folder / "stopped.json")
     if complete:
         steps = int(complete.get("steps") or 0)
@@ -104,12 +104,12 @@ def status_of_folder(folder: Path, stage: str) -> Status:
         )
         found.by = str(stopped.get("by") or "")
     elif not step and not (folder / "recipe.yaml").is_file():
-        found.kind = NOT_BEGUN
+        found.kind = NOT_STARTED
     return found
 
 
 def holder_of(folder: Path) -> str | None:
-    """Who holds the run folder's lock (process, host and since when), or None."""
+    """The holder of the run folder's lock (process, host, start time), or None."""
     try:
         with open(folder / ".lock", encoding="utf-8") as file:
             return None if lock_file(file, shared=True) else file.read().strip() or "another process"
@@ -121,10 +121,10 @@ def holder_of(folder: Path) -> str | None:
 
 
 def statuses(folder: str) -> list[Status]:
-    """Of a folder of recipes, of a folder with the runs of several stages, or of one run.
+    """The statuses in a folder of recipes, in a folder with the runs of several stages, or of one run folder.
 
     Raises:
-        UserError: it is none of them.
+        UserError: the folder is none of these.
     """
     place = Path(folder)
     if os.path.isfile(place / "provenance.json"):
@@ -135,17 +135,17 @@ def statuses(folder: str) -> list[Status]:
     runs = [f.parent for f in place.glob("*/provenance.json")] if os.path.isdir(place) else []
     found = [status_of_folder(run, _stage_of(run)) for run in sorted(runs)]
     if not found:
-        raise UserError(f"{quote(folder)} has neither recipes (sft.yaml, ...) nor runs in it")
+        raise UserError(f"{quote(folder)} contains neither recipes (sft.yaml, ...) nor runs; give a folder that does")
     return sorted(found, key=lambda status: (*STAGES, UNKNOWN).index(status.stage))
 
 
 def _stage_of(folder: Path) -> str:
     stage = (read_json(folder / "provenance.json") or {}).get("stage")
-    return stage if stage in STAGES else UNKNOWN  # the file is damaged, which hides neither this run nor the others
+    return stage if stage in STAGES else UNKNOWN  # a damaged file must not hide this run or the others
 
 
 def show_statuses(folder: str) -> None:
-    """Print a table."""
+    """Print a table of the statuses in a folder."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -160,7 +160,7 @@ def show_statuses(folder: str) -> None:
 
 
 def print_status(recipe_path: str, stage: str, overrides: list[str]) -> int:
-    """Print one line about a recipe's run; returns the exit code that tells its state."""
+    """Print one line about a recipe's run; returns the exit code for its state."""
     status = status_of_recipe(recipe_path, stage, overrides)
     print(status.line())
     return EXIT_CODES[status.kind]

@@ -1,6 +1,6 @@
-"""Stopping politely: a signal or a file asks, all processes agree on the step, the run is saved and ends with exit code 85.
+"""Graceful stopping: on a signal or a stop file all ranks agree on the step, save, and exit with code 85.
 
-And ending: `leave` is how a process of several goes.
+Also `leave`: clean exit of one rank of a distributed job.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from pathlib import Path
 
 from rlhf.distributed.processes import is_main, local_rank, world_size
 
-EXIT_STOPPED = 85  # the run was asked to stop; the same command goes on
-SAME_INTERRUPT_S = 1.0  # a launcher hands Ctrl-C on to processes that the terminal has told already
+EXIT_STOPPED = 85  # the run was asked to stop; the same command resumes it
+SAME_INTERRUPT_S = 1.0  # on Ctrl-C a process gets SIGINT twice: from the terminal and from its launcher
 STOP_FILE = "stop"
-STOP_FILE_VARIABLE = "RLHF_STOP_FILE"  # names another one, for scripts, which don't know the run folder
-EXIT_VARIABLE = "RLHF_EXIT_STOPPED"  # another exit code than 85
-NOT_FINITE, SPIKE = "loss", "gradient"  # requests that are none: why a run has to end
+STOP_FILE_VARIABLE = "RLHF_STOP_FILE"  # path of a second stop file, for scripts that don't know the run folder
+EXIT_VARIABLE = "RLHF_EXIT_STOPPED"  # exit code to use in place of 85
+NOT_FINITE, SPIKE = "loss", "gradient"  # not stop requests: failures that abort the run
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and everything that there is to save is saved."""
+    """The run was asked to stop, and everything has been saved."""
 
 
 class OutOfMemory(Exception):
-    """One process has run out of memory: told by that process, whichever it is."""
+    """One rank has run out of memory; that rank reports it, whichever it is."""
 
 
 class Stopper:
-    """Notes requests to stop, and lets all processes agree on one.
+    """Records requests to stop, and lets all ranks agree on one.
 
-    Signals SIGTERM, SIGINT and SIGUSR1 to any process, a file named `stop` in the run folder, or the file that the
-    environment variable RLHF_STOP_FILE names (whoever makes it also removes it). A second SIGINT stops at once.
+    A request is a signal SIGTERM, SIGINT or SIGUSR1 to any rank, a file named `stop` in the run folder, or the file
+    named by the environment variable RLHF_STOP_FILE (its creator also removes it). A second SIGINT stops immediately.
 
     Attributes:
-        asked_by: the request that this process knows of, or ''.
-        agreed: the request that all processes have agreed on, or ''.
+        asked_by: the request that this rank has received, or ''.
+        agreed: the request that all ranks have agreed on, or ''.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -70,15 +70,15 @@ class Stopper:
             raise KeyboardInterrupt
         self.asked_by, self._asked_at = signal.Signals(number).name, now
         if is_main():
-            again = "; once more stops at once" if number == signal.SIGINT else ""
+            again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
             os.write(2, f"\n{self.asked_by}: stopping after this step{again}\n".encode())
 
     def agree(self, failure: str = "") -> str:
-        """The request (or the failure, which comes first) that one process or more knows of, or ''.
+        """The request that at least one rank has received, or ''; a failure takes precedence.
 
-        All processes must ask, at the same place. Two processes on a busy 2-core CPU take 0.2 ms for it.
+        A collective: all ranks must call it at the same point. Two processes on a busy 2-core CPU take 0.2 ms for it.
         """
-        first = local_rank() == 0  # of its host: a container may have been told alone
+        first = local_rank() == 0  # per host: a stop file may exist in one container only
         if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and first:
             self._looked_at = time.monotonic()
             self.asked_by = next((f"the file {file}" for file in self.files if file.exists()), "")
@@ -93,7 +93,7 @@ class Stopper:
 
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return code
-        if self._group is None:  # gloo also beside NCCL: the processor asks, and does not wait for the GPU
+        if self._group is None:  # gloo even beside NCCL: on the CPU it does not synchronise with the GPU
             self._group = torch.distributed.new_group(backend="gloo")
         flag = torch.tensor([code])
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
@@ -101,7 +101,7 @@ class Stopper:
 
 
 def watch(seconds: float | None) -> None:
-    """End this process with the stacks of all its threads if it does not come by here again in time (None: never)."""
+    """Restart the watchdog: unless called again in time, dump all threads' stacks and exit (None disables it)."""
     faulthandler.cancel_dump_traceback_later()
     if seconds:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
@@ -110,8 +110,8 @@ def watch(seconds: float | None) -> None:
 def exit_code_stopped() -> int:
     """The exit code of a run that was stopped: RLHF_EXIT_STOPPED, or 85.
 
-    Where there is a RLHF_STOP_FILE, a file of that name with `.done` behind it says so too, for scripts that start training
-    through accelerate's launcher: of any code but 0 that makes 1, and a traceback.
+    If RLHF_STOP_FILE is set, it also creates a file of that name plus `.done`, for scripts that start training with
+    accelerate's launcher, which turns every code but 0 into 1 and prints a traceback.
     """
     if os.environ.get(STOP_FILE_VARIABLE) and local_rank() == 0:
         with contextlib.suppress(OSError):
@@ -120,21 +120,21 @@ def exit_code_stopped() -> int:
 
 
 def leave(code: int) -> None:
-    """End this process with `code`; of several processes, without Python's own tear-down.
+    """Exit this process with `code`; in a distributed job, without Python's own tear-down.
 
-    gloo's threads may still hold tensors then, and abort the process: "terminate called without an active exception",
-    exit code -6, seen once in a few hundred runs, also after `destroy_process_group` (torch 2.13; pytorch/pytorch#179291).
-    To be removed when torch ends its threads by itself.
+    During the tear-down gloo's threads may still hold tensors and abort the process: "terminate called without an
+    active exception", exit code -6, seen once in a few hundred runs, even after `destroy_process_group` (torch 2.13;
+    pytorch/pytorch#179291). Remove this when torch joins its threads by itself.
     """
     torch = sys.modules.get("torch")
     if torch is None or world_size() == 1:
         sys.exit(code)
     if torch.distributed.is_initialized():
-        with contextlib.suppress(Exception):  # another process may be gone; this one has its code already
+        with contextlib.suppress(Exception):  # another rank may have died; this one's exit code is settled
             if code in (0, EXIT_STOPPED):
                 torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-    threading._shutdown()  # what Python does first at its end: wait for threads, call what is registered
+    threading._shutdown()  # as Python does on exit: join threads, run registered functions
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()

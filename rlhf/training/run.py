@@ -1,7 +1,7 @@
-"""What every training stage does around TRL's trainer: plan, open the run folder, build, train, finish.
+"""The life of a run around TRL's trainer, for every stage: plan, open the run folder, build, train, finish.
 
-The stages (sft.py, reward.py, dpo.py) say how their rows are read and how their trainer is built. Everything that can be
-wrong in a recipe, in the data or on the disk is found before a model loads (plan.py).
+The stages (sft.py, reward.py, dpo.py) define how their rows are read and how their trainer is built. Mistakes in the
+recipe, in the data or on disk are found before a model loads (plan.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rlhf.distributed.topology import Topology, check_topology, topology_of_envi
 from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
 from rlhf.runs.checkpoints import read_manifest
-from rlhf.runs.folder import RunFolder, begin_run, check_disk, fresh_folder
+from rlhf.runs.folder import RunFolder, check_disk, fresh_folder, start_run
 from rlhf.runs.lineage import maker_of, starting_model
 from rlhf.runs.metrics import add_callbacks
 from rlhf.runs.records import describe_complete
-from rlhf.runs.resume import take_over
+from rlhf.runs.resume import lock_and_find_checkpoint
 from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
@@ -42,7 +42,7 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool 
         fresh: train in a new folder beside the recipe's.
 
     Raises:
-        Stopped: it was asked to stop, and can be resumed.
+        Stopped: it was asked to stop and can be resumed.
         UserError: with the place and the fix, before a model loads.
     """
     recipe = _load(stage, recipe_path, overrides, fresh)
@@ -63,10 +63,10 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool 
 def check_stage(
     stage: Stage, recipe_path: str, overrides: list[str], launch_file: str | None = None, fresh: bool = False
 ) -> None:
-    """`--check`: all that `run_stage` does before weights load, changing nothing.
+    """`--check`: everything that `run_stage` does before weights load, without changing anything.
 
     Args:
-        launch_file: that the run will be started with.
+        launch_file: the one the run will be started with.
 
     Raises:
         UserError: what `run_stage` would raise.
@@ -87,7 +87,7 @@ def check_stage(
 
 
 def _check_plan(stage: Stage, recipe: Recipe, inputs: Inputs, topology: Topology) -> str:
-    """Make the plan; returns what will be checked again at the start."""
+    """Make the plan; returns what can only be checked when the run starts."""
     name, waits = starting_model(recipe)
     say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
     quiet_libraries(len(inputs.data.train))
@@ -107,12 +107,12 @@ def announce_complete(stage: Stage, run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def open_folder(plan: Plan, run: RunFolder) -> Iterator[RunFolder]:
-    """Lock the run folder, and find the checkpoint to resume from and the room that is still needed.
+    """Lock the run folder, find the checkpoint to resume from, and check the free disk space.
 
     Raises:
-        UserError: another run writes there, its checkpoint can't be read under this launch file, the disk is too full.
+        UserError: another run writes there, the checkpoint can't be read under this launch file, or the disk is full.
     """
-    opened = take_over(run, plan.recipe.where("output_dir"), plan.topology.record(plan.args.world_size))
+    opened = lock_and_find_checkpoint(run, plan.recipe.where("output_dir"), plan.topology.record(plan.args.world_size))
     try:
         check_room(plan, opened)
         yield opened
@@ -123,13 +123,16 @@ def open_folder(plan: Plan, run: RunFolder) -> Iterator[RunFolder]:
 
 def check_room(plan: Plan, run: RunFolder) -> None:
     needed = bytes_needed(plan.model_name, plan.model_args.use_peft, plan.merge, run.resume_from)
-    check_disk(
-        run.folder, needed, "what is still to be written (a checkpoint beside the last one, and the finished model)"
-    )
+    check_disk(run.folder, needed, "the rest of the run (a checkpoint beside the last one, and the finished model)")
 
 
 def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper):
-    """The stage's trainer, with at least one example, its run folder begun and described on the screen."""
+    """Build the stage's trainer, write the run folder's first files, and describe the run on the screen.
+
+    Raises:
+        UserError: max_length leaves no training example.
+        Stopped: a stop was requested while the reference was being computed.
+    """
     from rlhf.runs.checkpointing import note_stop
 
     args, recipe = plan.args, plan.recipe
@@ -147,14 +150,14 @@ def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], sto
         "model": vars(plan.model_args), "stage": vars(plan.stage_args), "model_commit": plan.model_commit,
         "data": plan.data.summary and plan.data.summary.record(),
     }  # fmt: skip
-    on_main(lambda: _begin(run, recipe, digests, args.to_dict() | configured, plan.data))
+    on_main(lambda: _start(run, recipe, digests, args.to_dict() | configured, plan.data))
     _announce(plan, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
     return trainer
 
 
-def _begin(run: RunFolder, recipe: Recipe, digests: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
-    begin_run(run, recipe, digests, arguments)
+def _start(run: RunFolder, recipe: Recipe, digests: dict[str, str], arguments: dict[str, Any], data: StageData) -> None:
+    start_run(run, recipe, digests, arguments)
     write_skipped(run.folder, data.skipped)
     write_train_prompts(run.folder, data.train)
 
@@ -163,12 +166,12 @@ def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
     """Train to the end; returns the seconds it took.
 
     Raises:
-        Stopped: it was asked to stop, and can be resumed.
-        OutOfMemory: of the GPU.
+        Stopped: it was asked to stop and can be resumed.
+        OutOfMemory: the GPU is out of memory.
     """
     import torch
 
-    from rlhf.runs.checkpointing import FaultTolerance, end_if_stopped
+    from rlhf.runs.checkpointing import FaultTolerance, raise_if_stopped
     from rlhf.runs.portable import PortableState
 
     stage_args = plan.stage_args
@@ -183,23 +186,23 @@ def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, plan.args.process_index, stage_args.max_tokens_per_device) from None
     watch(None)
-    end_if_stopped(trainer)
+    raise_if_stopped(trainer)
     return time.time() - started
 
 
-def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemory:
-    """What to do about it, in a sentence."""
+def out_of_memory(error: Exception, rank: int, max_tokens: int) -> OutOfMemory:
+    """The error that names the rank and the remedies."""
     return OutOfMemory(
-        f"process {process} is out of GPU memory ({' '.join(str(error).split())[:200]}). Lower max_tokens_per_device (it is "
-        f"{max_tokens}), set `gradient_checkpointing: true`, or use a launch file that splits the model (launch/zero3.yaml, "
-        "launch/fsdp2.yaml); with the first two the same command goes on from its last checkpoint"
+        f"rank {rank} is out of GPU memory ({' '.join(str(error).split())[:200]}). Lower max_tokens_per_device (it is "
+        f"{max_tokens}), set `gradient_checkpointing: true`, or use a launch file that shards the model "
+        "(launch/zero3.yaml, launch/fsdp2.yaml); after the first two the same command resumes from the last checkpoint"
     )
 
 
 def train_or_restore(trainer, run: RunFolder) -> None:
-    """Train; or, where the checkpoint is already the last step's, only load it.
+    """Train; or, if the checkpoint is that of the last step, only load it.
 
-    transformers 5.23 takes one step more when it resumes a run that max_steps ended in the middle of an epoch.
+    transformers 5.23 runs one step too many when it resumes a run that max_steps ended in the middle of an epoch.
     """
     from transformers import TrainerState
 
@@ -215,7 +218,7 @@ def train_or_restore(trainer, run: RunFolder) -> None:
 
 
 def describe_data(recipe: Recipe, data: StageData) -> None:
-    """Report what the training rows are like: duplicates, contradictions, columns that are not used, rows left out."""
+    """Report on the training rows: duplicates, contradictions, unused columns, rows left out."""
     name = recipe.get("dataset_name") or recipe.get("chosen_dataset_name")
     for text in data.describe():
         say(f"{name}: {text}")
@@ -240,7 +243,7 @@ def _announce(plan: Plan, trainer, run: RunFolder) -> None:
     say(f"  steps    {steps:g} of {batch} examples ({world} process{'es' if world > 1 else ''} on {args.device.type})")
     say(f"  output   {run.folder}")
     if args.max_steps > 0 and plan.recipe.get("num_train_epochs"):
-        say(f"note: max_steps={args.max_steps} ends the run, and num_train_epochs has no effect")
+        say(f"note: max_steps={args.max_steps} ends the run; num_train_epochs has no effect")
     dropped = len(data.train) - len(trainer.train_dataset)
     if dropped:
         kept = set(trainer.train_dataset["place"])

@@ -146,7 +146,7 @@ def test_lost_nodes_and_preemption_at_once(cluster, recipe, uninterrupted, tmp_p
     at = losses(out)[-1][0]
     assert f"Node failure on {PREFIX}2" in cluster.log(job)
     assert f"dpo: interrupted at step {at} of {STEPS}" in cluster.log(job)
-    assert f"goes on after step {at // 10 * 10}" in cluster.log(job)
+    assert f"resumes after step {at // 10 * 10}" in cluster.log(job)
     cluster.hold(at + 5)
     cluster.until(steps_are_past(out, at + 5), [job])
     urgent = cluster.sbatch("--nodes=3", "--exclusive", "--partition=urgent", "--wrap", "sleep 1")
@@ -274,7 +274,7 @@ def test_a_failed_stage_stops_the_chain(cluster, recipe, tiny_llama, tmp_path):
     state, code = cluster.wait(jobs["sft"])
     assert (state, code) == ("FAILED", 2)  # the run's own, which accelerate's launcher has made 1
     log = (tmp_path / "logs" / f"sft-recipes-{jobs['sft']}.out").read_text()
-    assert f"2 hosts: {PREFIX}1, {PREFIX}2" in log and "Ready: the same command with `sft`" in log
+    assert f"2 hosts: {PREFIX}1, {PREFIX}2" in log and "Ready: run the same command with `sft`" in log
     assert "is not a finite number" in log and "failed by its own error" in log and "attempt 2" not in log
     assert f"--- the end of {tmp_path}/logs/sft-recipes-{jobs['sft']}/attempt-1-{PREFIX}2.log" in log
     assert cluster.wait(jobs["reward"])[0] == "CANCELLED"

@@ -44,7 +44,7 @@ def provenance():
 
     import rlhf.training.run
 
-    rlhf.training.run.begin_run = refused
+    rlhf.training.run.start_run = refused
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_what_was_not_saved_in_one_piece_needs_its_layout(written, tmp_path):
         code != 0
         and (
             f"{out}/checkpoint-1 was written by 2 processes under DeepSpeed ZeRO-2, and can't be read by 1 under DeepSpeed ZeRO-2: it "
-            "was saved without `portable_checkpoints: true` (the default with LoRA). Go on as before"
+            "was saved without `portable_checkpoints: true` (the default with LoRA). Resume as before"
         )
         in shown
     ), shown[-6000:]

@@ -26,9 +26,9 @@ from rlhf.runs.checkpoints import (
     remove_checkpoint,
     rotate_checkpoints,
 )
-from rlhf.runs.folder import RunFolder, begin_run, check_disk, finish_run, fresh_folder, open_run
+from rlhf.runs.folder import RunFolder, check_disk, finish_run, fresh_folder, open_run, start_run
 from rlhf.runs.provenance import git_commit, hardware, model_digest
-from rlhf.runs.resume import take_over, verified_checkpoint
+from rlhf.runs.resume import lock_and_find_checkpoint, verified_checkpoint
 
 LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
@@ -43,7 +43,7 @@ def begin(folder, inputs=INPUTS, **values):
     """A run folder as the start of a training leaves it."""
     recipe = recipe_for(folder, **values)
     run = open_run(recipe, inputs)
-    begin_run(run, recipe, inputs, {"seed": 1})
+    start_run(run, recipe, inputs, {"seed": 1})
     return run
 
 
@@ -108,7 +108,7 @@ def test_half_written_end_is_neither_complete_nor_absent(tmp_path):
     (tmp_path / "complete.json").write_text('{"steps": 2')
     assert refusal(recipe_for(tmp_path)) == (
         f"{tmp_path}/complete.json is damaged (not valid JSON: Expecting ',' delimiter: line 1 column 12 (char 11)), so it "
-        "can't be told whether the model beside it is finished; nothing was changed: move the file away to let the same "
+        "is unknown whether the model beside it is finished; nothing was changed: move the file away to let the same "
         "command train again, as there is no checkpoint, or give --fresh to train in a new folder"
     )
 
@@ -118,7 +118,7 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path):
         (tmp_path / name).write_text("mine")
     before = tree(tmp_path)
     assert refusal(recipe_for(tmp_path)) == (
-        f"configs/x/sft.yaml:2: output_dir {tmp_path} holds other files (a, b, c, d) and no run of ours; "
+        f"configs/x/sft.yaml:2: output_dir {tmp_path} holds other files (a, b, c, d) and no run; "
         "name another folder (nothing was overwritten)"
     )
     assert tree(tmp_path) == before
@@ -186,7 +186,7 @@ def test_moved_folder_goes_on(tmp_path):
 def test_changed_data_is_noticed(tmp_path):
     begin(tmp_path)
     message = refusal(recipe_for(tmp_path), {**INPUTS, "dataset_name": "e" * 64})
-    assert "it differs in the content of dataset_name (data.jsonl) is not what it was. " in message
+    assert "it differs in the content of dataset_name (data.jsonl). " in message
 
 
 def test_changed_held_out_data_is_noticed(tmp_path):
@@ -288,7 +288,7 @@ def test_a_changed_bit_is_found_when_the_content_is_read(tmp_path, capsys):
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")  # a quick look
     assert verified_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
     assert capsys.readouterr().out == (
-        f"warning: {tmp_path}/checkpoint-10 is damaged and not used: the content of model.safetensors is not what was written "
+        f"warning: {tmp_path}/checkpoint-10 is damaged and not used: the content of model.safetensors differs from what was written "
         "(sha256)\n"
     )
 
@@ -298,7 +298,7 @@ def test_ranks_share_the_reading_of_a_checkpoint(tmp_path):
     path = checkpoint(tmp_path, 10)
     (path / "part" / "optimizer.pt").write_bytes(b"123X")
     found = [checkpoint_damage(path, verify=True, part=part, parts=2) for part in range(2)]
-    assert found == ["", "the content of part/optimizer.pt is not what was written (sha256)"]
+    assert found == ["", "the content of part/optimizer.pt differs from what was written (sha256)"]
 
 
 def test_damage_is_named(tmp_path):
@@ -309,7 +309,7 @@ def test_damage_is_named(tmp_path):
     (path / "model.safetensors").unlink()
     assert checkpoint_damage(path) == "model.safetensors is missing"
     (path / "manifest.json").unlink()
-    assert checkpoint_damage(path) == "it was never finished (no manifest that can be read)"
+    assert checkpoint_damage(path) == "it was never finished (no readable manifest)"
 
 
 def test_a_checkpoint_that_is_written_again_replaces_the_damaged_one(tmp_path):
@@ -353,7 +353,7 @@ def test_a_run_resumes_from_a_checkpoint_that_it_has_read(tmp_path, capsys):
     """A bit of the newest has changed, and its size has not: the one before it is taken."""
     checkpoint(tmp_path, 9)
     (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(b"1234567X")
-    run = take_over(RunFolder(tmp_path, None, None), "r.yaml:1", LAYOUT)
+    run = lock_and_find_checkpoint(RunFolder(tmp_path, None, None), "r.yaml:1", LAYOUT)
     assert run.resume_from == str(tmp_path / "checkpoint-9")
     run.lock.release()
     assert f"warning: {tmp_path}/checkpoint-10 is damaged and not used" in capsys.readouterr().out
@@ -484,7 +484,7 @@ def test_recipe_tells_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/rlhf", "sft", "configs/x/sft.yaml"])
     begin(tmp_path)
     first = (tmp_path / "recipe.yaml").read_text().splitlines()[0]
-    assert first == "# configs/x/sft.yaml, as it was run by `rlhf sft configs/x/sft.yaml`"
+    assert first == "# configs/x/sft.yaml, as run by `rlhf sft configs/x/sft.yaml`"
 
 
 def test_command_with_a_line_break_does_not_spoil_the_recipe(tmp_path, monkeypatch):
@@ -496,7 +496,7 @@ def test_command_with_a_line_break_does_not_spoil_the_recipe(tmp_path, monkeypat
 
 def provenance(tmp_path, arguments):
     recipe = recipe_for(tmp_path)
-    begin_run(open_run(recipe, INPUTS), recipe, INPUTS, arguments)
+    start_run(open_run(recipe, INPUTS), recipe, INPUTS, arguments)
     return json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
 
 

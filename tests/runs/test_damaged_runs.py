@@ -91,7 +91,7 @@ def test_a_damaged_complete_json_is_named_and_the_model_stays(recipe, text, dama
         with open(f"{out}/{name}", "w") as file:
             file.write(content)
     message = (
-        f"{out}/complete.json is damaged ({damage}), so it can't be told whether the model beside it is finished; nothing "
+        f"{out}/complete.json is damaged ({damage}), so it is unknown whether the model beside it is finished; nothing "
         "was changed: move the file away to let the same command train again, as there is no checkpoint, or give --fresh to "
         "train in a new folder"
     )
@@ -110,7 +110,7 @@ def test_a_damaged_complete_json_beside_a_checkpoint(recipe, tmp_path):
 def test_a_damaged_provenance_is_named(recipe, tmp_path, text):
     (tmp_path / "out" / "provenance.json").write_text(text)
     assert refusal(recipe).startswith(
-        f"{tmp_path}/out/provenance.json is damaged, so it can't be told whether data and"
+        f"{tmp_path}/out/provenance.json is damaged, so data and input model can't be compared"
     )
 
 
@@ -131,7 +131,7 @@ def test_an_output_dir_that_is_a_link_to_nothing(recipe, tmp_path, target):
     (tmp_path / "out").symlink_to(target)
     for folder in (tmp_path / "out", tmp_path / "out" / "sub"):
         recipe.values["output_dir"] = str(folder)
-        assert f"{tmp_path}/out is a link to {target}, which is not there" in refusal(recipe)
+        assert f"{tmp_path}/out is a link to {target}, which does not exist" in refusal(recipe)
 
 
 @pytest.mark.parametrize("name, reason", [("a" * 300, "File name too long"), ("a\0b", "embedded null byte")])
@@ -160,12 +160,12 @@ def test_a_fresh_folder_is_never_a_link_to_nothing(tmp_path):
         ({"a": ["x", 1]}, "its manifest says ['x', 1] of 'a', expected size and sha256"),
         ({"a": 1}, "its manifest says 1 of 'a', expected size and sha256"),
         ({"a": [1, None]}, "its manifest says [1, None] of 'a', expected size and sha256"),
-        ({"/etc/passwd": [1, "0"]}, "its manifest names '/etc/passwd', a file outside of it"),
-        ({"../manifest.json": [1, "0"]}, "its manifest names '../manifest.json', a file outside of it"),
+        ({"/etc/passwd": [1, "0"]}, "its manifest names '/etc/passwd', a file outside the checkpoint"),
+        ({"../manifest.json": [1, "0"]}, "its manifest names '../manifest.json', a file outside the checkpoint"),
         ({"a": [2, "0"]}, "a has 1 bytes, 2 were written"),
-        ({"a": [1, "0"]}, "the content of a is not what was written (sha256)"),
+        ({"a": [1, "0"]}, "the content of a differs from what was written (sha256)"),
         ({"b" * 300: [1, "0"]}, f"{'b' * 78} is missing"),
-        ({}, "it was never finished (no manifest that can be read)"),
+        ({}, "it was never finished (no readable manifest)"),
     ],
 )
 def test_a_damaged_manifest(tmp_path, files, damage):
@@ -239,8 +239,8 @@ def test_an_input_model_whose_complete_json_is_damaged(tmp_path):
     with pytest.raises(UserError) as error:
         model_digest(str(tmp_path))
     assert str(error.value) == (
-        f"{tmp_path}/complete.json is damaged (it holds [1], expected a JSON object), so it can't be told which model this is; "
-        "if the weights beside it are right, remove that file, else write or copy the model again"
+        f"{tmp_path}/complete.json is damaged (it holds [1], expected a JSON object), so the model beside it can't be identified; "
+        "if its weights are right, remove that file, else write or copy the model again"
     )
 
 

@@ -91,14 +91,14 @@ def test_another_adapter_is_refused(written, tmp_path, capsys):
     changed = written("dpo", "run", lora_target_modules=["q_proj"])
     capsys.readouterr()
     assert main(["dpo", changed]) == 2
-    assert f"{checkpoint} is of a run that trains other parameters than this one (such as " in capsys.readouterr().err
+    assert f"{checkpoint} is from a run that trains other parameters than this one (such as " in capsys.readouterr().err
 
 
 def test_an_optimizer_with_a_state_of_its_own_shape_says_so(written, tmp_path, capsys):
     file = File("sft", written("sft", "run", optim="adafactor"))
     checkpoint = stop_after_one_step(file, tmp_path / "run")
     assert not list(checkpoint.glob("portable-*"))
-    note = "note: checkpoints will be read by this engine only, not under another launch file: Adafactor keeps "
+    note = "note: checkpoints can be resumed under this engine only, not with other launch files: Adafactor keeps "
     assert note in capsys.readouterr().out
     pretend = json.loads((checkpoint / "manifest.json").read_text())
     pretend["layout"] = {"engine": "FSDP", "split": "FSDP", "processes": 2}

@@ -39,21 +39,24 @@ def asked(recipe, tmp_path, capsys):
     return ask
 
 
-def test_not_begun(asked, tmp_path):
-    assert asked() == (3, f"dpo: not begun · {tmp_path}/out")
+def test_not_started(asked, tmp_path):
+    assert asked() == (3, f"dpo: not started · {tmp_path}/out")
     assert not (tmp_path / "out").exists()  # a question changes nothing
-    assert asked("--output_dir", str(tmp_path / "x")) == (3, f"dpo: not begun · {tmp_path}/x")
+    assert asked("--output_dir", str(tmp_path / "x")) == (3, f"dpo: not started · {tmp_path}/x")
 
 
 def test_interrupted(asked, tmp_path):
     """Killed after step 7 of 10; the checkpoint of step 6 is cut, that of step 4 whole: 7 - 4 = 3 steps are lost."""
     out = tmp_path / "out"
     add_metrics(out, range(1, 8))
-    assert asked() == (1, f"dpo: interrupted at step 7 · {out} · no checkpoint yet: the same command begins again")
+    assert asked() == (
+        1,
+        f"dpo: interrupted at step 7 · {out} · no checkpoint yet: the same command starts from scratch",
+    )
     add_checkpoint(out, 4, 10)
     add_checkpoint(out, 6, 10)
     (out / "checkpoint-6" / "trainer_state.json").write_text("{")
-    says = f"dpo: interrupted at step 7 of 10 · {out} · the same command goes on after step 4 (3 steps lost)"
+    says = f"dpo: interrupted at step 7 of 10 · {out} · the same command resumes after step 4 (3 steps lost)"
     assert asked() == (1, says)
 
 
@@ -64,7 +67,7 @@ def test_stopped_and_complete(asked, tmp_path):
     (out / "stopped.json").write_text(json.dumps({"step": 6, "of": 10, "by": "SIGUSR1", "checkpoint": "x"}))
     assert asked() == (
         85,
-        f"dpo: stopped at step 6 of 10 (SIGUSR1) · {out} · the same command goes on after step 6",
+        f"dpo: stopped at step 6 of 10 (SIGUSR1) · {out} · the same command resumes after step 6",
     )
     (out / "complete.json").write_text(json.dumps({"steps": 10}))
     assert asked() == (0, f"dpo: complete, step 10 of 10 · {out}")
@@ -93,7 +96,7 @@ def test_it_takes_no_time(asked, tmp_path):
     code = f"import sys; from rlhf.__main__ import main; main(['status', sys.argv[1]]); assert not {heavy} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "not begun" in done.stdout
+    assert "not started" in done.stdout
 
 
 def test_table(asked, tmp_path, capsys, monkeypatch):
@@ -108,7 +111,7 @@ def test_table(asked, tmp_path, capsys, monkeypatch):
     assert main(["status", str(tmp_path)]) == 0  # of runs
     assert "interrupted" in capsys.readouterr().out
     assert main(["status", str(tmp_path / "nothing")]) == 2
-    assert "has neither recipes (sft.yaml, ...) nor runs in it" in capsys.readouterr().err
+    assert "contains neither recipes (sft.yaml, ...) nor runs" in capsys.readouterr().err
 
 
 def test_a_stop_file_outside_of_the_run_folder(tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_stopped_and_gone_on(event, recipe, tiny_llama, few_pairs, tmp_path, mon
     step = 3 if event == "on_prediction_step" else 4
     shown = capsys.readouterr().out
     assert f"Stopped after step {step} of 6 (SIGTERM); saved as {tmp_path}/stopped/checkpoint-{step}" in shown
-    assert "The same command goes on from there." in shown
+    assert "Run the same command to resume." in shown
     note = json.loads((tmp_path / "stopped" / "stopped.json").read_text())
     assert (note["step"], note["of"], note["by"]) == (step, 6, "SIGTERM")
     assert not (tmp_path / "stopped" / "complete.json").exists()
@@ -180,7 +180,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(pieces, recipe, tiny_llama, few_
     assert (steps.count(2) == 1) == (pieces == 1)
     error = capsys.readouterr().err
     assert (
-        "the loss of step 3 is not a finite number" in error and f"{tmp_path}/o/checkpoint-2 is from before it" in error
+        "the loss of step 3 is not a finite number" in error
+        and f"the last checkpoint before it is {tmp_path}/o/checkpoint-2" in error
     )
     assert not (tmp_path / "o" / "complete.json").exists() and not (tmp_path / "o" / "checkpoint-4").exists()
 
@@ -207,8 +208,8 @@ def test_a_gradient_that_is_far_off_ends_the_run(recipe, tiny_llama, few_pairs, 
     file = recipe("dpo", output_dir=str(tmp_path / "o"), **values, **LORA)
     assert main(["dpo", file]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"the gradient norm of step 22 is \S+, and its median over the 21 steps before \S+: more than max_gradient_spike=1000 times", error)  # fmt: skip
-    assert f"{tmp_path}/o/checkpoint-20 is from before it" in error
+    assert re.search(r"the gradient norm of step 22 is \S+, more than max_gradient_spike=1000 times the median of the 21 steps before it, ", error)  # fmt: skip
+    assert f"the last checkpoint before it is {tmp_path}/o/checkpoint-20" in error
     assert main(["dpo", file, "--max_gradient_spike", "0"]) == 0
 
 
@@ -224,7 +225,7 @@ def test_out_of_memory_is_one_sentence_of_that_process(recipe, tiny_llama, few_p
     )
     assert main(["reward", file]) == 1
     error = capsys.readouterr().err
-    assert "rlhf: process 0 is out of GPU memory (CUDA out of memory. Tried to allocate 20.00 GiB.). Lower max_tokens_per_device (it is 4096)" in error  # fmt: skip
+    assert "rlhf: rank 0 is out of GPU memory (CUDA out of memory. Tried to allocate 20.00 GiB.). Lower max_tokens_per_device (it is 4096)" in error  # fmt: skip
 
 
 def test_a_second_run_is_refused_while_one_writes(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
