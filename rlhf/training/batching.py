@@ -1,9 +1,9 @@
-"""One global batch -> micro-batches that hold at most so many tokens, balanced over processes.
+"""Split one global batch into micro-batches of at most `max_tokens` tokens, balanced over data-parallel ranks.
 
-The examples of an optimizer step depend on the seed and the step alone. How they are split over processes and
-micro-batches depends on the hardware, and does not change the step: each loss is weighted by its share of the *global*
-batch (pairs; tokens for SFT). All processes have the same number of micro-batches, because gradients are exchanged in
-the last one, and ZeRO-3 and FSDP2 exchange weights in each.
+The examples of an optimizer step depend on the seed and the step alone. How they are split over ranks and micro-batches
+depends on the hardware and does not change the step: each loss is weighted by its share of the *global* batch (pairs;
+tokens for SFT). All ranks have the same number of micro-batches, because gradients are reduced in the last one, and
+ZeRO-3 and FSDP2 gather weights in each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Split:
     """How a global batch is split.
 
     Attributes:
-        ranks: for each process its micro-batches, for each of these the places in the global batch. Of a process that
-            has nothing in a micro-batch the list is empty.
-        imbalance: the tokens of the fullest process over the mean, less 1; 0 is perfect.
+        ranks: per rank its micro-batches, per micro-batch the indices into the global batch; an empty list for a rank
+            without examples in that micro-batch.
+        imbalance: tokens of the most loaded rank over the mean, minus 1; 0 is perfect.
     """
 
     ranks: list[list[list[int]]]
@@ -29,20 +29,20 @@ class Split:
 
 
 def split_batch(num_tokens: list[int], num_processes: int, max_tokens: int, padded: bool = False) -> Split:
-    """Split a global batch over processes and micro-batches.
+    """Split a global batch over ranks and micro-batches.
 
-    As few micro-batches as fit; examples go, the longest first, into the emptiest one (LPT, Graham 1969: at most 4/3 of
-    the best possible maximum). Micro-batches of like size run at the same time, and the fuller ones are dealt out to the
-    processes in turns.
+    The number of micro-batches is the smallest that fits. Examples are placed longest first, each into the emptiest
+    micro-batch (LPT, Graham 1969: at most 4/3 of the optimal maximum). Micro-batches of similar size run at the same
+    time, and the larger ones rotate over the ranks.
 
     Args:
-        num_tokens: of each example; packed, or of its longest row where rows are padded.
-        num_processes: how many share the batch.
-        max_tokens: that a micro-batch may hold.
+        num_tokens: per example; packed, or of its longest row if rows are padded.
+        num_processes: world size.
+        max_tokens: maximum per micro-batch.
         padded: a micro-batch takes (examples x longest) tokens instead of the sum.
 
     Raises:
-        ValueError: an example that is longer than `max_tokens` (names its place), or no examples.
+        ValueError: an example is longer than `max_tokens` (its index is named), or there are no examples.
 
     Example:
         >>> split_batch([5, 9, 2, 4], num_processes=2, max_tokens=11).ranks  # 9 + 2 and 5 + 4 tokens
@@ -63,7 +63,7 @@ def split_batch(num_tokens: list[int], num_processes: int, max_tokens: int, padd
 
 
 def _fill(order, num_tokens, num_bins: int, max_tokens: int, padded: bool) -> list[list[int]] | None:
-    """Examples in `num_bins` bins by LPT; None if a bin then holds too much."""
+    """Examples in `num_bins` bins by LPT; None if a bin exceeds `max_tokens`."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     emptiest = [(0, number) for number in range(num_bins)]
     for example in order:
@@ -82,7 +82,7 @@ def _load(examples: list[int], num_tokens, padded: bool) -> int:
 
 
 def _deal(bins: list[list[int]], num_tokens, num_processes: int) -> Split:
-    """Bins of like size at the same time; in each round the fullest goes to the process that has least so far."""
+    """Bins of similar size run at the same time; in each round the largest goes to the least loaded rank so far."""
     bins = sorted(bins, key=lambda b: (-_load(b, num_tokens, False), b))
     ranks: list[list[list[int]]] = [[] for _ in range(num_processes)]
     loads = [0] * num_processes
@@ -95,7 +95,7 @@ def _deal(bins: list[list[int]], num_tokens, num_processes: int) -> Split:
 
 
 def step_examples(step: int, num_examples: int, global_batch_size: int, seed: int) -> list[int]:
-    """The rows of an optimizer step (counted from 0): a new order each epoch; the last step of an epoch may be smaller.
+    """The rows of an optimizer step (from 0): a new permutation per epoch; the last step of an epoch may be smaller.
 
     Example:
         >>> [len(step_examples(k, 10, 4, seed=1)) for k in range(4)]

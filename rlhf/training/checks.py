@@ -1,4 +1,4 @@
-"""What is looked at before anything is trained: packages, devices, room on the disk, what model and recipe ask of each other."""
+"""Checks before training: packages, devices, disk space, model folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.runs.records import read_complete
 
 
 def check_extras(recipe: Recipe) -> None:
-    """Packages that a key asks for must be there before anything loads."""
+    """Raise UserError if a package that a recipe key needs is not installed."""
     needs = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
     for key, package in needs.items():
         if recipe.get(key) and importlib.util.find_spec(package) is None:
@@ -27,7 +27,7 @@ def check_extras(recipe: Recipe) -> None:
         )
     if any(recipe.get(k) for k in needs) and not recipe.get("use_peft"):
         raise UserError(
-            f"{recipe.where('load_in_4bit')}: a quantised model is trained through LoRA; add `use_peft: true`"
+            f"{recipe.where('load_in_4bit')}: a quantised model can only be trained with LoRA; add `use_peft: true`"
         )
     reporters = recipe.get("report_to") or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
@@ -38,7 +38,7 @@ def check_extras(recipe: Recipe) -> None:
 
 
 def refuse_damaged(recipe: Recipe, model_keys: tuple[str, ...]) -> None:
-    """Refuse local models that can't be loaded, and a run folder whose complete.json is damaged.
+    """Reject local models that can't be loaded, and a run folder whose complete.json is damaged.
 
     Raises:
         UserError: names the file.
@@ -52,7 +52,7 @@ def refuse_damaged(recipe: Recipe, model_keys: tuple[str, ...]) -> None:
 
 
 def on_cpu(recipe: Recipe) -> bool:
-    """Whether this recipe will be computed on the CPU of this machine."""
+    """Whether this recipe will run on the CPU of this machine."""
     if recipe.get("use_cpu"):
         return True
     import torch  # takes seconds
@@ -75,12 +75,15 @@ def check_devices(args, recipe: Recipe) -> None:
 
 
 def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
-    """Room for a checkpoint (as large as the last one; else of full fine-tuning: the weights twice and Adam's moments) and for
-    the finished model (an adapter is small)."""
+    """Disk space for a checkpoint and for the finished model (an adapter is small).
+
+    The checkpoint is taken to be as large as the last one; without one, as for full fine-tuning: the weights twice and
+    Adam's moments.
+    """
     files = Path(model_name).glob("*.safetensors") if os.path.isdir(model_name) else []
     weights = sum(
         f.stat().st_size for f in files if f.is_file()
-    )  # a link to what is gone is refused where it is loaded
+    )  # a dangling link is rejected when the model is loaded
     finished = 0 if use_peft and not merge else 1.2 * weights
     if resume_from:
         checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())

@@ -1,15 +1,15 @@
-"""Direct Preference Optimization: the policy moves towards chosen and away from rejected answers, held by its reference.
+"""Direct Preference Optimization (DPO): trains the policy towards chosen and away from rejected answers.
 
-The reference is exactly the policy before its first update. With `reference: cached` (the default) its log-probabilities
-are computed then, once, and kept on disk (reference.py). With `reference: online` every step asks the reference itself,
-which is, where the policy is
-    a whole model, trained by LoRA       the model with the new adapter switched off
-    an SFT adapter that goes on          a frozen copy of that adapter, named `ref` (TRL makes it); with the adapter off
-                                         it would be the model before SFT
-    a whole model, fully fine-tuned      a second copy of it
-Either way the first thing the run does is to check it (start_check.py): at step 0 the loss must be ln 2, to the model's noise. With `reference: nf4` a second
-model in 4 bits is asked, for one that is not the policy's start; it is never quite right, so its bias is measured, shown
-and bounded before anything is trained.
+The reference model is exactly the policy before its first update. With `reference: cached` (the default) its
+log-probabilities are computed at that point, once, and cached on disk (reference.py). With `reference: online` every
+step runs the reference model, which depends on the policy:
+    a full model, trained with LoRA      the model with the new adapter disabled
+    an SFT adapter, trained further      a frozen copy of that adapter, named `ref` (TRL makes it); with the adapter
+                                         disabled it would be the model before SFT
+    a full model, fully fine-tuned       a second copy of it
+Either way the run first checks it (start_check.py): at step 0 the loss must be ln 2, up to numerical noise.
+`reference: nf4` loads a separate 4-bit reference model, for references other than the policy's starting point. It is
+never exact, so its bias is measured, printed and bounded before training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf.upstream import check_upstream
 
 
 def build(plan: Plan, stopper: Stopper | None = None):
-    """TRL's DPOTrainer for this plan, with the check of step 0."""
+    """TRL's DPOTrainer for this plan, with the check at step 0."""
     from rlhf.models.loading import load_nf4, load_policy
     from rlhf.packing import lm_head
     from rlhf.training.trainer import trainer_arguments, use_global_batches
@@ -54,7 +54,7 @@ def build(plan: Plan, stopper: Stopper | None = None):
 
 
 def reference_name(plan: Plan) -> str:
-    """The model that a 4-bit reference is made of, located."""
+    """The located model that the 4-bit reference is quantised from."""
     from rlhf.models.folder import locate
 
     name = plan.stage_args.reference_model
@@ -62,10 +62,10 @@ def reference_name(plan: Plan) -> str:
 
 
 def check_bias(trainer, plan: Plan, tokenizer) -> None:
-    """Show what the 4-bit reference costs and saves; refuse it where it is off by more than the recipe allows.
+    """Report the size and the bias of the 4-bit reference model; reject it if the bias exceeds the recipe's limit.
 
     Raises:
-        UserError: with the measured bias and what to do.
+        UserError: the bias is too large; states the measured value and the fix.
     """
     from trl.trainer.utils import add_fused_lm_head
 
@@ -80,12 +80,13 @@ def check_bias(trainer, plan: Plan, tokenizer) -> None:
         add_fused_lm_head(exact)  # as TRL's trainer calls it
     small = trainer.accelerator.unwrap_model(trainer.ref_model).get_memory_footprint() / 1e6
     weights = [p for name, p in exact.named_parameters() if "lora_" not in name]
-    whole = sum(num_elements(p) * p.element_size() for p in weights) / 1e6
+    full = sum(num_elements(p) * p.element_size() for p in weights) / 1e6
     found = measure_bias(trainer, exact, args.beta)
     say(
-        f"  reference {reference_name(plan)} in 4 bits (NF4): {small:.0f} MB instead of {whole:.0f} MB\n"
-        f"            its bias on {found['pairs']} pairs: an answer's log-probability {found['mean_nats']:.2f} nats (worst "
-        f"{found['worst_nats']:.2f}), a pair's margin {found['mean_margin_nats']:.2f} (worst {found['worst_margin_nats']:.2f})\n"
+        f"  reference {reference_name(plan)} in 4 bits (NF4): {small:.0f} MB instead of {full:.0f} MB\n"
+        f"            its bias on {found['pairs']} pairs: {found['mean_nats']:.2f} nats per answer (worst "
+        f"{found['worst_nats']:.2f}), {found['mean_margin_nats']:.2f} nats per margin (worst "
+        f"{found['worst_margin_nats']:.2f})\n"
         f"            DPO's loss at step 0 is {found['loss']:.3f} instead of {found['exact_loss']:.3f}"
     )
     if not stage_args.reference_model:
@@ -93,52 +94,54 @@ def check_bias(trainer, plan: Plan, tokenizer) -> None:
     if not found["mean_nats"] <= stage_args.max_reference_bias_nats:
         fix = "quantise a larger model" if stage_args.reference_model else "use `reference: cached`"
         raise UserError(
-            f"{recipe.where('reference')}: the 4-bit reference is off by {found['mean_nats']:.2f} nats an answer on average, "
-            f"more than max_reference_bias_nats={stage_args.max_reference_bias_nats:g}: DPO would train against another "
-            f"model than the one it is named after; {fix}, or raise max_reference_bias_nats. Nothing was trained"
+            f"{recipe.where('reference')}: the 4-bit reference is off by {found['mean_nats']:.2f} nats per answer on "
+            f"average, more than max_reference_bias_nats={stage_args.max_reference_bias_nats:g}: DPO would train "
+            f"against a different model from the one named; {fix}, or raise max_reference_bias_nats. "
+            "Nothing was trained"
         )
 
 
 def check(plan: Plan) -> None:
-    """Refuse a reference, or the shape of an adapter, that can't be: before the model loads."""
+    """Reject unsupported reference settings and adapter shapes, before the model loads."""
     check_reference(plan)
     if plan.continues_adapter:
         check_same_adapter(plan)
 
 
 def check_reference(plan: Plan) -> None:
-    """Refuse a reference that can't be."""
+    """Reject unsupported reference settings."""
     args, stage_args, recipe = plan.args, plan.stage_args, plan.recipe
     if args.sync_ref_model and plan.model_args.use_peft:
         raise UserError(f"{recipe.where('sync_ref_model')}: sync_ref_model needs full fine-tuning; remove `use_peft`")
     if args.sync_ref_model and stage_args.reference == "cached":
         raise UserError(
-            f"{recipe.where('sync_ref_model')}: sync_ref_model moves the reference during training; set `reference: online`"
+            f"{recipe.where('sync_ref_model')}: sync_ref_model updates the reference during training; set "
+            "`reference: online`"
         )
     if stage_args.reference == "nf4":
         from rlhf.models.folder import is_adapter
 
         if plan.model_args.load_in_4bit or plan.model_args.load_in_8bit:
             raise UserError(
-                f"{recipe.where('reference')}: a quantised policy is its own 4-bit reference, exact and for nothing; use "
-                "`reference: cached` or `reference: online`"
+                f"{recipe.where('reference')}: a QLoRA policy already provides its exact 4-bit reference at no extra "
+                "cost; use `reference: cached` or `reference: online`"
             )
         name = reference_name(plan)
         if is_adapter(name):
             raise UserError(
-                f"{recipe.where('reference')}: {name} is an adapter, and only a whole model can be quantised; set "
+                f"{recipe.where('reference')}: {name} is an adapter, but only a full model can be quantised; set "
                 "`merge_adapter: true` in the recipe that makes it"
             )
     local = sorted({"aot", "aot_unpaired", "sft"} & set(args.loss_type))
     if local and stage_args.global_batch_size:
         say(
-            f"note: the loss {' and '.join(local)} compares the pairs that are computed together (or counts their tokens): "
-            "its value depends on how the global batch is split"
+            f"note: the loss {' and '.join(local)} is computed per micro-batch (it sorts the pairs or counts the "
+            "tokens in it): its value depends on how the global batch is split into micro-batches"
         )
 
 
 def check_same_adapter(plan: Plan) -> None:
-    """An adapter that goes on keeps its own shape: a recipe that names another shape is told so."""
+    """An adapter that is trained further keeps its shape: reject a recipe that names another one."""
     from peft import PeftConfig
 
     adapter = PeftConfig.from_pretrained(plan.model_name)
@@ -146,13 +149,13 @@ def check_same_adapter(plan: Plan) -> None:
         wanted, found = plan.recipe.get(key), getattr(adapter, attribute)
         if wanted is not None and wanted != found:
             raise UserError(
-                f"{plan.recipe.where(key)}: {key}={wanted}, but the adapter that goes on has {found}; set {found}, or "
-                "`continue_adapter: false` to merge it and train a new one"
+                f"{plan.recipe.where(key)}: {key}={wanted}, but the adapter to be trained further has {found}; set "
+                f"{found}, or `continue_adapter: false` to merge it and train a new one"
             )
 
 
 def trainer_class(plan: Plan, stopper: Stopper | None = None):
-    """DPOTrainer on packed rows, with the cached reference, that checks its start before its first step."""
+    """A DPOTrainer on packed rows, with the cached reference, that runs `check_start` before its first step."""
     from trl import DPOTrainer
 
     from rlhf.training.reference import add_reference_logps
@@ -161,7 +164,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
-        reference_seconds = 0.0  # that the cached reference took, for bench/
+        reference_seconds = 0.0  # time spent on the cached reference, for bench/
 
         def __init__(self, **kwargs):
             with without_hashing():
@@ -169,7 +172,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             self._make_ready()
 
         def _make_ready(self) -> None:
-            """Pack once, as soon as the model stands: TRL's constructor asks for the reference before it ends."""
+            """Pack once, as soon as the model exists: TRL's constructor computes the reference before it returns."""
             if not hasattr(self, "is_packed"):
                 make_ref_adapter_equal(self.model)
                 self.is_packed = pack(self, plan)
@@ -184,7 +187,10 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             return found
 
         def _prepare_inputs(self, inputs):
-            """Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024."""
+            """Keep reference log-probabilities in fp32.
+
+            Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024.
+            """
             exact = {name: inputs[name] for name in inputs if name.startswith("ref_")}
             return super()._prepare_inputs(inputs) | {name: x.to(self.args.device) for name, x in exact.items()}
 
@@ -199,7 +205,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
 
 @contextlib.contextmanager
 def without_hashing():
-    """TRL 1.16 hashes all weights for a cache of its own, which reference.py stands in for; it takes minutes for 8B."""
+    """Skip the hash of all weights for TRL 1.16's own cache, which reference.py replaces; it takes minutes for 8B."""
     from trl.trainer import dpo_trainer
 
     hash_module, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda module: None
@@ -210,9 +216,9 @@ def without_hashing():
 
 
 def make_ref_adapter_equal(model) -> None:
-    """Give TRL's frozen `ref` adapter the very weights of the policy's.
+    """Give TRL's frozen `ref` adapter exactly the weights of the policy's adapter.
 
-    Under QLoRA TRL 1.16 casts the trained adapter to bf16 after it has copied it: DPO would start 2e-3 off ln 2.
+    Under QLoRA TRL 1.16 casts the trained adapter to bf16 after copying it: DPO would start 2e-3 off ln 2.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""The end of training: the trained model written, loaded again and compared, and the run marked as complete."""
+"""The end of training: write the model, reload and compare it, and mark the run as complete."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rlhf.training.stage import Plan, Stage
 
 
 def finish(stage: Stage, plan: Plan, trainer, run: RunFolder, seconds: float) -> None:
-    """Write the model on the main rank, load it again, compare; an error there ends all ranks.
+    """Write the model on the main rank, reload and compare it; an error there ends all ranks (`on_main`).
 
     Args:
-        seconds: that training took.
+        seconds: the duration of training.
     """
     probe = stage.probe(trainer.train_dataset)
     model, expected = finished_model(stage, plan, trainer, probe)
 
     def write() -> None:
-        say("Writing the model, loading it again and comparing ...")
+        say("Writing the model, reloading it and comparing ...")
         saved = save_finished_model(stage, plan, trainer, run, model, expected, probe)
         summary = summarise_training(stage, trainer, run, seconds) | saved
         write_card(run.folder, summary)
@@ -33,7 +33,7 @@ def finish(stage: Stage, plan: Plan, trainer, run: RunFolder, seconds: float) ->
 
 
 def save_finished_model(stage: Stage, plan: Plan, trainer, run: RunFolder, model, expected, probe) -> dict[str, Any]:
-    """What `save_finished` says of the files it has written."""
+    """Write the files; returns what `save_finished` reports about them."""
     import torch
 
     from rlhf.models.finished import save_finished
@@ -47,7 +47,7 @@ def save_finished_model(stage: Stage, plan: Plan, trainer, run: RunFolder, model
 
 
 def summarise_training(stage: Stage, trainer, run: RunFolder, seconds: float) -> dict[str, Any]:
-    """What complete.json says of the training; of the files, `save_finished` does."""
+    """The entries of complete.json about the training; those about the files come from `save_finished`."""
     from rlhf.models.folder import is_adapter
 
     history = [h for h in trainer.state.log_history if "loss" in h]
@@ -71,11 +71,11 @@ def announce_finished(stage: Stage, run: RunFolder, summary: dict[str, Any]) -> 
 
 
 def finished_model(stage: Stage, plan: Plan, trainer, probe: list[list[int]]):
-    """The trained model in one piece on the main process, whatever it was split over.
+    """The trained model, unsharded on the main process.
 
     Returns:
-        (model, None), or, where it was split: (model loaded anew with the trained parameters, on the main process only;
-        the split model's logits on `probe`)
+        (model, None); or, if it was sharded: (model loaded again with the trained parameters, on the main process only;
+        the sharded model's logits on `probe`)
     """
     from rlhf.distributed.sharding import is_sharded, unsharded
     from rlhf.models.finished import probe_logits
@@ -87,14 +87,14 @@ def finished_model(stage: Stage, plan: Plan, trainer, probe: list[list[int]]):
     trained = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with unsharded(parameter) as whole:
+            with unsharded(parameter) as full:
                 if is_main():
-                    trained[name] = whole.detach().cpu().clone()
+                    trained[name] = full.detach().cpu().clone()
     if not is_main():
         return None, None
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # or ZeRO-3 would split what is loaded now
+    unset_hf_deepspeed_config()  # or ZeRO-3 would shard the model that is loaded next
     from peft import get_peft_model
 
     again, _, adapter = stage.load(plan)

@@ -1,4 +1,4 @@
-"""What max_length does to the answers: how many are cut, become the same tokens, or are left out."""
+"""The effect of max_length: how many answers are cut, pairs become identical, or rows are left out."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class CutReport:
     """What TRL 1.16 will do to these rows at this max_length.
 
     Attributes:
-        rows: how many rows were looked at.
+        rows: how many rows were inspected.
         cut: rows with an answer that loses tokens (a reward model's rows are never cut).
-        answers: how many answers lose tokens: up to two a pair.
-        same: pairs whose answers become the same tokens, so that they teach nothing: cut, or equal in the template's eyes.
+        answers: how many answers lose tokens: up to two per pair.
+        same: pairs without a training signal: both answers have the same tokens, once cut or formatted by the template.
         left_out: rows that TRL drops: the prompt alone fills max_length (SFT, DPO), or one side is longer (reward).
     """
 
@@ -35,13 +35,13 @@ def answers_cut(
     rows: list[dict[str, Any]], tokenizer, max_length: int | None, stage: str, truncation_mode: str = "keep_start",
     at_most: int | None = None,
 ) -> CutReport:  # fmt: skip
-    """Tokenise canonical rows as TRL does and count what max_length costs.
+    """Tokenise canonical rows as TRL does and count the effects of max_length.
 
     Args:
         rows: canonical rows of `sft`, `reward` or `dpo`; a row's `place` names it.
         max_length: in tokens, of prompt and answer together; None: no limit.
-        truncation_mode: TRL's; `keep_end` cuts the front of the prompt first and drops nothing.
-        at_most: look at so many rows only, evenly spread (about 800 rows a second on one core).
+        truncation_mode: TRL's; `keep_end` cuts the start of the prompt first and drops nothing.
+        at_most: inspect at most this many rows, evenly spaced (about 800 rows per second on one core).
     """
     step = max(1, -(-len(rows) // at_most)) if at_most else 1
     found: dict[str, list[str]] = {"cut": [], "same": [], "left_out": []}
@@ -58,7 +58,7 @@ def answers_cut(
 
 
 def cost(tokenizer, row: dict[str, Any], max_length: int | None, stage: str, padded: bool) -> int:
-    """Tokens that a row takes of max_tokens_per_device, as trainer.count_tokens has it once rows are tokenised."""
+    """Tokens that a row counts towards max_tokens_per_device: what `count_tokens` gives for its tokenised row."""
 
     prompt, answers = _tokens(tokenizer, row)
     if len(answers) == 1:
@@ -72,7 +72,7 @@ def cost(tokenizer, row: dict[str, Any], max_length: int | None, stage: str, pad
 
 
 def _effect(tokenizer, row: dict, max_length: int | None, stage: str, mode: str) -> tuple[list[str], int]:
-    """(which of cut, same and left_out hold for a row, how many of its answers lose tokens)."""
+    """(which of cut, same and left_out apply to a row, how many of its answers lose tokens)."""
     prompt, answers = _tokens(tokenizer, row)
     longest = prompt + max(map(len, answers))
     limit = max_length or longest
@@ -84,7 +84,7 @@ def _effect(tokenizer, row: dict, max_length: int | None, stage: str, mode: str)
 
 
 def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
-    """(number of the prompt's tokens, token ids of each answer); a dialogue or a text is an answer without a prompt."""
+    """(number of prompt tokens, token ids of each answer); a dialogue or a text is an answer without a prompt."""
     from trl.data_utils import common_prefix_length
 
     from rlhf.models.tokenizer import tokenize_pair
@@ -94,9 +94,9 @@ def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
         return len(ids["prompt_ids"]), [ids["chosen_ids"], ids["rejected_ids"]]
     render = lambda messages, **kw: tokenizer.apply_chat_template(messages, return_dict=True, **kw)["input_ids"]  # noqa: E731
     if "prompt" in row:
-        whole = render(row["prompt"] + row["completion"])
-        cut = common_prefix_length(render(row["prompt"], add_generation_prompt=True), whole)
-        return cut, [whole[cut:]]
+        ids = render(row["prompt"] + row["completion"])
+        cut = common_prefix_length(render(row["prompt"], add_generation_prompt=True), ids)
+        return cut, [ids[cut:]]
     if "messages" in row:
         return 0, [render(row["messages"])]
     text = row["text"]
@@ -104,7 +104,7 @@ def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
 
 
 def line(report: CutReport) -> str:
-    """The report for the screen; '' where max_length takes nothing away.
+    """The report for the screen; '' if max_length has no effect.
 
     Example: "max_length=512: cuts 40 answers in 31 of 1,000 pairs (first: a.jsonl:7); 7 of 1,000 pairs have the same
     tokens for chosen and rejected (first: a.jsonl:9); 2 of 1,000 pairs are left out, since the prompt alone fills it (first: a.jsonl:4)".
@@ -129,7 +129,7 @@ def line(report: CutReport) -> str:
 
 
 def count_tokens(row: dict[str, list[int]], max_length: int | None, padded: bool) -> int:
-    """Tokens that an example costs: packed, with a shared prompt; or its longest row, twice for a pair, where rows are padded."""
+    """Tokens that an example takes: packed with a shared prompt; padded, its longest row (twice for a pair)."""
     cut = lambda n: n if max_length is None else min(n, max_length)  # noqa: E731
     if "input_ids" in row:
         return cut(len(row["input_ids"]))
@@ -137,14 +137,14 @@ def count_tokens(row: dict[str, list[int]], max_length: int | None, padded: bool
     chosen, rejected = cut(prompt + len(row["chosen_ids"])), cut(prompt + len(row["rejected_ids"]))
     if padded:
         return 2 * max(chosen, rejected)
-    if not prompt:  # rewards: what the rows have in common
+    if not prompt:  # reward models: the common prefix of both rows
         pairs = enumerate(zip(row["chosen_ids"], row["rejected_ids"], strict=False))
         prompt = next((i for i, (a, b) in pairs if a != b), min(chosen, rejected))
     return chosen + rejected - min(prompt, chosen, rejected)
 
 
 def too_long(recipe: Recipe, place: str, tokens: int, most: int) -> UserError:
-    """An example alone takes more than a device's tokens."""
+    """The error for a single example that exceeds max_tokens_per_device."""
     return UserError(
         f"{recipe.where('max_tokens_per_device')}: the longest example, {place}, takes {tokens} tokens, more than "
         f"max_tokens_per_device={most}; raise it to {tokens}, lower max_length, or remove the example"

@@ -1,7 +1,7 @@
 """The plan of a run: everything that can be decided and checked without weights, once, for `--check` and for the start.
 
-`read_inputs` needs no torch: it answers within a second where a run is complete. `make_plan` builds TRL's configs, looks at
-the model's config, its tokenizer and its modules, and refuses what would fail later.
+`read_inputs` needs no torch: for a complete run it returns within a second. `make_plan` builds TRL's configs, reads the
+model's config, tokenizer and module names, and rejects what would fail later.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from rlhf.training.stage import Plan, Stage
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is given, read without torch.
+    """The inputs of a run, read without torch.
 
     Attributes:
-        digests: sha256 of data and input model by the key that names them; the model's is left out until it is made.
-        maker: the command that makes the input model, where a recipe of the same folder does; else ''.
-        waits: that command has yet to do so.
+        digests: sha256 of data and input model, by recipe key; without the model's while that does not exist yet.
+        maker: the command that makes the input model, if a recipe of the same folder does; else ''.
+        waits: that command has not been run to completion yet.
         run: the output folder.
     """
 
@@ -56,13 +56,13 @@ class Inputs:
 
 
 def read_inputs(stage: Stage, recipe: Recipe, may_wait: bool = False) -> Inputs:
-    """Read the rows and look at the input model's files and at the output folder.
+    """Read the rows, and inspect the input model's files and the output folder.
 
     Args:
-        may_wait: the input model need not be there if a recipe of the same folder will make it.
+        may_wait: the input model need not exist yet if a recipe of the same folder will make it.
 
     Raises:
-        UserError: bad data, a damaged model folder, an output folder that is not this run's, a package that a key needs.
+        UserError: bad data, a damaged model folder, an output folder that is not this run's, a missing package.
     """
     name = recipe.values["model_name_or_path"]
     maker = maker_of(recipe, name)
@@ -79,11 +79,11 @@ def read_inputs(stage: Stage, recipe: Recipe, may_wait: bool = False) -> Inputs:
 
 
 def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs | None = None) -> Plan:
-    """Decide everything that a run needs decided before its weights load, cheap checks first.
+    """Make all decisions of a run before its weights load, cheap checks first.
 
     Args:
-        topology: of this process's own launch, or of a launch file that a later run will use.
-        inputs: of `read_inputs`, which is called where there are none.
+        topology: of this process's own launch, or of the launch file of a later run.
+        inputs: from `read_inputs`, which is called if None.
 
     Raises:
         UserError: with the place and the fix.
@@ -118,10 +118,10 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
 
 
 def unknown_yet(recipe: Recipe) -> str:
-    """Why a plan can't be made before the run starts; '' where it can."""
+    """Why a plan can't be made before the run starts; '' if it can."""
     name, _ = starting_model(recipe)
     if name.startswith("embedded:") and not is_fetched():
-        return f"not checked yet: tokenizer, lengths and module names, since {name} is fetched when a run starts"
+        return f"not checked yet: tokenizer, lengths and module names, as {name} is downloaded when a run starts"
     return ""
 
 
@@ -131,26 +131,29 @@ def unknown_yet(recipe: Recipe) -> str:
 def decide_reference(
     stage_args: StageConfig, topology: Topology, on_cpu: bool
 ) -> Literal["cached", "online", "nf4"]:  # fmt: skip
-    """What the recipe says; but under FSDP on GPUs the trainer shards the model, and so brings it to the GPU, only when
-    training starts: the cached pass before that would run on the CPU, so the reference's pass is made in every step."""
+    """The recipe's choice, except `online` in place of `cached` under FSDP on GPUs.
+
+    There the trainer shards the model, and so moves it to the GPU, only when training starts: the cached pass before
+    that would run on the CPU.
+    """
     if stage_args.reference == "cached" and topology.engine == "FSDP" and not on_cpu:
-        say("note: under FSDP the reference's pass is made in every step (`reference: online`), not cached")
+        say("note: under FSDP the reference's forward pass runs in every step (`reference: online`), it is not cached")
         return "online"
     return stage_args.reference
 
 
 def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:
-    """Whether the input model is an adapter that is trained further; a reward model merges it first."""
+    """Whether the input model is an adapter that is trained further; the reward stage merges it first."""
     from rlhf.models.folder import is_adapter
 
     return stage != "reward" and is_adapter(model_name) and stage_args.continue_adapter and use_peft
 
 
 def merges(stage_args: StageConfig, quantised: bool) -> bool:
-    """Whether the finished model is written merged: unless it is quantised, where the recipe says nothing."""
+    """Whether the finished model is written merged; the default is yes, unless it is quantised."""
     return not quantised if stage_args.merge_adapter is None else stage_args.merge_adapter
 
 
 def saves_portably(stage_args: StageConfig, use_peft: bool) -> bool:
-    """Whether checkpoints hold their state unsharded: with LoRA, where the recipe says nothing."""
+    """Whether checkpoints hold their state unsharded; the default is yes with LoRA only."""
     return use_peft if stage_args.portable_checkpoints is None else stage_args.portable_checkpoints

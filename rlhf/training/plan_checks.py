@@ -1,4 +1,4 @@
-"""Checks of a plan before any weight loads: what libraries would refuse after minutes, and what a model can't do."""
+"""Checks of a plan before any weight loads: what libraries would reject after minutes, and what a model can't do."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rlhf.training.stage import Plan
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # rows that are tokenised before a start: about 3 s
+MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # maximum number of rows tokenised before a start: about 3 s
 
 
 def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[str, str]) -> None:
-    """Models that an evaluation measures: there, of the right kind, with a tokenizer; no weights.
+    """Check that an evaluation's models exist, are of the right kind and have a tokenizer; loads no weights.
 
     Args:
-        names: `base_model`, `sft_model`, `dpo_model`, `reward_model` to a name.
-        waiting: of the same keys, the command that has yet to make the model, or ''.
+        names: of the models, by key (`base_model`, `sft_model`, `dpo_model`, `reward_model`).
+        waiting: by key, the command that still has to make the model, or ''.
     """
     from transformers import AutoTokenizer
 
@@ -49,7 +49,7 @@ def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[s
 
 
 def check_scheduler(plan: Plan) -> None:
-    """Make the learning rate's scheduler over a dummy parameter: it refuses arguments that it lacks or doesn't know."""
+    """Build the learning-rate scheduler over a dummy parameter: it rejects missing and unknown arguments."""
     import torch
     from transformers import get_scheduler
 
@@ -64,13 +64,13 @@ def check_scheduler(plan: Plan) -> None:
         key = "lr_scheduler_kwargs" if recipe.get("lr_scheduler_kwargs") else "lr_scheduler_type"
         name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         raise UserError(
-            f"{recipe.where(key)}: the scheduler {name} can't be made with lr_scheduler_kwargs="
+            f"{recipe.where(key)}: the scheduler {name} can't be built with lr_scheduler_kwargs="
             f"{quote(args.lr_scheduler_kwargs)}: {_sentence(error)}"
         ) from None
 
 
 def check_optimizer(plan: Plan) -> None:
-    """An optimizer from another package must be there, with the keys that it asks for."""
+    """Check that the optimizer's package is installed and that its arguments are valid."""
     from transformers import Trainer
 
     args, recipe = plan.args, plan.recipe
@@ -79,12 +79,12 @@ def check_optimizer(plan: Plan) -> None:
     except (ImportError, ValueError, AssertionError, TypeError) as error:
         name = getattr(args.optim, "value", args.optim)
         if "model" in str(error).lower() and not isinstance(error, ImportError):
-            return  # LOMO asks for the model itself
+            return  # LOMO needs the model itself
         raise UserError(f"{recipe.where('optim')}: optim {name} can't be used: {_sentence(error)}") from None
 
 
 def check_reporters(plan: Plan) -> None:
-    """Each reporter must exist, with its package installed; their callbacks say so when they are made."""
+    """Check that each reporter exists and its package is installed, by creating its callback."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     recipe = plan.recipe
@@ -99,14 +99,14 @@ def check_reporters(plan: Plan) -> None:
 
 
 def check_hub_login(plan: Plan) -> None:
-    """`push_to_hub` needs a login and the network: to be known before training, not after it."""
+    """`push_to_hub` needs a login and the network: check both before training, not after it."""
     if not plan.args.push_to_hub:
         return
     from huggingface_hub import whoami
 
     try:
         whoami()
-    except Exception as error:  # as in models.locate: the hub's client raises a dozen kinds, of two HTTP libraries
+    except Exception as error:  # as in models.locate: the hub's client raises a dozen types, from two HTTP libraries
         raise UserError(
             f"{plan.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {_sentence(error)} "
             "Log in with `hf auth login` (or set HF_TOKEN), or remove push_to_hub and upload the finished folder later"
@@ -124,20 +124,20 @@ def load_plan_tokenizer(plan: Plan):
     except UserError as error:
         where = recipe.where("chat_template" if template is not None else "model_name_or_path")
         raise UserError(f"{where}: {error}") from None
-    except (OSError, ValueError, KeyError, ImportError) as error:  # no or damaged tokenizer files, a package missing
+    except (OSError, ValueError, KeyError, ImportError) as error:  # missing or damaged files, a missing package
         raise UserError(
             f"{recipe.where('model_name_or_path')}: the tokenizer of {plan.model_name} can't be loaded: {_sentence(error)}"
         ) from None
 
 
 def check_modules(plan: Plan) -> bool:
-    """Build the architecture on the meta device (no memory), and put LoRA on it: names of modules, attention, sizes.
+    """Build the architecture on the meta device (no memory) and add LoRA: checks module names, attention and sizes.
 
     Returns:
         Whether its batches will be packed.
 
     Raises:
-        UserError: LoRA's target modules aren't in the model, or it can't be built with this attention.
+        UserError: the model lacks LoRA's target modules, or can't be built with this attention.
     """
     import torch
     from peft import get_peft_model
@@ -169,7 +169,7 @@ def check_modules(plan: Plan) -> bool:
     missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
     reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
     adapter = get_peft_config(model_args)
-    if recipe.stage == "reward":  # as reward.load sets it: the new head is trained and saved, not adapted
+    if recipe.stage == "reward":  # as in reward.load: the new head is trained and saved, not adapted
         heads = [
             n
             for n, m in model.named_children()
@@ -191,7 +191,7 @@ def check_modules(plan: Plan) -> bool:
 
 
 def _matches(model, name: str) -> bool:
-    """As PEFT matches the names of a list: a module's whole name or its end."""
+    """Whether PEFT would match this list entry: a module's full name or its last parts."""
     return any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules())
 
 
@@ -201,14 +201,14 @@ def _linear_layers(model) -> list[str]:
 
 
 def packed_attention(name: str | None) -> str | None:
-    """The attention that the model itself is built with: flash attention names packing's own kernels, not the model's."""
+    """The attention to build the model with; None for flash attention, which here means packing's own kernels."""
     return None if name is None or "flash" in name or "/" in name else name
 
 
 def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
-    """Report what max_length cuts, and refuse what the start would refuse once all rows are tokenised.
+    """Report what max_length cuts, and reject what the start would reject once all rows are tokenised.
 
-    Of many rows every n-th is looked at, and those with the longest texts: some seconds, whatever their number.
+    Of a large data set it inspects every n-th row and the rows with the longest texts: a few seconds for any size.
 
     Raises:
         UserError: no example is left, or one is longer than max_tokens_per_device.
@@ -250,7 +250,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def check_merge(plan: Plan) -> None:
-    """Refuse an adapter whose base would be nowhere on the disk, or that quantised weights would round away."""
+    """Reject an adapter whose base would not exist on disk, or that would be rounded away in quantised weights."""
     from rlhf.models.folder import is_adapter
 
     recipe = plan.recipe
@@ -264,25 +264,27 @@ def check_merge(plan: Plan) -> None:
             )
     if plan.model_args.use_peft and not plan.merge:
         raise UserError(
-            f"{recipe.where('merge_adapter')}: the new adapter would sit on {recipe.get('model_name_or_path')} merged into "
-            "its base, a model that is nowhere on the disk; set `merge_adapter: true` here, or in the recipe of that stage"
+            f"{recipe.where('merge_adapter')}: the base of the new adapter would be {recipe.get('model_name_or_path')} "
+            "merged into its own base, a model that is not on disk; set `merge_adapter: true` here, or in the recipe "
+            "of that stage"
         )
 
 
 def decide_max_length(recipe: Recipe, args: TrainingArguments, model_name: str) -> tuple[int | None, str | None]:
-    """The recipe's max_length, or TRL's default as far as the model has positions (beyond them: an index error deep in an
-    embedding); and the commit of a model from the hub.
+    """The recipe's max_length, or TRL's default capped at the model's positions; and the commit of a hub model.
+
+    Beyond its positions a model fails with an index error deep in an embedding.
 
     Raises:
-        UserError: the recipe's own max_length is more than the model's positions.
+        UserError: the recipe's own max_length exceeds the model's positions.
     """
     from transformers import AutoConfig
 
     from rlhf.models.folder import base_of
 
-    whole = AutoConfig.from_pretrained(base_of(model_name), trust_remote_code=args.trust_remote_code)
-    config = whole.get_text_config()
-    commit = getattr(whole, "_commit_hash", None)
+    model_config = AutoConfig.from_pretrained(base_of(model_name), trust_remote_code=args.trust_remote_code)
+    config = model_config.get_text_config()
+    commit = getattr(model_config, "_commit_hash", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     wanted = args.max_length
     if not positions or (wanted is not None and wanted <= positions):
@@ -290,8 +292,8 @@ def decide_max_length(recipe: Recipe, args: TrainingArguments, model_name: str) 
     if recipe.get("max_length"):
         raise UserError(
             f"{recipe.where('max_length')}: max_length={wanted} is more than the {positions} positions of "
-            f"{recipe.get('model_name_or_path')}; use {positions} or less"
+            f"{recipe.get('model_name_or_path')}; use at most {positions}"
         )
     found = min(positions, wanted or positions)
-    say(f"note: max_length is {found}, all the positions this model has")
+    say(f"note: max_length is {found}, the number of positions of this model")
     return found, commit

@@ -1,16 +1,16 @@
-"""Reference log-probabilities of DPO: computed once, on packed rows, and kept on disk for every later run.
+"""Reference log-probabilities of DPO: computed once, on packed rows, and cached on disk for every later run.
 
-Before its first update the policy *is* the reference, so no second model is needed: a forward pass over the data then
-gives them exactly. They stay in
+Before its first update the policy *is* the reference model, so no second model is needed: a forward pass over the data
+at that point gives the log-probabilities exactly. They are cached in
 
     <cache>/reference/<key of the reference>/<sha256 of the file>.safetensors
 
 where the key covers the reference's weights and adapter, dtypes, quantisation, config, the attention path and `ld_alpha`,
-and each entry of a file its pair's token ids. So another seed, LoRA rank, beta, learning rate or loss finds everything; a
-changed pair is computed anew alone; a changed weight or dtype finds nothing. Files are named by their checksum and
-appear by a rename: one that is damaged doesn't match its name, is removed and computed again; an interrupted build has
-lost the last half minute; of runs that share a folder at the same time one computes and the others wait for it (where
-the file system has no locks, they at worst write the same thing twice).
+and the key of each entry its pair's token ids. So runs with another seed, LoRA rank, beta, learning rate or loss reuse
+the cache; of changed data only the changed pairs are computed again; after a change of weights or dtype everything is.
+Files are named by their checksum and written atomically: a damaged one doesn't match its name, is removed and computed
+again. An interrupted build loses at most 30 s. Concurrent runs that share a cache take a lock: one computes, the others
+wait (without lock support both may compute the same entries).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from rlhf.files import lock_file, write_file
 from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
 
-FORMAT = 2  # part of every key: raise it when what is computed changes
-MAX_TOKENS = 4096  # of a forward pass
-SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs, or this long
-WAIT_SECONDS = 2  # between looks whether another run has built the reference
+FORMAT = 2  # part of every key: increment it when the computation changes
+MAX_TOKENS = 4096  # maximum per forward pass
+SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs or seconds
+WAIT_SECONDS = 2  # polling interval while another run builds the reference
 Logps = dict[bytes, tuple[float, float]]  # (chosen, rejected) by pair key
 
 
@@ -43,13 +43,13 @@ Logps = dict[bytes, tuple[float, float]]  # (chosen, rejected) by pair key
 
 
 class Shards:
-    """The files of one reference."""
+    """The cache files of one reference."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def read(self) -> Logps:
-        """All entries of the files that match their checksum; removes those that don't, and says so."""
+        """All entries of the files that match their checksum; reports and removes the other files."""
         found: Logps = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -65,7 +65,7 @@ class Shards:
         return found
 
     def write(self, entries: Logps) -> None:
-        """Add a file, whole or not at all; a cache that can't be written costs time later, not this run."""
+        """Add a file atomically. An unwritable cache is reported, not raised: it only costs later runs time."""
         if not entries:
             return
         content = encode(entries)
@@ -74,7 +74,7 @@ class Shards:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
         except OSError as error:
-            say(f"note: reference log-probabilities are not kept ({error}); this run goes on with them in memory")
+            say(f"note: reference log-probabilities can't be cached ({error}); this run keeps them in memory")
 
 
 def encode(entries: Logps) -> bytes:
@@ -97,7 +97,7 @@ def decode(content: bytes) -> Logps:
 
 
 def pair_key(row: dict[str, list[int]], max_length: int | None, truncation_mode: str) -> bytes:
-    """16 bytes that stand for a pair's token ids and where its answers begin, after TRL's collator has cut them."""
+    """16 bytes that identify a pair's token ids and where its answers start, after truncation by TRL's collator."""
     digest = hashlib.sha256()
     for side in ("chosen_ids", "rejected_ids"):
         ids, num_prompt = row["prompt_ids"] + row[side], len(row["prompt_ids"])
@@ -111,13 +111,13 @@ def pair_key(row: dict[str, list[int]], max_length: int | None, truncation_mode:
 
 
 def reference_key(model, path: str, **more: Any) -> str:
-    """What the reference is, as 32 hex digits.
+    """32 hex digits that identify the reference.
 
     Args:
-        model: the policy before its first update, as TRL's trainer holds it. Of a PEFT model the base counts, and the
-            adapter `ref` where there is one: a new adapter is switched off for the reference.
+        model: the policy before its first update, as TRL's trainer holds it. Of a PEFT model the key covers the base
+            and the adapter `ref`, if there is one: a new adapter is disabled for the reference.
         path: how attention is computed (`packed`, `sdpa`, ...).
-        more: what else changes the numbers (autocast dtype, device type, ld_alpha).
+        more: whatever else changes the values (autocast dtype, device type, ld_alpha).
     """
     digest = hashlib.sha256(json.dumps([FORMAT, path, more], sort_keys=True, default=str).encode())
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_MATTER and not k.startswith("_")}
@@ -139,7 +139,7 @@ _ADAPTER_KEYS = frozenset(
 
 
 def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name without PEFT's additions, whole tensor) of everything the reference computes with, in a fixed order."""
+    """(name without PEFT's additions, unsharded tensor) of all weights and buffers of the reference, in fixed order."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -153,12 +153,12 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
             short = name.removeprefix("base_model.model.")
             tensors[short.replace(".base_layer.", ".").replace(".original_module.", ".")] = (name, tensor)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    seen = set()  # embeddings that are the LM head too
+    seen = set()  # embeddings tied to the LM head
     for short, (name, tensor) in sorted(tensors.items()):
         parameter = parameters.get(name)
         if parameter is None or id(parameter) not in seen:
-            with unsharded(parameter) as whole:
-                yield short, tensor if whole is parameter else whole
+            with unsharded(parameter) as full:
+                yield short, tensor if full is parameter else full
         seen.add(id(parameter))
 
 
@@ -166,22 +166,22 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None, stopper: Stopper | None = None):
-    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer looks for.
+    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer reads.
 
     Args:
         trainer: TRL's DPOTrainer before its first update, packed or not.
         dataset: its tokenised rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
         path: how attention is computed, for the key.
         folder: the cache; default: `reference` in the user's cache folder of this project.
-        stopper: is asked after each batch; what is done by then is in the cache.
+        stopper: checked after each batch; on a stop the finished pairs are in the cache.
 
     Raises:
-        Stopped: a stop was asked for.
+        Stopped: a stop was requested.
 
-    All processes must call it; they share the work, the main one reads and writes files.
+    A collective: all ranks share the computation, the main one reads and writes files.
     """
     args = trainer.args
-    if not hasattr(trainer, "_reference_key"):  # the weights are read once, for training and held-out rows
+    if not hasattr(trainer, "_reference_key"):  # the weights are hashed once, for training and held-out rows
         trainer._reference_key = reference_key(
             trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model), path,
             autocast=trainer.accelerator.mixed_precision, device=args.device.type, ld_alpha=trainer.ld_alpha,
@@ -194,7 +194,7 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None,
         if len(known) < len(set(keys)):
             wait_for_turn(trainer, turn, shards.folder, stopper)
             known = _from_main(trainer, lambda: _only(shards.read(), keys))
-        missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal pairs once
+        missing = {key: i for i, key in enumerate(keys) if key not in known}  # duplicates once
         say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
         if missing:
             known |= compute_logps(trainer, rows, missing, shards, stopper)
@@ -203,34 +203,34 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None,
 
 
 def wait_for_turn(trainer, turn: contextlib.ExitStack, folder: Path, stopper: Stopper | None = None) -> None:
-    """Let one run at a time build a reference: the others (a sweep's) wait, and then find it in the cache.
+    """Let one run at a time build a reference: the other runs (of a sweep) wait, then read it from the cache.
 
     Args:
-        turn: lets go of the lock when it is closed; the kernel does if the process dies.
+        turn: releases the lock when it is closed; if the process dies, the kernel releases it.
 
     Raises:
-        Stopped: a stop was asked for.
+        Stopped: a stop was requested.
 
-    All processes must call it.
+    A collective: all ranks must call it.
     """
     waited = False
     while True:
         free = _from_main(
             trainer, lambda: _take(turn, folder / ".lock")
-        )  # often, so that no process waits for too long
+        )  # polled often, so that no rank waits long in the broadcast
         if free:
             return
         if not waited:
             say(f"  reference is being computed by another run ({folder}); waiting for it")
         waited = True
         if stopper and stopper.agree():
-            say("\nStopped while waiting for the reference. The same command goes on from there.")
+            say("\nStopped while waiting for the reference. Run the same command to resume.")
             raise Stopped
         time.sleep(WAIT_SECONDS)
 
 
 def _take(turn: contextlib.ExitStack, path: Path) -> bool:
-    """Whether nobody else holds the lock; where there can be no lock, nobody does."""
+    """Take the lock; returns False if another run holds it. True also where locking is not possible."""
     with contextlib.ExitStack() as opened:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _only(entries: Logps, keys: list[bytes]) -> Logps:
 
 
 def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stopper: Stopper | None = None) -> Logps:
-    """The entries of the `missing` pairs (key to row): every process computes its part and gets all of them."""
+    """The entries of the `missing` pairs (key to row): each rank computes its share and receives all of them."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
@@ -262,7 +262,7 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stop
         with callable_model(trainer, trainer.ref_model or trainer.model) as model:
             for start in range(0, len(batches), world):
                 turn = batches[start : start + world]
-                # one that has nothing left to do repeats the first: ZeRO-3 gathers weights from all in every pass
+                # a rank without a batch repeats the first one: ZeRO-3 gathers weights from all ranks in every pass
                 mine = forward_logps(trainer, model, rows, turn[rank] if rank < len(turn) else turn[0], missing)
                 mine = list(mine.items()) if rank < len(turn) else []
                 new = dict(gather_object(mine) if world > 1 else mine)
@@ -271,12 +271,12 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stop
                 bar.update(len(new))
                 if stopper and len(found) < len(missing) and stopper.agree():
                     say(f"\nStopped: {len(found)} of {len(missing)} pairs of the reference are in the cache. "
-                        "The same command goes on from there.")  # fmt: skip
+                        "Run the same command to resume.")  # fmt: skip
                     raise Stopped
                 if len(unwritten) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
                     _write(shards, unwritten)
                     unwritten, written_at = {}, time.monotonic()
-    finally:  # a stop keeps what there is
+    finally:  # on a stop, write what has been computed
         bar.close()
         _write(shards, unwritten)
     return found
@@ -284,10 +284,10 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stop
 
 @contextlib.contextmanager
 def callable_model(trainer, model):
-    """`model`, so that it can be called before training has started.
+    """A form of `model` that can be called before training has started.
 
-    Under DeepSpeed that is an engine for inference, which places and gathers its weights, taken apart again afterwards.
-    TRL leaves its own standing: ZeRO-3's hooks then run twice in training, and LoRA ends in "pop from an empty deque"
+    Under DeepSpeed that is an inference engine, which places and gathers the weights; it is destroyed afterwards. TRL
+    does not destroy its own: ZeRO-3's hooks then run twice in training, and LoRA fails with "pop from an empty deque"
     (deepspeed 0.19).
     """
     if model is trainer.ref_model or not trainer.is_deepspeed_enabled:
@@ -300,15 +300,15 @@ def callable_model(trainer, model):
         yield engine
     finally:
         engine.destroy()
-        for (
-            module
-        ) in model.modules():  # DeepSpeed 0.19 leaves functions that call the engine that is gone: training under
-            for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):  # ZeRO-3 with gradient
-                module.__dict__.pop(name, None)  # checkpointing then finds its weights empty
+        # DeepSpeed 0.19 leaves hooks that call the destroyed engine: training under ZeRO-3 with gradient checkpointing
+        # would then find empty weights.
+        for module in model.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+                module.__dict__.pop(name, None)
 
 
 def token_batches(rows, missing: dict[bytes, int], max_tokens: int) -> list[list[bytes]]:
-    """Keys in batches of like length, long ones first, each of at most `max_tokens` padded tokens (or one pair)."""
+    """Keys in batches of similar length, longest first, each of at most `max_tokens` padded tokens (or one pair)."""
     lengths = {
         key: max(len(rows[i]["chosen_ids"]), len(rows[i]["rejected_ids"])) + len(rows[i]["prompt_ids"])
         for key, i in missing.items()
@@ -337,16 +337,16 @@ def forward_logps(trainer, model, rows, batch: list[bytes], missing: dict[bytes,
 
 
 def measure_bias(trainer, exact, beta: float, num_pairs: int = 32) -> dict[str, float]:
-    """What quantising the reference changes, on the first training pairs.
+    """The bias that quantisation adds to the reference, measured on the first training pairs.
 
     Args:
         trainer: with the quantised model as `ref_model`, before its first update.
-        exact: the same model unquantised; the policy itself where it starts from the reference's weights.
+        exact: the same model unquantised; the policy itself if it starts from the reference's weights.
         beta: of the loss.
 
     Returns:
-        pairs; mean_nats and worst_nats: |difference| of an answer's log-probability; mean_margin_nats and
-        worst_margin_nats: of a pair's margin; loss and exact_loss: DPO's (sigmoid) at step 0 with either reference.
+        pairs; mean_nats and worst_nats: |difference| of log-probabilities per answer; mean_margin_nats and
+        worst_margin_nats: of margins per pair; loss and exact_loss: DPO's (sigmoid) at step 0 with either reference.
     """
     rows = trainer.train_dataset.select(range(min(num_pairs, len(trainer.train_dataset))))
     rows = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
@@ -363,7 +363,7 @@ def measure_bias(trainer, exact, beta: float, num_pairs: int = 32) -> dict[str, 
 
 
 def bias_of(policy, exact, quantised, beta: float) -> dict[str, float]:
-    """The numbers of `measure_bias` from (pairs, 2) log-probabilities of chosen and rejected."""
+    """The values of `measure_bias`, from (pairs, 2) log-probabilities of chosen and rejected."""
     answers = np.abs(quantised - exact)
     margins = np.abs((quantised - exact) @ [1, -1])
     loss, exact_loss = (float(np.logaddexp(0, -beta * ((policy - r) @ [1, -1])).mean()) for r in (quantised, exact))
@@ -380,7 +380,7 @@ def _write(shards: Shards, entries: Logps) -> None:
 
 
 def _from_main(trainer, read) -> Any:
-    """What the main process reads, on all of them: nodes may not share a cache folder."""
+    """The main process's result of `read`, on all ranks: nodes may not share a cache folder."""
     from accelerate.utils import broadcast_object_list
 
     found = [read() if is_main() else None]

@@ -1,4 +1,4 @@
-"""Reward model: a score head on any backbone learns which of two answers people prefer (Bradley-Terry)."""
+"""Reward model: trains a score head on any backbone to predict which of two answers is preferred (Bradley-Terry)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.upstream import check_upstream
 
 
 def load(plan: Plan) -> Loaded:
-    """The reward model; LoRA trains the modules of a new head and saves them unadapted."""
+    """The reward model; with LoRA, the modules of a new head are trained and saved in full (`modules_to_save`)."""
     from transformers import set_seed
     from trl import get_peft_config
 
@@ -18,7 +18,7 @@ def load(plan: Plan) -> Loaded:
 
     args, model_args = plan.args, plan.model_args
     tokenizer = load_tokenizer(plan.model_name, plan.stage_args.chat_template, args.trust_remote_code, encoder=True)
-    set_seed(args.seed)  # transformers draws the new head's weights while it loads: two runs of one seed start alike
+    set_seed(args.seed)  # loading initialises the new head: the same seed must give the same weights
     model, new_modules = load_reward_model(plan.model_name, tokenizer, model_args, args.trust_remote_code)
     adapter = get_peft_config(model_args)
     if adapter is not None:

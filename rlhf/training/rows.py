@@ -1,4 +1,4 @@
-"""The rows that a stage trains and is evaluated on: read, validated, split, with the digests of their files."""
+"""A stage's training and held-out rows: read, validated, split, with the digests of their files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlhf.errors import UserError
 
 @dataclass(frozen=True)
 class StageData:
-    """Canonical rows of a stage (a training row's `place` says where it stands), and the digests of where they came from.
+    """Canonical rows of a stage (a training row's `place` is its file and line), and the digests of their sources.
 
     Attributes:
         summary: what was found in the training rows.
-        skipped: place and reason of each row, also held-out, that could not be used (`bad_rows: skip`).
+        skipped: place and reason of each row, including held-out rows, that could not be used (`bad_rows: skip`).
     """
 
     train: list[dict[str, Any]]
@@ -31,7 +31,7 @@ class StageData:
     skipped: list[dict[str, str]] = field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """What the rows are like, as lines for the screen."""
+        """A summary of the rows, as lines for the screen."""
         if self.summary is None:
             return []
         lines, leaks = [line(self.summary)], self.summary.leaks
@@ -40,8 +40,8 @@ class StageData:
             lines.append(skipped_line(self.skipped, total))
         if leaks.rows:
             lines.append(
-                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are in the training data too (first: {leaks.first}); "
-                "scores on them mean little"
+                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are also in the training data (first: "
+                f"{leaks.first}); scores on them are not meaningful"
             )
         return lines
 
@@ -50,7 +50,7 @@ def read_data(recipe: Recipe, to_rows: Callable[[Source, Reading], list[dict[str
     """Read, validate and convert the training rows and the held-out rows of a recipe.
 
     Args:
-        to_rows: of the stage: a Source to canonical rows; fills the Reading.
+        to_rows: the stage's conversion of a Source to canonical rows; fills the Reading.
     """
     reading, heldout_reading = (Reading(recipe.ours.bad_rows, can_skip=True) for _ in range(2))
     source, digests = _training_source(recipe, reading)
@@ -79,7 +79,7 @@ def read_data(recipe: Recipe, to_rows: Callable[[Source, Reading], list[dict[str
 
 
 def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
-    """(the source of the training rows, the digests of its files by key)"""
+    """(source of the training rows, digests of its files by key)"""
     split = recipe.get("dataset_train_split")
     if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
@@ -92,7 +92,7 @@ def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str
 
 
 def _heldout_source(recipe: Recipe) -> Source | None:
-    """The source of held-out rows that are not a part of the training data."""
+    """The source of held-out rows that are not split off the training data."""
     split, where = recipe.ours.dataset_test_split, recipe.where
     if recipe.ours.eval_dataset_name:
         return load_source(recipe.ours.eval_dataset_name, split, None, where("eval_dataset_name"))
@@ -106,7 +106,7 @@ def _heldout_source(recipe: Recipe) -> Source | None:
 
 
 def _split_off(rows: list[dict], reading: Reading, share: float, recipe: Recipe, name: str) -> tuple[list, list[str]]:
-    """Take the held-out rows out of `rows`, and their places out of `reading`; returns both."""
+    """Remove the held-out rows from `rows` and their places from `reading`; returns both."""
     sides = check_heldout(share, rows, recipe.where("heldout"), name)
     parts = [
         [(row, place) for row, place, side in zip(rows, reading.places, sides, strict=True) if side is wanted]

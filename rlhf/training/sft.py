@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the model learns to give the chosen answers."""
+"""Supervised fine-tuning (SFT) on the chosen answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.upstream import check_upstream
 
 
 def load(plan: Plan) -> Loaded:
-    """The policy; DPO's too."""
+    """The policy to train, for SFT and DPO."""
     from trl import get_peft_config
 
     from rlhf.models.loading import load_policy

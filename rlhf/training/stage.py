@@ -1,4 +1,4 @@
-"""The two types that a run is made of: a stage (SFT, reward model, DPO), and the plan it works by."""
+"""The types of a run: Stage (SFT, reward model, DPO) and Plan (all decisions of one run)."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before weights load, once, by `make_plan`; nothing writes to it later.
+    """All decisions made before weights load, once, by `make_plan`; nothing writes to it later.
 
     Attributes:
-        recipe: for the places that messages name; its values travel in the fields below.
+        recipe: for file and line in messages; its values are in the fields below.
         args: TRL's config of the stage.
         model_args: TRL's ModelConfig: dtype, quantisation, LoRA, attention.
-        stage_args: the keys of our own: data, packing, global batch, reference, checkpoints.
-        topology: what the launch file sets up.
+        stage_args: this project's own keys: data, packing, global batch, reference, checkpoints.
+        topology: the engine and processes that the launch file sets up.
         data: the canonical rows.
-        model_name: the input model, located: a local folder, or a hub id.
+        model_name: the located input model: a local folder, or a hub id.
         model_commit: the commit of a model from the hub.
         reference: where DPO's reference log-probabilities come from.
-        continues_adapter: the input model is an adapter, and is trained further.
+        continues_adapter: the input model is an adapter that is trained further.
         merge: the finished model is written merged.
-        portable: checkpoints hold their state unsharded, so that any launch file can resume them.
-        packing_mode: how batches are packed where the model can be (packing/layout.py): rows, or pairs that share a prompt;
-            None: padded.
+        portable: checkpoints hold their state unsharded, so that they can be resumed with any launch file.
+        packing_mode: how batches are packed if the model supports it (packing/layout.py): rows, or pairs that share a
+            prompt; None: padded.
     """
 
     recipe: Recipe
@@ -58,11 +58,11 @@ class Plan:
 
 
 class Loaded(NamedTuple):
-    """What a stage trains.
+    """The model to train.
 
     Attributes:
-        model: with its adapter, where that is trained further.
-        peft_config: of the adapter to be added; None with full fine-tuning or where `model` has its own.
+        model: with its adapter, if that is trained further.
+        peft_config: of the adapter to add; None for full fine-tuning or if `model` already has one.
     """
 
     model: PreTrainedModel
@@ -76,13 +76,13 @@ class Stage:
 
     Attributes:
         name: `sft`, `reward` or `dpo`.
-        title: what it is called on the screen.
-        to_rows: a Source to canonical rows; fills the Reading.
-        load: the model to train.
-        build: TRL's trainer; the Stopper ends what takes long before training.
-        probe: the trainer's tokenised training set to a few rows of token ids.
+        title: its name on the screen.
+        to_rows: converts a Source to canonical rows; fills the Reading.
+        load: loads the model to train.
+        build: builds TRL's trainer; the Stopper can interrupt long work before training (the reference).
+        probe: a few rows of token ids from the trainer's tokenised training set.
         packing_mode: how its batches are packed.
-        check: refuses what the stage can't do, before the model loads.
+        check: rejects unsupported settings before the model loads.
     """
 
     name: str

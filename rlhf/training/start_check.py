@@ -1,9 +1,9 @@
-"""The check of DPO's start: before its first update the policy *is* the reference, but for the noise of its own numbers.
+"""The check of DPO's start: before its first update the policy *is* the reference, up to numerical noise.
 
-How large that noise is depends on dtype, model and length of the answers, so it is measured: the same answers'
-log-probabilities in two batch shapes. All of it is in nats (log-probability of one answer), and is brought to rewards and
-losses by beta and the loss's slope. A wrong reference is off by nats: SmolLM2-135M in NF4 by 5, where bf16's noise is
-below one.
+How large that noise is depends on dtype, model and length of the answers, so it is measured: log-probabilities of the
+same answers in two batch shapes. All values are in nats (log-probability per answer); beta and the slope of the loss
+convert them to rewards and losses. A wrong reference is off by several nats: SmolLM2-135M in NF4 by 5, while bf16's
+noise is below one.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from rlhf.distributed.processes import say
 from rlhf.errors import UserError
 from rlhf.models.precision import compute_dtype
 
-PAIRS = 8  # of the first micro-batch, at most
+PAIRS = 8  # at most this many pairs of the first micro-batch
 FLOOR_NATS = 0.02  # harmless in any dtype: a reward of 2e-3 at beta 0.1
-NOISES = 6  # so many times the measured noise is allowed: two answers alone may show a fifth of it by chance
+NOISES = 6  # allowed multiple of the measured noise: a sample of two answers may show only a fifth of it by chance
 
 
 @dataclass(frozen=True)
 class Start:
-    """What was found before the first update, the same on all processes.
+    """The measurements before the first update, the same on all ranks.
 
     Attributes:
         loss: of the first micro-batches.
-        expected_loss: of this loss at its reference; None where there is no such number.
-        loss_slope: what a nat in every answer's log-probability changes in it, at most.
-        off_nats: policy less reference, root mean square over answers.
-        noise_nats: the same answers in two batch shapes, likewise.
-        dtype: in which the model computes.
-        num_tokens: of an answer, on average.
+        expected_loss: its value if policy and reference are equal; None if that is not a constant.
+        loss_slope: maximum change of the loss if every answer's log-probability is off by one nat.
+        off_nats: policy minus reference, root mean square over answers.
+        noise_nats: the same answers in two batch shapes, root mean square of the difference.
+        dtype: compute dtype of the model.
+        num_tokens: per answer, on average.
     """
 
     loss: float
@@ -48,7 +48,7 @@ class Start:
 
     @property
     def allowed_nats(self) -> float:
-        """The measured noise, or what rounding once a token would make of it, several times over."""
+        """NOISES times the measured noise, or times the noise of one rounding per token if that is larger."""
         rounding = torch.finfo(self.dtype).eps * math.sqrt(self.num_tokens)
         return max(FLOOR_NATS, NOISES * max(self.noise_nats, rounding))
 
@@ -59,18 +59,18 @@ class Start:
     def __str__(self) -> str:
         expected = "" if self.expected_loss is None else f" (at its reference: {self.expected_loss:.4f})"
         return (
-            f"policy and reference differ by {self.off_nats:.2g} nats an answer, allowed {self.allowed_nats:.2g} (noise of "
-            f"{str(self.dtype).removeprefix('torch.')}: {self.noise_nats:.2g}); loss {self.loss:.4f}{expected}"
+            f"policy and reference differ by {self.off_nats:.2g} nats per answer, allowed {self.allowed_nats:.2g} "
+            f"(noise of {str(self.dtype).removeprefix('torch.')}: {self.noise_nats:.2g}); "
+            f"loss {self.loss:.4f}{expected}"
         )
 
 
 def check_start(trainer, model, inputs) -> Start:
-    """Compare policy and reference on the first micro-batch; on all processes alike, with as many forward passes on each.
+    """Compare policy and reference on the first micro-batch. A collective: all ranks run the same forward passes.
 
     Args:
         trainer: a DPOTrainer with GlobalBatches, before its first step.
-        model: as its `training_step` gets it.
-        inputs: likewise; a batch, or `micro_batches`.
+        model, inputs: the arguments of its `training_step`; inputs are a batch, or `micro_batches`.
 
     Raises:
         UserError: they are different models.
@@ -98,10 +98,10 @@ def check_start(trainer, model, inputs) -> Start:
 
 
 def refuse_wrong_start(start: Start) -> None:
-    """Raise unless DPO starts at its reference: log-ratios of 0 and, where it is known, the loss that belongs to them.
+    """Raise unless DPO starts from its reference: log-ratios of 0 and, where it is known, the loss expected for them.
 
     Raises:
-        UserError: with what was found and the likely causes.
+        UserError: with the measurements and the likely causes.
     """
     wrong_loss = start.expected_loss is not None and not abs(start.loss - start.expected_loss) <= start.allowed_loss
     if wrong_loss or not math.isfinite(start.loss) or not start.off_nats <= start.allowed_nats:
@@ -116,7 +116,7 @@ def refuse_wrong_start(start: Start) -> None:
 
 
 def compare_logps(trainer, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(policy less reference, policy less itself in another batch shape), each answer's, in nats."""
+    """(policy minus reference, policy minus itself in another batch shape), per answer, in nats."""
     small = first_pairs(batch, PAIRS)
     policy = policy_logps(trainer, model, small)
     if trainer.precompute_ref_logps:
@@ -124,20 +124,20 @@ def compare_logps(trainer, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         reference = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model or model, small))
     other = other_shape(small)
-    again = policy_logps(trainer, model, other).flip(0)  # chosen and rejected have changed places
+    again = policy_logps(trainer, model, other).flip(0)  # chosen and rejected are swapped
     shared = min(again.shape[1], policy.shape[1])
     return policy.float() - reference.float(), again[:, :shared].float() - policy[:, :shared].float()
 
 
 def policy_logps(trainer, model, batch) -> torch.Tensor:
-    """(2, pairs): chosen and rejected, from TRL's reference pass with the policy in the reference's place."""
+    """(2, pairs): chosen and rejected, from TRL's reference pass with the policy in place of the reference."""
     with policy_as_reference(trainer, model):
         return torch.stack(trainer.compute_ref_log_probs(model, batch))
 
 
 @contextlib.contextmanager
 def policy_as_reference(trainer, model) -> Iterator[None]:
-    """TRL switches the adapter off for a reference pass only where there is no `ref_model`."""
+    """Set the policy as `ref_model`: without one, TRL disables the adapter for a reference pass."""
     before, trainer.ref_model = trainer.ref_model, model
     try:
         yield
@@ -154,7 +154,7 @@ def first_pairs(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.T
 
 
 def other_shape(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The first half of the pairs (a single one: twice), chosen and rejected exchanged: other matrices, another order."""
+    """The first half of the pairs (a single pair twice), chosen and rejected swapped: other matrix shapes and order."""
     pairs = batch["input_ids"].shape[0] // 2
     half = first_pairs({k: v for k, v in batch.items() if not k.startswith("ref_")}, max(1, pairs // 2))
     times = 2 if pairs == 1 else 1
@@ -167,9 +167,9 @@ def other_shape(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def expected_loss(trainer) -> tuple[float | None, float]:
-    """The loss where all log-ratios are 0, and at most what it changes by where each answer's is off by a nat.
+    """The loss if all log-ratios are 0, and its maximum change if each answer's log-ratio is off by one nat.
 
-    None for what depends on more than the log-ratios: the SFT loss, WPO's weights, the load-balancing loss of experts.
+    None for losses that depend on more than log-ratios: the SFT loss, WPO's weights, the experts' load-balancing loss.
     """
     if trainer.use_weighting or trainer.aux_loss_enabled or "sft" in trainer.loss_types:
         return None, 0.0
@@ -181,9 +181,9 @@ def expected_loss(trainer) -> tuple[float | None, float]:
 
 
 def starts(beta: float, smoothing: float, tau: float) -> dict[str, tuple[float, float]]:
-    """For each of TRL's losses its value at log-ratios of 0, and the sum of |d loss / d log-ratio| of the two answers there.
+    """For each of TRL's losses its value at log-ratios of 0, and the sum of |d loss / d log-ratio| over both answers.
 
-    Losses of means a token (ipo, sigmoid_norm) are taken for answers of one token, which is their steepest.
+    Losses of per-token means (ipo, sigmoid_norm) are evaluated for answers of one token, where they are steepest.
     """
     ln2 = math.log(2)
     found = {

@@ -1,9 +1,9 @@
-"""TRL's trainers, one *global* batch an optimizer step: the same losses and metrics on any number of processes.
+"""TRL's trainers with one *global* batch per optimizer step: the same losses and metrics for any world size.
 
-The trainer's loop sees one batch a step (gradient_accumulation_steps is 1); inside it, `training_step` goes over this
-process's micro-batches (batching.py), weights each loss by its share of the global batch and lets gradients be exchanged
-in the last one. TRL's metrics are taken a micro-batch, without communication, and put together once a step, weighted
-by the pairs or tokens that they are means of.
+The trainer's loop sees one batch per step (gradient_accumulation_steps is 1). `training_step` does the gradient
+accumulation over this rank's micro-batches (batching.py): it weights each loss by its share of the global batch and
+reduces gradients in the last one. TRL's metrics are collected per micro-batch without communication, and reduced once
+per step, weighted by the pairs or tokens that they are means over.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from rlhf.training.lengths import count_tokens, too_long
 from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
 
-# What TRL's metrics are means of; any other is one of pairs (DPO, rewards) or labelled tokens (SFT).
+# What TRL's metrics are means over; all others are means over pairs (DPO, reward) or labelled tokens (SFT).
 MEANS_OF = {
     "entropy": "scored", "logits/chosen": "chosen", "logits/rejected": "rejected", "mean_token_accuracy": "chosen",
 }  # fmt: skip
 
 
 class Steps(Dataset):
-    """Item k: what this process does in step k, its micro-batches collated.
+    """Item k: this rank's collated micro-batches of step k.
 
     Attributes:
         rows: tokenised examples.
-        num_tokens: of each of them, for the split.
+        num_tokens: per example, for the split.
     """
 
     def __init__(self, rows, num_tokens: list[int], collate: Callable, order: Callable[[int], list[int]], **split: Any):
@@ -55,7 +55,7 @@ class Steps(Dataset):
         micro_batches = []
         for places in split.ranks[self.rank]:
             chosen = [examples[place] for place in places]
-            # a process with nothing to do computes along, with weight 0
+            # a rank without examples runs a dummy micro-batch with weight 0, to take part in the collectives
             batch = self.collate([self.rows[i] for i in chosen or [shortest]])
             micro_batches.append({"batch": batch, "examples": len(chosen)})
         tokens = sum(self.num_tokens[i] for i in examples)
@@ -68,7 +68,7 @@ class Steps(Dataset):
 
 
 class StepLoader(DataLoader):
-    """Steps of an epoch, one at a time; `set_epoch` moves on to the next."""
+    """The steps of an epoch, one at a time; `set_epoch` selects the epoch."""
 
     def __init__(self, steps: Steps, steps_per_epoch: int, **options):
         super().__init__(steps, batch_sampler=EpochSteps(steps_per_epoch), collate_fn=_first, **options)
@@ -78,7 +78,7 @@ class StepLoader(DataLoader):
 
 
 class EpochSteps:
-    """Yields `[k]` for each step k of an epoch: a batch sampler, so that accelerate can skip what is done already."""
+    """Yields `[k]` for each step k of an epoch: a batch sampler, so that accelerate can skip steps on resume."""
 
     def __init__(self, steps_per_epoch: int):
         self.steps_per_epoch, self.epoch = steps_per_epoch, 0
@@ -103,10 +103,10 @@ class GlobalBatch:
     """How a step's examples are chosen and split.
 
     Attributes:
-        global_batch_size: examples an optimizer step, over all processes.
-        max_tokens_per_device: that a micro-batch may hold on one process.
+        global_batch_size: examples per optimizer step, over all ranks.
+        max_tokens_per_device: maximum tokens per micro-batch on one rank.
         padded: rows are padded, not packed.
-        num_tokens: of each training example, as `count_tokens` counts them.
+        num_tokens: per training example, from `count_tokens`.
     """
 
     global_batch_size: int
@@ -116,22 +116,25 @@ class GlobalBatch:
 
 
 class GlobalBatches(CheckpointMixin):
-    """Mixed in before SFTTrainer, RewardTrainer or DPOTrainer; does nothing until `use_global_batches` is called."""
+    """Mixin for SFTTrainer, RewardTrainer and DPOTrainer: makes a step process one global batch.
 
-    _step_weight: float | None = None  # of the micro-batch at hand; None outside of a step
+    Before `use_global_batches` is called it only corrects FSDP's mixed precision.
+    """
+
+    _step_weight: float | None = None  # of the current micro-batch; None outside a step
     global_batch: GlobalBatch | None = None
     _flops_per_token: float | None = None
-    _peak_flops: float | None = None  # of one device; None where it is not known
+    _peak_flops: float | None = None  # of one device; None if unknown
 
     def use_global_batches(self, batch: GlobalBatch) -> None:
-        """From now on a step takes `batch.global_batch_size` examples over all processes."""
+        """From now on a step takes `batch.global_batch_size` examples over all ranks."""
         self.args.gradient_accumulation_steps = 1
         self.global_batch = batch
 
     def create_accelerator_and_postprocess(self):
-        """Under FSDP with bf16, compute in it, but add gradients up in fp32 and leave what the model returns as it is.
+        """Under FSDP2 with bf16: reduce gradients in fp32 and don't cast the model's outputs.
 
-        accelerate 1.15 has FSDP2 cast that to bf16: log-probabilities, whose sums were then off by nats.
+        accelerate 1.15 has FSDP2 cast them to bf16: log-probabilities, whose sums were off by several nats.
         """
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -179,7 +182,7 @@ class GlobalBatches(CheckpointMixin):
                 last = number == len(micro_batches) - 1
                 self.accelerator.gradient_state._set_sync_gradients(last)
                 with self._exchange_gradients(model, last):
-                    loss = self._weighed(
+                    loss = self._weighted(
                         part, inputs, lambda b: super(GlobalBatches, self).training_step(model, b, tokens)
                     )
                 total += loss
@@ -191,7 +194,7 @@ class GlobalBatches(CheckpointMixin):
         return total
 
     def _note_throughput(self, inputs, tokens: int, seconds: float) -> None:
-        """Of all processes together: tokens as TRL counts them (a shared prompt twice); MFU by what is computed (once)."""
+        """Over all ranks. Tokens as TRL counts them (a shared prompt twice); MFU by the tokens computed (once)."""
         found = self._metrics["train"]
         found["tokens_per_second"].append(tokens / seconds)
         found["examples_per_second"].append(inputs["examples"] / seconds)
@@ -204,9 +207,9 @@ class GlobalBatches(CheckpointMixin):
             peak = self._peak_flops * self.accelerator.num_processes
             found["mfu"].append(self._flops_per_token * computed / seconds / peak)
 
-    def _weighed(self, part, inputs, compute):
+    def _weighted(self, part, inputs, compute):
         """Run `compute` on a micro-batch with the weight of its loss set."""
-        world = self.accelerator.num_processes  # gradients and losses are averaged over processes
+        world = self.accelerator.num_processes  # gradients and losses are averaged over ranks
         share = part["examples"] * world / inputs["examples"]
         by_tokens = "labels" in part["batch"]  # TRL divides by the global number of tokens itself
         self._step_weight = float(part["examples"] > 0) if by_tokens else share
@@ -222,12 +225,12 @@ class GlobalBatches(CheckpointMixin):
         return (found[0] * self._step_weight, found[1]) if return_outputs else found * self._step_weight
 
     def _exchange_gradients(self, model, last: bool):
-        """Exchange gradients after the last micro-batch of a step; under FSDP2 with full fine-tuning after each.
+        """Reduce gradients after the last micro-batch of a step; under FSDP2 with full fine-tuning after each one.
 
-        What FSDP2 does not exchange it keeps unsharded, in fp32: 4 bytes per parameter on every rank, however many there
-        are. LoRA's few parameters are worth the saved traffic.
+        FSDP2 keeps gradients that are not yet reduced unsharded, in fp32: 4 bytes per parameter on every rank, whatever
+        the world size. LoRA has few parameters, so there the saved communication is worth it.
         """
-        if last or self.is_deepspeed_enabled:  # DeepSpeed's engine looks at sync_gradients itself
+        if last or self.is_deepspeed_enabled:  # DeepSpeed's engine reads sync_gradients itself
             return contextlib.nullcontext()
         if self.is_fsdp_enabled and not hasattr(self.model, "peft_config"):
             return contextlib.nullcontext()
@@ -246,7 +249,7 @@ class GlobalBatches(CheckpointMixin):
     # --- evaluation
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):  # fmt: skip
-        """Every row once, whatever the number of processes."""
+        """Evaluate every row exactly once, whatever the world size."""
         if self.global_batch is None:
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -268,7 +271,7 @@ class GlobalBatches(CheckpointMixin):
                 for part in step["micro_batches"]:
                     batch = self._prepare_inputs(part["batch"])
                     with torch.no_grad(), self.compute_loss_context_manager():
-                        loss = self._weighed(
+                        loss = self._weighted(
                             {**part, "batch": batch}, step,
                             lambda b, tokens=tokens: self.compute_loss(model, b, num_items_in_batch=tokens),
                         )  # fmt: skip
@@ -283,13 +286,13 @@ class GlobalBatches(CheckpointMixin):
 
     @contextlib.contextmanager
     def _step_metrics(self, mode: str):
-        """Collect TRL's metrics of micro-batches without communication; at the end put one value of each for the step."""
+        """Collect TRL's metrics per micro-batch without communication; at the end reduce each to one value per step."""
         outer, self._metrics[mode] = self._metrics[mode], defaultdict(list)
         tokens_before, self._total_train_tokens = self._total_train_tokens, 0
         sums: dict[str, float] = defaultdict(float)
         weights: dict[str, float] = defaultdict(float)
         extremes: dict[str, float] = {}
-        positions = [0, 0]  # computed, and padding among them
+        positions = [0, 0]  # computed positions, and how many of them are padding
 
         def note(part) -> None:
             inner, self._metrics[mode] = self._metrics[mode], defaultdict(list)
@@ -330,12 +333,12 @@ class GlobalBatches(CheckpointMixin):
             outer[name].append(-largest if name == "min_reward" else largest)
         self._total_train_tokens += int(both[-2][0])
         if mode == "train":
-            outer["padding"].append(both[-1][1] / both[-1][0])  # share of the positions that were computed
+            outer["padding"].append(both[-1][1] / both[-1][0])  # fraction of the computed positions
         outer["num_tokens"] = [self._total_train_tokens]
 
 
 def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]:
-    """How many pairs and tokens a micro-batch's metrics are means of; all 0 for one that only computes along."""
+    """How many pairs and tokens a micro-batch's metrics are means over; all 0 for a dummy micro-batch."""
     counts = {"examples": examples}
     if "completion_mask" in batch:
         mask = batch["completion_mask"][:, 1:]
@@ -347,7 +350,7 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
 
 
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
-    """What TRL's three trainers are built from alike."""
+    """The constructor arguments that TRL's three trainers have in common."""
     from datasets import Dataset
 
     return {
@@ -358,10 +361,10 @@ def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
 
 
 def pack(trainer, plan: Plan) -> bool:
-    """Let the trainer's models compute on one padding-free row, or say why they can't (never a silent change).
+    """Make the trainer's models compute on one padding-free row, or report why they can't (never a silent change).
 
     Returns:
-        Whether they do.
+        Whether batches are packed.
     """
     if plan.packing_mode is None:
         return False
@@ -376,22 +379,23 @@ def pack(trainer, plan: Plan) -> bool:
         if is_flash(asked):
             found = trainer.model.config._attn_implementation
             say(
-                f"note: attention is {found}: {asked} is for packed rows here; `packing: false` asks transformers for it"
+                f"note: attention is {found}: {asked} applies to packed rows; `packing: false` passes it to "
+                "transformers"
             )
         return False
     for model in models:
         pack_backbone(model, plan.packing_mode)
     if asked not in (None, "sdpa"):  # flash attention, eager
         device = trainer.args.device
-        say(f"note: {asked} means packed attention here; on {device.type} it is computed by {kernel_name(device)}")
+        say(f"note: {asked} selects packed attention; on {device.type} the kernel is {kernel_name(device)}")
     return True
 
 
 def use_global_batches(trainer, plan: Plan, packed: bool) -> None:
-    """Give the trainer the recipe's global batch size, if it has one, after a look at its longest example.
+    """Set the recipe's global batch size on the trainer, if it has one, after checking the longest example.
 
     Raises:
-        UserError: an example alone has more tokens than max_tokens_per_device.
+        UserError: a single example has more tokens than max_tokens_per_device.
     """
     stage_args, args, recipe = plan.stage_args, plan.args, plan.recipe
     if stage_args.global_batch_size is None:

@@ -125,7 +125,7 @@ def test_overlap_follows_the_runs_that_a_model_came_from(tmp_path):
     assert heading({"pairs": 2, "overlap": overlap.record()}) == "2 pairs that a model was trained on (not held out)"
     overlap, _ = find_overlap(pairs, {"dpo_model": "hub/other"})
     assert heading({"pairs": 4, "overlap": overlap.record()}).startswith(
-        "4 pairs (what the models were trained on is not"
+        "4 pairs (the models' training data is unknown)"
     )
 
 

@@ -182,7 +182,7 @@ def test_leaks_are_reported_with_the_data(recipe, tmp_path, capsys, tiny_llama):
                   output_dir=str(tmp_path / "out"))  # fmt: skip
     assert main(["reward", path, "--check"]) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
-        f"{files[0]}: 1 of 2 held-out prompts are in the training data too (first: {files[1]}:2); scores on them mean little"
+        f"{files[0]}: 1 of 2 held-out prompts are also in the training data (first: {files[1]}:2); scores on them are not meaningful"
     )
 
 

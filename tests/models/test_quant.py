@@ -134,7 +134,7 @@ def test_a_4_bit_reference_that_is_far_off_stops_the_run(model, allowed, request
     file = recipe("dpo", model_name_or_path=model, dataset_name=few_pairs, output_dir=str(tmp_path / "out"), **FULL)
     assert main(["dpo", file, "--max_reference_bias_nats", str(allowed)]) == 2
     shown = capsys.readouterr()
-    told = re.search(rf"the 4-bit reference is off by ([\d.]+) nats an answer on average, more than max_reference_bias_nats={allowed}: ", shown.err)  # fmt: skip
+    told = re.search(rf"the 4-bit reference is off by ([\d.]+) nats per answer on average, more than max_reference_bias_nats={allowed}: ", shown.err)  # fmt: skip
     assert told and "use `reference: cached`" in shown.err and "Nothing was trained" in shown.err
     assert "its bias on 12 pairs" in shown.out and "`reference: cached` is exact" in shown.out
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
@@ -185,7 +185,7 @@ def test_another_model_as_reference(recipe, llama_64, tiny_llama, few_pairs, tmp
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"use_peft": True, "load_in_4bit": True}, "a quantised policy is its own 4-bit reference"),
+        ({"use_peft": True, "load_in_4bit": True}, "a QLoRA policy already provides its exact 4-bit reference"),
         ({"reference": "cached", "reference_model": "x"}, "'reference_model' has no effect without `reference: nf4`"),
         ({"reference_model": "/nowhere/at/all"}, "'/nowhere/at/all' is no local folder"),
     ],

@@ -34,8 +34,8 @@ def test_flash_attention_trains_packed_on_a_cpu(recipe, tiny_llama, few_pairs, t
         assert main(["dpo", recipe("dpo", name=name, attn_implementation=name, max_steps=2, **common)]) == 0
         found[name] = losses(tmp_path / name), capsys.readouterr().out
     kernel = "PyTorch's scaled_dot_product_attention, per segment"
-    note = f"note: flash_attention_2 means packed attention here; on cpu it is computed by {kernel}\n"
-    assert note in found["flash_attention_2"][1] and "means packed" not in found["sdpa"][1]
+    note = f"note: flash_attention_2 selects packed attention; on cpu the kernel is {kernel}\n"
+    assert note in found["flash_attention_2"][1] and "selects packed" not in found["sdpa"][1]
     assert "padded" not in found["flash_attention_2"][1]
     assert found["flash_attention_2"][0] == found["sdpa"][0] and len(found["sdpa"][0]) == 2
 
@@ -61,6 +61,6 @@ def test_a_model_that_cannot_be_packed_says_which_attention_it_has(
     names = {"model_name_or_path": tiny_distilbert, "dataset_name": few_pairs, "output_dir": str(tmp_path / "o")}
     assert main(["reward", recipe("reward", attn_implementation="flash_attention_2", max_steps=1, **names)]) == 0
     expected = (
-        "note: attention is sdpa: flash_attention_2 is for packed rows here; `packing: false` asks transformers for it"
+        "note: attention is sdpa: flash_attention_2 applies to packed rows; `packing: false` passes it to transformers"
     )
     assert expected in capsys.readouterr().out

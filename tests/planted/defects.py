@@ -176,8 +176,8 @@ TRAINING = (
     Defect(
         "reward-head-unseeded", "the reward model's new head is drawn before the recipe's seed is set",
         "rlhf/training/reward.py",
-        "    set_seed(args.seed)  # transformers draws",
-        "    # transformers draws",
+        "    set_seed(args.seed)  # loading initialises",
+        "    # loading initialises",
         ("tests/training/test_trainer.py::test_the_split_changes_no_number[reward]",),
     ),
     Defect(
@@ -308,14 +308,14 @@ RUNS = (
     Defect(
         "rotation-keeps-oldest", "save_total_limit keeps the oldest checkpoints",
         "rlhf/runs/checkpoints.py",
-        "old = whole[: -max(keep, 1)] if keep else []",
-        "old = whole[max(keep, 1) :] if keep else []",
+        "old = complete[: -max(keep, 1)] if keep else []",
+        "old = complete[max(keep, 1) :] if keep else []",
         ("tests/runs/test_checkpoint.py::test_rotation_keeps_the_newest_and_the_best",),
     ),
     Defect(
         "complete-before-verified", "complete.json is written before the model was loaded again and compared",
         "rlhf/training/finish.py",
-        'say("Writing the model, loading it again and comparing ...")',
+        'say("Writing the model, reloading it and comparing ...")',
         'finish_run(run, {"stage": stage.name, "steps": trainer.state.global_step})',
         ("tests/training/test_stages.py::test_a_model_that_reads_back_otherwise_is_not_complete",),
     ),

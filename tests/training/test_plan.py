@@ -101,7 +101,7 @@ def test_a_model_that_is_not_fetched_is_named(recipe, few_pairs, tmp_path, capsy
     name = "embedded:smollm2-135m-instruct"
     file = recipe("sft", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(tmp_path / "out"))
     assert main(["sft", file, "--check"]) == 0
-    assert f"not checked yet: tokenizer, lengths and module names, since {name}" in capsys.readouterr().out
+    assert f"not checked yet: tokenizer, lengths and module names, as {name}" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
 
 
@@ -122,7 +122,7 @@ def test_the_models_of_an_evaluation(recipe, tiny_llama, few_pairs, tmp_path, ca
     assert main(["evaluate", file, "--check"]) == 2
     assert "'nosuch/model' is no local folder" in capsys.readouterr().err
     assert main(["evaluate", recipe("evaluate", **values, dpo_model=tiny_llama), "--check"]) == 0
-    assert "ok (12 pairs (what the models were trained on is not known))" in capsys.readouterr().out
+    assert "ok (12 pairs (the models' training data is unknown))" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_known_beforehand(recipe, tiny_llama, few_pairs, tmp_path, capsys, monkeypatch, no_weights):
@@ -132,7 +132,7 @@ def test_a_full_disk_is_known_beforehand(recipe, tiny_llama, few_pairs, tmp_path
     monkeypatch.setattr(disk, "disk_usage", lambda path: usage._replace(free=1000))
     values = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "out")}
     assert main(["sft", recipe("sft", **values), "--check"]) == 2
-    assert "has 0.00 GB free, but what is still to be written" in capsys.readouterr().err
+    assert "has 0.00 GB free, but the rest of the run" in capsys.readouterr().err
 
 
 def test_answers_that_max_length_makes_equal_are_reported(recipe, tiny_llama, tmp_path, capsys, no_weights):

@@ -136,8 +136,8 @@ def test_sft_adapter_is_small_and_loads_with_peft(sft_adapter, sft_model):
 DPO_WAYS = {
     "lora on a merged policy": ("merged", LORA),
     "lora on a merged policy, online": ("merged", LORA | {"reference": "online"}),
-    "adapter goes on": ("adapter", LORA),
-    "adapter goes on, online": ("adapter", LORA | {"reference": "online"}),
+    "adapter trained further": ("adapter", LORA),
+    "adapter trained further, online": ("adapter", LORA | {"reference": "online"}),
     "adapter merged first": ("adapter", LORA | {"continue_adapter": False}),
     "full fine-tuning": ("merged", {}),
     "full fine-tuning, online": ("merged", {"reference": "online"}),
@@ -211,7 +211,7 @@ def test_an_adapter_that_goes_on_keeps_its_rank(sft_adapter, recipe, few_pairs, 
     file = recipe("dpo", model_name_or_path=sft_adapter, dataset_name=few_pairs, output_dir=str(tmp_path / "dpo"),
                   **(LORA | {"lora_r": 8}))  # fmt: skip
     assert main(["dpo", file]) == 2
-    assert "lora_r=8, but the adapter that goes on has 4" in capsys.readouterr().err
+    assert "lora_r=8, but the adapter to be trained further has 4" in capsys.readouterr().err
     assert not (tmp_path / "dpo").exists()
 
 
@@ -224,7 +224,7 @@ def test_the_reward_head_survives(backbone, merge, request, recipe, few_pairs, t
             "reward", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(out), merge_adapter=False, **LORA
         )
         assert main(["reward", file]) == 2
-        assert "a model that is nowhere on the disk" in capsys.readouterr().err
+        assert "a model that is not on disk" in capsys.readouterr().err
         return
     run("reward", recipe("reward", model_name_or_path=name, dataset_name=few_pairs, output_dir=str(out),
                          merge_adapter=merge, **LORA))  # fmt: skip
@@ -337,7 +337,10 @@ BAD_INPUT = {
         {"report_to": "swanlab"},
         f"report_to swanlab needs the package; run: {sys.executable} -m pip install swanlab",
     ),
-    "4 bit without lora": ({"load_in_4bit": True, "use_peft": False}, "a quantised model is trained through LoRA"),
+    "4 bit without lora": (
+        {"load_in_4bit": True, "use_peft": False},
+        "a quantised model can only be trained with LoRA",
+    ),
     "no template": ({"chat_template": "vicuna"}, "no template 'vicuna'; expected alpaca, chatml or the path"),
     "nothing to evaluate on": ({"eval_strategy": "epoch"}, "there is nothing to evaluate on"),
 }

@@ -66,7 +66,7 @@ def test_a_right_start_passes(dtype, values, recipe, llama_64, few_pairs, tmp_pa
                   use_cpu=True, **{"bf16": False} | values | {"max_steps": 1})  # fmt: skip
     assert main(["dpo", file]) == 0
     noisy = "bfloat16" if "bf16" in values else dtype
-    shown = re.search(r"  start    policy and reference differ by (\S+) nats an answer, allowed (\S+) \(noise of (\w+): (\S+)\)", capsys.readouterr().out)  # fmt: skip
+    shown = re.search(r"  start    policy and reference differ by (\S+) nats per answer, allowed (\S+) \(noise of (\w+): (\S+)\)", capsys.readouterr().out)  # fmt: skip
     off, allowed, named, noise = shown.groups()
     assert named == noisy and float(off) <= float(allowed) and float(noise) <= float(allowed)
     assert float(allowed) < (0.03 if noisy == "float32" else 2)
@@ -78,7 +78,7 @@ def test_a_right_start_passes(dtype, values, recipe, llama_64, few_pairs, tmp_pa
 def test_noise_of_the_dtype_passes_in_that_dtype(
     dtype, values, code, recipe, llama_64, few_pairs, tmp_path, monkeypatch, capsys
 ):
-    """A cache from kernels that round otherwise, by 0.2 nats an answer: bf16's noise, and another model in fp32."""
+    """A cache from kernels that round otherwise, by 0.2 nats per answer: bf16's noise, and another model in fp32."""
     from rlhf.training import reference
 
     if values.get("load_in_4bit"):
@@ -91,7 +91,7 @@ def test_noise_of_the_dtype_passes_in_that_dtype(
                   use_cpu=True, bf16=False, **values | {"max_steps": 1})  # fmt: skip
     assert main(["dpo", file]) == code
     shown = capsys.readouterr()
-    assert "policy and reference differ by 0.2 nats an answer" in shown.out
+    assert "policy and reference differ by 0.2 nats per answer" in shown.out
     assert ("DPO does not start from its reference" in shown.err) == (code == 2)
 
 
@@ -112,7 +112,7 @@ def test_noise_is_measured_and_allowed(make_trainer, llama_64, monkeypatch):
     monkeypatch.setattr(
         trainer, "compute_ref_log_probs", lambda model, inputs: tuple(side + 4 for side in compute(model, inputs))
     )
-    with pytest.raises(UserError, match="differ by 4 nats an answer, allowed 0.02"):
+    with pytest.raises(UserError, match="differ by 4 nats per answer, allowed 0.02"):
         check_start(trainer, trainer.model, batch)
 
 

@@ -165,7 +165,7 @@ def test_every_world_size_takes_the_same_examples(stage, recipe, tiny_llama, few
             trainer.accelerator = OneOf(alone, rank, world)
             for number, step in enumerate(trainer.get_train_dataloader()):
                 for part in step["micro_batches"]:
-                    weight = trainer._weighed(part, step, lambda batch: trainer._step_weight)
+                    weight = trainer._weighted(part, step, lambda batch: trainer._step_weight)
                     shares[number] += weight / world
                     if not part["examples"]:
                         assert weight == 0
