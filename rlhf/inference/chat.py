@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal or over a pipe, with a second model and a reward model beside it if wanted."""
+"""Chat with a model in a terminal or over a pipe, optionally beside a second model and scored by a reward model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELP = '''\
 /system TEXT     set the system message (and forget the conversation); /system alone removes it
 /compare MODEL   let a second model answer too (a folder, a run beside this one, or org/name); /compare alone stops that
 /quit            leave (also Ctrl-D, or Ctrl-C twice)
-What you paste is one message, however many lines it has. To type several lines, put """ before the first and after the
+Pasted text is one message, even if it has several lines. To type several lines, put """ before the first and after the
 last. Ctrl-C stops an answer, or clears the line.'''
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -27,12 +27,12 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass
 class Turn:
-    """What a model is about to be asked.
+    """The input of one answer.
 
     Attributes:
-        messages: the conversation with the new message, without turns for which there is no room.
+        messages: the conversation with the new message, without the oldest turns if they exceed the context.
         ids: the same as token ids.
-        limit: tokens that the answer may have.
+        limit: maximum tokens of the answer.
     """
 
     messages: list[dict[str, str]]
@@ -49,10 +49,10 @@ class Speaker:
         self.messages: list[dict[str, str]] = []
 
     def prepare(self, text: str, system: str | None) -> Turn:
-        """The conversation with a new message; the oldest turns are left out, with a note, where the model has no room.
+        """The conversation with a new message; turns that exceed the model's context are left out, oldest first.
 
         Raises:
-            UserError: the message alone has as many tokens as the model has positions, or more.
+            UserError: the message alone has at least as many tokens as the model has positions.
         """
         config = self.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -69,16 +69,16 @@ class Speaker:
             dropped += 1
         if room and len(ids) >= room:
             raise UserError(
-                f"the message has {len(ids):,} tokens, and {Path(self.name).name} has {room:,} positions for it and its "
-                "answer: nothing was sent; shorten it"
+                f"the message has {len(ids):,} tokens, but {Path(self.name).name} has only {room:,} positions for "
+                "message and answer: nothing was sent; shorten it"
             )
         if dropped:
             oldest = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
-            note(f"{oldest} left out: the model has no room for more")
+            note(f"{oldest} left out: the conversation exceeds the model's context")
         return Turn(messages, ids, min(wanted, room - len(ids)) if room else wanted)
 
     def answer(self, turn: Turn, screen: Screen) -> str:
-        """Print the answer word by word as it comes, and what there is to say about it; return it."""
+        """Generate the answer, print it word by word, note if it was cut off or empty, and return it."""
         import torch
 
         options = self.options
@@ -96,15 +96,15 @@ class Speaker:
         answer = clean(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
         if len(new) >= turn.limit and new[-1] != self.tokenizer.eos_token_id:
             all_positions = turn.limit < options.max_new_tokens
-            more = "the model has no more positions" if all_positions else "--max_new_tokens allows more"
+            more = "the model has no more positions" if all_positions else "raise --max_new_tokens for more"
             note(f"cut off after {turn.limit} tokens; {more}")
         elif not answer:
-            note("an empty answer: the model ended it at once")
+            note("empty answer: the model's first token was the end of sequence")
         return answer
 
 
 def clean(text: str) -> str:
-    """Text without control characters: what a model writes must not drive the terminal."""
+    """Text without control characters: a model's output must not control the terminal."""
     return CONTROL_CHARACTERS.sub("", text)
 
 
@@ -121,14 +121,14 @@ def _streamer(tokenizer, screen: Screen):
 
 
 def find(name: str, beside: str = "") -> str:
-    """Which model is meant by a name, without a look at the network.
+    """Resolve a model's name without network access.
 
     Args:
         name: `embedded:…`, a folder, the name of a run in `runs` or next to `beside`, or `org/name` on the hub.
-        beside: the folder of the model that is talked to.
+        beside: the folder of the first model of the chat.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the name is none of these.
     """
     path = Path(name).expanduser()
     if name.startswith("embedded:") or path.is_dir():
@@ -140,20 +140,20 @@ def find(name: str, beside: str = "") -> str:
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return name
     raise UserError(
-        f"chat: {quote(name)} is no local folder, and no run in runs/; give a stage's output, such as "
-        "runs/quickstart/dpo, or a model on the hub by its whole name, such as org/name"
+        f"chat: {quote(name)} is neither a local folder nor a run in runs/; give a stage's output, such as "
+        "runs/quickstart/dpo, or a model on the hub by its full name, such as org/name"
     )
 
 
 def look_for_network(seconds: float = 1.5) -> None:
-    """Where the hub's name can't be resolved in time, let its client look into its cache only: it would try again for 20 s."""
-    lookup = threading.Thread(target=use_cache_without_network, daemon=True)  # a resolver may take long to give up
+    """Make the hub client use its cache only if the hub's name can't be resolved in time: it would retry for 20 s."""
+    lookup = threading.Thread(target=use_cache_without_network, daemon=True)  # a resolver may have a long time-out
     lookup.start()
     lookup.join(seconds)
     if lookup.is_alive() or os.environ.get("HF_HUB_OFFLINE") == "1":
         from huggingface_hub import constants
 
-        constants.HF_HUB_OFFLINE = True  # it has read the variable when it was imported
+        constants.HF_HUB_OFFLINE = True  # the variable was read at import
 
 
 def _load(name: str, reward: bool, beside: str = ""):
@@ -174,7 +174,7 @@ def _load(name: str, reward: bool, beside: str = ""):
                 f"{name} is not a reward model; give the output of `rlhf reward`, such as runs/quickstart/reward"
             )
         raise UserError(
-            f"{name} is a reward model: it scores and can't talk; chat with a policy and add --reward {name}"
+            f"{name} is a reward model, which scores and can't generate; chat with a policy and add --reward {name}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_finished(path, reward=reward, device=device, dtype=None if device == "cuda" else "float32")
@@ -193,12 +193,12 @@ class Chat:
             self.speakers.append(Speaker(options.compare, options, beside=self.speakers[0].name))
 
     def say(self, text: str) -> None:
-        """Let every speaker answer, named if there are several, scored if there is a judge.
+        """Let every speaker answer; print names if there are several, scores if there is a judge.
 
-        All of them remember the turn when all have answered; stopped with Ctrl-C, none does.
+        The turn is added to the histories once all have answered; if stopped with Ctrl-C, to none.
 
         Raises:
-            UserError: the message is too long for one of them; none was asked.
+            UserError: the message is too long for one of them; no model was run.
         """
         turns = [speaker.prepare(text, self.system) for speaker in self.speakers]
         screen = Screen()
@@ -211,7 +211,7 @@ class Chat:
                 self._score(turn, answers[-1])
         except KeyboardInterrupt:
             screen.end()
-            print("(stopped; this question is forgotten)", flush=True)
+            print("(stopped; this message is not kept)", flush=True)
             return
         for speaker, turn, answer in zip(self.speakers, turns, answers, strict=True):
             speaker.messages = [*turn.messages, {"role": "assistant", "content": answer}]
@@ -224,7 +224,7 @@ class Chat:
             print(f"    reward {score(*self.judge, system + turn.messages, answer):+.2f}", flush=True)
 
     def command(self, line: str) -> bool:
-        """Obey a /command; False ends the chat."""
+        """Execute a /command; returns False if it ends the chat."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if word in ("/quit", "/exit"):
@@ -241,7 +241,7 @@ class Chat:
             try:
                 beside = self.speakers[0].name
                 self.speakers[1:] = [Speaker(rest, self.options, beside)] if rest else []
-                if rest:  # both know what was said so far
+                if rest:  # both continue the same conversation
                     self.speakers[1].messages = list(self.speakers[0].messages)
                 print(f"({rest} answers too)" if rest else "(one model answers)")
             except UserError as error:

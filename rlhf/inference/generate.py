@@ -1,4 +1,4 @@
-"""What finished models say: log-probabilities of pairs, scores of answers, and answers to prompts, in batches."""
+"""Inference with finished models: log-probabilities of pairs, scores of answers, and batched greedy generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]
     prompt = len(ids["prompt_ids"])
     if prompt >= max_length:
         raise UserError(
-            f"a held-out prompt has {prompt} tokens, which leaves no room in max_length={max_length}: raise it"
+            f"a held-out prompt has {prompt} tokens, which leaves no room for an answer in max_length={max_length}: "
+            "raise it"
         )
     rows = [(ids["prompt_ids"] + ids[f"{side}_ids"])[:max_length] for side in SIDES]
     longest = max(map(len, rows))
@@ -39,7 +40,7 @@ def pair_logps(model, tokenizer, row: dict, max_length: int) -> dict[str, float]
     for i, tokens in enumerate(rows):
         input_ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = 1
-    with torch.no_grad():  # the logits of the answers' tokens alone: position t predicts token t + 1
+    with torch.no_grad():  # only the logits of the answers' tokens: position t predicts token t + 1
         logits = model(
             input_ids=input_ids, attention_mask=mask, logits_to_keep=longest - prompt + 1, use_cache=False
         ).logits[:, :-1]
@@ -53,7 +54,7 @@ def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig
     """Greedy answers to conversations, in batches of similar length, in the order of `prompts`.
 
     Returns:
-        (text, whether it was cut at max_new_tokens before the model ended it), one a prompt
+        (text, whether it was cut at max_new_tokens before an EOS token), one per prompt
     """
     import torch
 
@@ -81,7 +82,7 @@ def generate(model, tokenizer, prompts: list[list[dict]], config: EvaluateConfig
 
 
 def score(model, tokenizer, prompt: list[dict], answer: str) -> float:
-    """The reward model's score of an answer to a conversation (higher is better; only differences mean something)."""
+    """The reward model's score of an answer to a conversation (higher is better; only differences are meaningful)."""
     import torch
 
     messages = [*prompt, {"role": "assistant", "content": answer}]

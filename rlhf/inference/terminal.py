@@ -1,4 +1,4 @@
-"""The terminal's side of a chat: messages as they are typed or pasted, answers wrapped at words, notes in brackets."""
+"""The terminal I/O of a chat: typed or pasted messages, word-wrapped answers, notes in brackets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import unicodedata
 from collections.abc import Callable
 
 LEAVE_HINT = "(Ctrl-C again, or Ctrl-D, leaves)"
-BURST_S = 0.05  # the lines of one paste come sooner after each other than anyone types
+BURST_S = 0.05  # lines that arrive faster than this were pasted, not typed
 
 
 class Reader:
     '''Messages from a keyboard or a pipe: one line, a paste of any number of lines, or a block between two `"""`.
 
     Args:
-        typed: a person is typing: with a prompt, line editing, and Ctrl-C.
-        bracketed: the terminal marks what is pasted, and readline keeps it in one piece. None: where GNU readline is there.
+        typed: input comes from a keyboard: show a prompt, allow line editing, handle Ctrl-C.
+        bracketed: the terminal marks pasted text, and readline returns it as one message; None: if it is GNU readline.
     '''
 
     def __init__(self, typed: bool, bracketed: bool | None = None):
@@ -27,18 +27,18 @@ class Reader:
         if bracketed is None:
             bracketed = self.readline is not None and "GNU readline" in (self.readline.__doc__ or "")
         self.bracketed = bracketed
-        if self.readline and bracketed:  # Python turns it off
+        if self.readline and bracketed:  # Python disables it
             self.readline.parse_and_bind("set enable-bracketed-paste on")
 
     def message(self) -> str | None:
-        """The next message, or None at the end: of the input, or by a second Ctrl-C on an empty line."""
+        """The next message; None at the end of the input or after a second Ctrl-C on an empty line."""
         interrupted = False
         while True:
             try:
                 return self._read()
             except EOFError:
                 if self.typed:
-                    print()  # where readline ends the line itself, a blank one
+                    print()  # ends the line (a blank line where readline has done so already)
                 return None
             except KeyboardInterrupt:
                 print()
@@ -59,7 +59,7 @@ class Reader:
                 self.block.append(line)
                 line = self._line("... ")
             self.block.append(line.rstrip().removesuffix('"""'))
-        except EOFError:  # what there is of it is the message
+        except EOFError:  # an unterminated block is a message too
             pass
         return "\n".join(self.block)
 
@@ -68,7 +68,7 @@ class Reader:
         while self.typed and not self.bracketed and select.select([sys.stdin], [], [], BURST_S)[0]:
             try:
                 line += "\n" + input()
-            except EOFError:  # comes again with the next line
+            except EOFError:  # raised again by the next read
                 break
         return line
 
@@ -82,7 +82,7 @@ def _line_editor():
 
 
 def converse(reader: Reader, say: Callable[[str], None], command: Callable[[str], bool]) -> None:
-    """Give each message to `say` and each line that begins with / to `command`, until that returns False or the end."""
+    """Pass each message to `say` and each line that starts with / to `command`; ends when that returns False."""
     while (text := reader.message()) is not None:
         text = text.strip("\n").rstrip()
         try:
@@ -96,15 +96,15 @@ def converse(reader: Reader, say: Callable[[str], None], command: Callable[[str]
 
 
 def note(text: object) -> None:
-    """A remark that is no part of an answer: in a terminal beside it, else on stderr, so that a pipe gets answers only."""
+    """Print a remark beside the answers: on stdout in a terminal, else on stderr (a pipe gets answers only)."""
     print(f"({text})", file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
 
 
 class Screen:
-    """Prints a text that comes in pieces; in a terminal a word that doesn't fit begins the next line.
+    """Prints streamed text; in a terminal a word that doesn't fit moves to the next line.
 
     Args:
-        width: columns; 0: no wrapping. None: the terminal's, and 0 where there is none.
+        width: columns; 0: no wrapping; None: the terminal's, 0 without a terminal.
     """
 
     def __init__(self, width: int | None = None):
@@ -112,7 +112,7 @@ class Screen:
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
         self.width = width
         self.column = 0
-        self.word = self.space = ""  # held back until it is known whether they fit
+        self.word = self.space = ""  # buffered until it is known whether they fit
 
     def write(self, text: str) -> None:
         for char in text:
@@ -123,7 +123,7 @@ class Screen:
             elif char.isspace():
                 self._place_word()
                 self.space += char
-            elif unicodedata.east_asian_width(char) in "WF":  # Chinese or Japanese may break anywhere
+            elif unicodedata.east_asian_width(char) in "WF":  # Chinese and Japanese text may wrap anywhere
                 self._place_word()
                 self.word = char
                 self._place_word()
@@ -133,7 +133,7 @@ class Screen:
             self._place_word()
 
     def end(self) -> None:
-        """What is held back, and the end of the line."""
+        """Print buffered text and end the line."""
         self._place_word()
         self._print("\n")
         self.column, self.space = 0, ""
@@ -146,7 +146,7 @@ class Screen:
         if self.width and self.column and self.column + gap + size > self.width:
             self._print("\n")
             self.column, self.space, gap = 0, "", 0
-        text, self.word, self.space = self.space + self.word, "", ""  # first: Ctrl-C may come while it is printed
+        text, self.word, self.space = self.space + self.word, "", ""  # cleared first: Ctrl-C may interrupt the print
         self.column += gap + size
         self._print(text)
 
@@ -155,7 +155,7 @@ class Screen:
 
 
 def columns(text: str) -> int:
-    """Columns that a text without line breaks takes in a terminal; a tab counts as 8."""
+    """The width in columns of a text without line breaks; a tab counts as 8."""
     wide = {"W": 2, "F": 2}
     sizes = (
         0 if unicodedata.combining(c) else 8 if c == "\t" else wide.get(unicodedata.east_asian_width(c), 1)

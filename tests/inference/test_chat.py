@@ -66,7 +66,7 @@ def test_a_message_that_is_too_long_is_not_sent(tiny_llama, tiny_gpt2, capsys):
     before = [list(speaker.messages) for speaker in talk.speakers]
     capsys.readouterr()
     number = len(talk.speakers[1].tokenizer("word " * 230)["input_ids"])
-    with pytest.raises(UserError, match=r"the message has [\d,]+ tokens, and tiny-gpt2 has 512 positions") as told:
+    with pytest.raises(UserError, match=r"the message has [\d,]+ tokens, but tiny-gpt2 has only 512 positions") as told:
         talk.say("word " * 230)
     assert int(str(told.value).split()[3].replace(",", "")) >= max(number, 512)
     assert [speaker.messages for speaker in talk.speakers] == before and capsys.readouterr().out == ""
@@ -76,13 +76,13 @@ def test_after_a_long_message_over_a_pipe_comes_the_next(tiny_gpt2, monkeypatch,
     monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 1000 + "\nHello\n"))
     assert main(["chat", tiny_gpt2, "--max_new_tokens", "5"]) == 0
     shown = capsys.readouterr()
-    assert "positions for it and its answer: nothing was sent" in shown.err and shown.out.strip()
+    assert "positions for message and answer: nothing was sent" in shown.err and shown.out.strip()
 
 
 def test_an_answer_that_is_cut_off_is_marked(tiny_llama, tiny_gpt2, capsys):
     talk = Chat(options(tiny_llama))
     talk.say("Hello")
-    assert "(cut off after 3 tokens; --max_new_tokens allows more)" in capsys.readouterr().err
+    assert "(cut off after 3 tokens; raise --max_new_tokens for more)" in capsys.readouterr().err
     talk = Chat(options(tiny_gpt2, max_new_tokens=400))
     few = talk.speakers[0].prepare("word " * 150, None)
     assert 0 < few.limit == 512 - len(few.ids) < 400
@@ -112,7 +112,7 @@ def test_an_interrupt_stops_both_models_and_both_forget(tiny_llama, tiny_gpt2, c
         talk.say("And this?")
         assert [speaker.messages for speaker in talk.speakers] == before
     assert asked == [1, 0]  # stopped in the first, the second is not asked
-    assert capsys.readouterr().out.count("(stopped; this question is forgotten)") == 2
+    assert capsys.readouterr().out.count("(stopped; this message is not kept)") == 2
 
 
 # --- which model -----------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_names_are_looked_for_here_first(tmp_path, monkeypatch):
     assert find("sft", beside="runs/mine/dpo") == "runs/mine/sft" and find("alone") == "runs/alone"
     assert find("runs/mine/sft") == "runs/mine/sft" and find("someone/model") == "someone/model"
     for wrong in ("sft", "nosuch", "runs/nosuch", "a/b/c", "./a/b"):
-        with pytest.raises(UserError, match="is no local folder, and no run in runs/"):
+        with pytest.raises(UserError, match="is neither a local folder nor a run in runs/"):
             find(wrong, beside="someone/model")
 
 
@@ -146,7 +146,7 @@ def test_a_wrong_name_asks_no_network(tiny_llama, monkeypatch, capsys):
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     assert talk.command("/compare nosuch")
-    assert "'nosuch' is no local folder" in capsys.readouterr().out and lookups == []
+    assert "'nosuch' is neither a local folder nor a run" in capsys.readouterr().out and lookups == []
     assert talk.command("/compare nosuch/model")
     assert "'nosuch/model' is not a local folder and could not be loaded from the hub" in capsys.readouterr().out
     assert len(lookups) == 1 and len(talk.speakers) == 1
@@ -164,7 +164,7 @@ def test_sampling_follows_the_seed(tiny_llama):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["./nowhere"], "'./nowhere' is no local folder"),
+        (["./nowhere"], "'./nowhere' is neither a local folder nor a run"),
         (["."], "has no finished model"),
         (["embedded:gpt5"], "unknown embedded model 'embedded:gpt5'; the only one is embedded:smollm2-135m-instruct"),
     ],
@@ -181,7 +181,7 @@ def test_reward_models_and_policies_are_not_mixed_up(tiny_llama, tiny_distilbert
         == 0
     )
     assert main(["chat", out, "--prompt", "x"]) == 2
-    assert "is a reward model: it scores and can't talk" in capsys.readouterr().err
+    assert "is a reward model, which scores and can't generate" in capsys.readouterr().err
     assert main(["chat", tiny_llama, "--reward", tiny_llama, "--prompt", "x"]) == 2
     assert "is not a reward model" in capsys.readouterr().err
 
@@ -195,7 +195,7 @@ def test_a_whole_conversation_in_a_terminal(tiny_llama, tiny_gpt2):
     terminal.type("\x1b[200~two\rlines\x1b[201~\r")
     terminal.wait_for("[tiny-llama] ")
     terminal.type("\x03")
-    terminal.wait_for("(stopped; this question is forgotten)")
+    terminal.wait_for("(stopped; this message is not kept)")
     terminal.wait_for("> ", 1 + terminal.shown.count("> ", 0, terminal.shown.index("(stopped")))
     assert "[tiny-gpt2]" not in terminal.shown
     terminal.type("half a li")

@@ -13,7 +13,7 @@ from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 CHILD = """\
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell is started without
-from rlhf.terminal import Reader, converse
+from rlhf.inference.terminal import Reader, converse
 def say(text):
     print("SAID", repr(text), flush=True)
     if text == "wait":
