@@ -1,7 +1,7 @@
-"""Which runs a report is about: those that one evaluation measured, or that a folder holds once; never a mixture.
+"""Which runs a report shows: those that one evaluation measured, or the only run of each stage; never a mixture.
 
-A run is shown with an evaluation's results only if its weights are the ones that were measured. What there is several
-times of a stage is compared, and what is neither shown nor compared is listed.
+A run is shown with an evaluation's results only if its weights are the measured ones. Several runs of one stage are
+compared, and runs that are neither shown nor compared are listed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf.runs.results import describe_models
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
 EVALUATED = ("sft_model", "reward_model", "dpo_model", "base_model")
-DEPTH = 2  # folders below the one that is asked for: runs/quickstart/sft in runs
+DEPTH = 2  # levels below the given folder: runs/quickstart/sft in runs
 
 
 @dataclass
@@ -32,10 +32,10 @@ class Selection:
 
     Attributes:
         stages: the runs that belong together, by stage and in order.
-        stale: why the evaluation's results are not shown; none where they are.
-        compared: the runs of each stage of which there are several.
-        unshown: (folder, why) of what is neither shown nor compared.
-        evaluations: all there are.
+        stale: why the evaluation's results are not shown; empty if they are.
+        compared: by stage, the runs of stages with several runs.
+        unshown: (folder, why) of runs that are neither shown nor compared.
+        evaluations: all evaluations found.
     """
 
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -46,13 +46,13 @@ class Selection:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """A stage's folder: recipe, provenance, summary and metrics; None where no run can be read."""
+    """Recipe, provenance, summary and metrics of a run folder; None if the folder holds no run."""
     if not all(os.path.isfile(folder / name) for name in ("recipe.yaml", "provenance.json")):
         return None
     provenance, recipe = read_json(folder / "provenance.json"), read_recipe(folder / "recipe.yaml")
     if recipe is None or not _is_provenance(provenance):
         damaged = "recipe.yaml" if recipe is None else "provenance.json"
-        raise UserError(f"{folder / damaged} is damaged; the report needs it: restore it, or move {folder} away")
+        raise UserError(f"{folder / damaged} is damaged, but the report needs it: restore it, or move {folder} away")
     return {
         "name": provenance["stage"],
         "title": TITLES[provenance["stage"]],
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_provenance(found: dict[str, Any] | None) -> bool:
-    """Whether provenance.json holds what the report shows of it."""
+    """Whether provenance.json has all the fields that the report shows."""
     shown = {"stage": str, "recipe": str, "command": list, "versions": dict, "hardware": dict}
     if found is None or not all(isinstance(found.get(key), kind) for key, kind in shown.items()):
         return False
@@ -75,7 +75,7 @@ def _is_provenance(found: dict[str, Any] | None) -> bool:
 
 
 def select_runs(target: Path) -> Selection:
-    """The runs of a run folder, of a folder of them, or of those that a folder of recipes names.
+    """Select the runs to show from a run folder, a folder of run folders, or the outputs of a folder of recipes.
 
     Raises:
         UserError: there is no such folder.
@@ -98,7 +98,7 @@ def select_runs(target: Path) -> Selection:
         _add_ancestors(selection, runs)
     selection.stages = {stage: selection.stages[stage] for stage in STAGES if stage in selection.stages}
     selection.evaluations = runs["evaluate"]
-    fewest = 2 if len(runs["evaluate"]) < 2 else 1  # two evaluations of one run are compared too
+    fewest = 2 if len(runs["evaluate"]) < 2 else 1  # with two evaluations, a single run is compared too
     selection.compared = {stage: runs[stage] for stage in TRAINING_STAGES if len(runs[stage]) >= fewest}
     _list_unshown(selection, runs)
     return selection
@@ -127,7 +127,7 @@ def recipe_outputs(target: Path) -> list[Path]:
 
 
 def _below(folder: Path, depth: int) -> list[Path]:
-    """The folders below one, those of a run's own (checkpoints) left out."""
+    """The folders below a folder, without checkpoints and hidden folders."""
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "checkpoint-")))
     return [found for p in inside for found in [p, *(_below(p, depth - 1) if depth > 1 else [])]]
 
@@ -136,7 +136,7 @@ def _below(folder: Path, depth: int) -> list[Path]:
 
 
 def follow_evaluation(selection: Selection, runs: dict[str, list[dict]]) -> None:
-    """Take the runs that the one evaluation measured, and note where their weights are other ones by now."""
+    """Select the runs that the one evaluation measured; record those whose weights have changed since."""
     evaluation = runs["evaluate"][0]
     selection.stages["evaluate"] = evaluation
     measured = evaluation["provenance"].get("inputs") or {}
@@ -157,22 +157,25 @@ def follow_evaluation(selection: Selection, runs: dict[str, list[dict]]) -> None
 
 
 def why_stale(name: str, run: dict[str, Any] | None, measured: str | None) -> str:
-    """Why an evaluation's results don't belong to what is there under a model's name now; '' if they do."""
+    """Why an evaluation's results don't apply to the weights now found under a model's name; '' if they do."""
     folder = run["folder"] if run else name
     if measured is None:
         return f"the evaluation did not record which weights of {folder} it measured"
     if run is None and not Path(name).is_dir():
-        return "" if measured == model_digest(name) else f"{name} is not there any more"
+        return "" if measured == model_digest(name) else f"{name} no longer exists"
     if run is not None and not run["complete"]:
-        return f"{folder} is being trained again since it was evaluated"
+        return f"{folder} was evaluated before, but is now being trained again"
     now = model_digest(folder)
     if now != measured:
-        return f"{folder} was trained again since it was evaluated (its weights are {now[:16]}; {measured[:16]} were measured)"
+        return (
+            f"{folder} was trained again after it was evaluated (its weights are {now[:16]}; {measured[:16]} were "
+            "measured)"
+        )
     return ""
 
 
 def find_run(name: str, runs: dict[str, list[dict]], digest: str | None) -> dict[str, Any] | None:
-    """The run that a recipe names: by its folder, or, where that was moved, by its weights."""
+    """The run that a recipe names: found by its folder or, if that was moved, by its weights."""
     known = [run for found in runs.values() for run in found]
     for run in known:
         if _same(run["folder"], name):
@@ -187,7 +190,7 @@ def _same(folder: str, name: str) -> bool:
 
 
 def _add_ancestors(selection: Selection, runs: dict[str, list[dict]]) -> None:
-    """The runs that the chosen ones were trained from, where their stage is not taken by another."""
+    """Add the runs that the selected ones were trained from, unless their stage already has a run."""
     for _ in TRAINING_STAGES:
         for run in list(selection.stages.values()):
             parent = parent_of(run, runs)
@@ -196,7 +199,7 @@ def _add_ancestors(selection: Selection, runs: dict[str, list[dict]]) -> None:
 
 
 def parent_of(run: dict[str, Any], runs: dict[str, list[dict]]) -> dict[str, Any] | None:
-    """The run whose model a run was trained from, if it is one."""
+    """The run whose model a run was trained from; None if that model is not from a run."""
     name = run["recipe"].get("model_name_or_path")
     if not isinstance(name, str):
         return None
@@ -204,7 +207,7 @@ def parent_of(run: dict[str, Any], runs: dict[str, list[dict]]) -> dict[str, Any
 
 
 def start_of(run: dict[str, Any], stages: dict[str, dict]) -> tuple[str | None, str]:
-    """(the shown stage that a run was trained from, or None; how that is said)."""
+    """(the shown stage that a run was trained from, or None; the text for it)."""
     name = str(run["recipe"].get("model_name_or_path"))
     digest = (run["provenance"].get("inputs") or {}).get("model_name_or_path")
     parent = parent_of(run, {stage: [found] for stage, found in stages.items()})
@@ -212,12 +215,12 @@ def start_of(run: dict[str, Any], stages: dict[str, dict]) -> tuple[str | None, 
         return None, name
     now = (parent["complete"] or {}).get("weights_sha256")
     if digest and now != digest:
-        return None, f"{name}, which was trained again since"
+        return None, f"{name}, which has been trained again since"
     return parent["name"], f"{parent['title']} ({name})"
 
 
 def levels(stages: dict[str, dict]) -> list[list[str]]:
-    """The shown stages in columns: each to the right of what it was made from, the evaluation last.
+    """The shown stages in columns: each to the right of the stage it was trained from, the evaluation last.
 
     Example: SFT, then a reward model and DPO both from it -> [["sft"], ["reward", "dpo"], ["evaluate"]].
     """
@@ -237,7 +240,7 @@ def levels(stages: dict[str, dict]) -> list[list[str]]:
 
 
 def comparison(stage: str, runs: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """A table of several runs of a stage: what differs in their recipes, how far they are, and what was measured.
+    """A table of several runs of a stage: differences of their recipes, progress, and evaluation results.
 
     Returns:
         {"keys": the differing recipe keys, "rows": [{"folder", "values", "steps", "loss", "results"}, ...]}
@@ -258,7 +261,7 @@ def comparison(stage: str, runs: list[dict[str, Any]], evaluations: list[dict[st
 
 
 def results_of(stage: str, run: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
-    """What the evaluations say about these very weights."""
+    """The results of the evaluations that measured exactly these weights."""
     key, said = f"{stage}_model", []
     for evaluation in evaluations:
         name = evaluation["recipe"].get(key)
@@ -267,7 +270,7 @@ def results_of(stage: str, run: dict[str, Any], evaluations: list[dict[str, Any]
             continue
         measured = (evaluation["provenance"].get("inputs") or {}).get(key)
         if not run["complete"] or measured != run["complete"].get("weights_sha256"):
-            said.append(f"trained again since {evaluation['folder']}")
+            said.append(f"trained again after {evaluation['folder']}")
             continue
         said.append(f"{_in_short(stage, results)} ({results['pairs']} pairs, {evaluation['folder']})")
     return "; ".join(said) or "not evaluated"
@@ -287,7 +290,7 @@ def _in_short(stage: str, results: dict[str, Any]) -> str:
 
 
 def results_with_models(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """results.json, with the description of the models that an older version did not write."""
+    """results.json, with the description of the models added if an older version did not write it."""
     results = read_json(Path(evaluation["folder"]) / "results.json") or {}
     if results and "models" not in results:
         names = {key: evaluation["recipe"][key] for key in EVALUATED if evaluation["recipe"].get(key)}

@@ -1,4 +1,4 @@
-"""What an evaluation's models were trained on: prompts that they have seen are never called held out."""
+"""Overlap of an evaluation with its models' training data: prompts trained on are never called held out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Overlap:
     """Which of an evaluation's pairs its models were trained on.
 
     Attributes:
-        pairs: all pairs of the evaluation's data.
+        pairs: number of pairs in the evaluation's data.
         seen: how many of them have a prompt that a model was trained on.
-        by_run: run folder -> how many of them it was trained on.
-        unknown: models, or what they start from, that keep no record of their training data.
-        known: whether at least one trained model has kept its prompts.
-        left_out: pairs that are not measured, since a model has seen them; 0 where all are seen, and all are measured.
+        by_run: run folder -> how many of the prompts it was trained on.
+        unknown: models, or models they started from, without a record of their training data.
+        known: whether at least one model has a record of its training prompts.
+        left_out: pairs not measured because a model was trained on them; 0 if that is all (then all are measured).
     """
 
     pairs: int
@@ -35,13 +35,13 @@ class Overlap:
 
 
 def find_overlap(rows: list[dict[str, Any]], names: dict[str, str]) -> tuple[Overlap, list[bool]]:
-    """Look the evaluation's prompts up in the training runs of its models, and of the models that these started from.
+    """Look up the evaluation's prompts in the training data of its models, and of the models that these started from.
 
     Args:
-        names: `base_model`, `sft_model`, ... to a model's name.
+        names: of the models, by key (`base_model`, `sft_model`, ...).
 
     Returns:
-        (what was found, for each row whether a model has seen its prompt)
+        (overlap, per row whether a model was trained on its prompt)
     """
     overlap, seen = Overlap(len(rows)), [False] * len(rows)
     folders, waiting = set(), list(names.values())
@@ -66,7 +66,7 @@ def find_overlap(rows: list[dict[str, Any]], names: dict[str, str]) -> tuple[Ove
 
 
 def started_from(folder: Path) -> str | None:
-    """The model that a run of ours started from, as its provenance says."""
+    """The model that a run started from, from its provenance; None if unknown."""
     provenance = read_json(folder / "provenance.json") or {}
     arguments = provenance.get("arguments") if isinstance(provenance, dict) else None
     model = arguments.get("model") if isinstance(arguments, dict) else None
@@ -75,22 +75,22 @@ def started_from(folder: Path) -> str | None:
 
 
 def heading(results: dict[str, Any]) -> str:
-    """What the pairs of an evaluation may be called.
+    """How to describe the pairs of an evaluation: held out only if that is known.
 
-    Example: "38 held-out pairs" where 12 of 50 were left out; "50 pairs that a model was trained on" where all were seen.
+    Example: "38 held-out pairs" if 12 of 50 were left out; "50 pairs that a model was trained on" if all were.
     """
     count, found = results["pairs"], results.get("overlap")
     if not found:
-        return f"{count} pairs (whether a model was trained on them was not looked up)"
+        return f"{count} pairs (not checked whether a model was trained on them)"
     if found["seen"] and not found["left_out"]:
         return f"{count} pairs that a model was trained on (not held out)"
     if not found["known"]:
-        return f"{count} pairs (what the models were trained on is not known)"
+        return f"{count} pairs (the models' training data is unknown)"
     return f"{count} held-out pairs"
 
 
 def describe(overlap: Overlap) -> list[str]:
-    """Sentences about it for the screen."""
+    """Sentences about the overlap for the screen."""
     said = []
     for folder, count in overlap.by_run.items():
         said.append(f"{count} of {overlap.pairs} evaluation prompts were in the training data of {folder}")
@@ -100,9 +100,9 @@ def describe(overlap: Overlap) -> list[str]:
         )
     elif overlap.seen:
         said.append(
-            "all of them: the numbers are those of training data. Hold a part out with `heldout: 0.1` in every recipe of the "
-            "folder, or evaluate on other data"
+            "all of them: the results are on training data. Hold out a part with `heldout: 0.1` in every recipe "
+            "of the folder, or evaluate on other data"
         )
     if overlap.unknown:
-        said.append(f"not known: what {', '.join(overlap.unknown)} was trained on before")
+        said.append(f"unknown: the training data of {', '.join(overlap.unknown)}")
     return said

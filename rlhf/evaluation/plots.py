@@ -6,7 +6,7 @@ import io
 import math
 from typing import Any
 
-# What is drawn of each stage: a title, the unit, and the metrics with their labels.
+# The plots of each stage: a title, the unit, and the metrics with their labels.
 PLOTS = {
     "sft": [
         ("Loss", "nats per token", {"loss": "training", "eval_loss": "held out"}),
@@ -31,35 +31,35 @@ TIES = "rewards/accuracies"
 def points_of(stage: dict[str, Any], metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric.
 
-    DPO's accuracy is left out while the policy is still its reference (at step 1, and as long as a warm-up keeps the
-    learning rate at 0): all pairs are ties, of which TRL 1.16 counts the exact ones as losses and rounding decides the rest.
+    DPO's accuracy is left out while the policy still equals its reference (at step 1, and as long as a warm-up keeps
+    the learning rate at 0): all pairs are ties; TRL 1.16 counts exact ties as losses, and rounding decides the others.
     """
     rows = [m for m in stage["metrics"] if isinstance(m.get(metric), (int, float))]
     return [(m["step"], m[metric]) for m in rows if metric != TIES or not all_ties(m)]
 
 
 def all_ties(row: dict[str, Any]) -> bool:
-    """Whether a line of DPO's metrics is of a policy that is still its reference: implicit rewards of 0 to rounding."""
+    """Whether DPO's policy still equals its reference in this line of metrics: implicit rewards of 0 up to rounding."""
     rewards = [row[key] for key in ("rewards/chosen", "rewards/rejected", "rewards/margins") if key in row]
     return bool(rewards) and all(abs(value) < 1e-4 for value in rewards)
 
 
 def ties_note(stage: dict[str, Any]) -> str:
-    """What was done about the ties of the first steps; '' where there is no such curve."""
+    """A sentence on how the plot treats the ties of the first steps; '' if there is no accuracy curve."""
     rows = [m for m in stage["metrics"] if TIES in m]
     if not rows:
         return ""
-    why = "while the policy is still its reference every pair is a tie, which TRL counts as a loss"
+    why = "while the policy still equals its reference, every pair is a tie, which TRL counts as a loss"
     if all_ties(rows[0]):
         drawn = next((m["step"] for m in rows if not all_ties(m)), None)
         return f"DPO's accuracy is {f'drawn from step {drawn}' if drawn else 'not drawn'}: {why}."
     if rows[0]["step"] > 1:
-        return f"DPO's first accuracy, of steps 1 to {rows[0]['step']}, is too low by the share of step 1: {why}."
+        return f"DPO's first accuracy, over steps 1 to {rows[0]['step']}, is too low because of step 1: {why}."
     return ""
 
 
 def draw(stage: dict[str, Any]) -> list[str]:
-    """One small plot per quantity: each log as a dot, their running mean as a line; a quantity without logs has none."""
+    """One small plot per quantity: a dot per log, their running mean as a line; none for a quantity without logs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,7 +103,7 @@ def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, s
 
 
 def running_mean(values: tuple[float, ...], window: int | None = None) -> list[float]:
-    """Mean over the last `window` values (default: a tenth of them, at least 3), shorter at the beginning.
+    """Mean over the last `window` values (default: a tenth of them, at least 3); over fewer at the start.
 
     Example: running_mean((1, 2, 3, 4), 2) -> [1, 1.5, 2.5, 3.5].
     """

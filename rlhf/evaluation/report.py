@@ -1,8 +1,8 @@
 """One self-contained HTML file about a run: lineage, results, curves, answers, data, environment, commands.
 
-Nothing in it is loaded from anywhere and nothing runs: the plots are inline SVG, a content-security policy forbids
-scripts, and all text of models and data is escaped by Jinja. Which runs are shown together is decided in finished_runs.py,
-and each statement about them is read from what they recorded.
+It loads nothing and runs no scripts: the plots are inline SVG, a content-security policy forbids scripts, and Jinja
+escapes all text of models and data. finished_runs.py decides which runs are shown together; each statement about them
+comes from their own records.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, 
 
 
 def write_report(target: str, output: str | None = None) -> Path:
-    """Write report.html about the stages found in a run folder (or named by a recipe folder) and say what to do next.
+    """Write report.html about the stages in a run folder (or named by a recipe folder), and print the next commands.
 
     Args:
-        target: a run, a folder whose subfolders are runs, or a recipe folder, whose recipes name them.
+        target: a run, a folder whose subfolders are runs, or a folder of recipes that name the runs.
         output: the file; default `report.html` in the run folder.
 
     Raises:
@@ -56,7 +56,7 @@ def write_report(target: str, output: str | None = None) -> Path:
         unread = "".join(f"; {folder}: {why}" for folder, why in selection.unshown[:3])
         raise UserError(
             f"{quote(target)} holds no run: expected folders with recipe.yaml and provenance.json, or recipes that "
-            f"ran{unread}"
+            f"have been run{unread}"
         )
     home = home_of(Path(target), selection)
     file = Path(output) if output else home / "report.html"
@@ -76,7 +76,7 @@ def write_report(target: str, output: str | None = None) -> Path:
 
 
 def home_of(target: Path, selection: Selection) -> Path:
-    """Where the report goes: the folder that was asked for, or, for recipes, the one around their runs."""
+    """The folder for the report: the given one or, for recipes, the common parent of their runs."""
     if not recipe_outputs(target):
         return target
     folders = [Path(run["folder"]) for run in _all_runs(selection)]
@@ -94,7 +94,7 @@ def find_stages(target: Path) -> dict[str, dict[str, Any]]:
 
 
 def next_commands(selection: Selection, target: str) -> list[tuple[str, str]]:
-    """(what for, command) to go on with after this run."""
+    """(purpose, command) of the next commands after this run."""
     program = "rlhf" if shutil.which("rlhf") else os.path.relpath(Path(sys.executable).parent / "rlhf")
     commands, stages = [], selection.stages
     policy = stages.get("dpo") or stages.get("sft")
@@ -155,7 +155,7 @@ def render(selection: Selection, home: str) -> str:
 
 
 def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[str, str]]:
-    """A few lines about a stage for its box in the lineage."""
+    """(name, value) of the main facts about a stage, for its box in the lineage."""
     recipe, complete = stage["recipe"], stage["complete"]
     inputs = stage["provenance"].get("inputs") or {}
     facts = [("folder", stage["folder"])]
@@ -182,7 +182,7 @@ def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[st
 
 
 def environments(stages: dict[str, dict]) -> list[dict[str, Any]]:
-    """Versions, hardware and commit, each with the stages that ran under them."""
+    """Versions, hardware and commit, each with the stages that ran with them."""
     found: list[dict[str, Any]] = []
     for stage in stages.values():
         here = {key: stage["provenance"].get(key) for key in ("versions", "hardware", "git_commit")}
@@ -195,9 +195,9 @@ def environments(stages: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
-    """Counts and mean lengths (words) of the pairs that the run was given, by split.
+    """Counts and mean lengths (words) of the run's pairs, by split.
 
-    A split that can't be read any more, or is not what the run read (by its digest), has a `gone` that says so, and no counts.
+    A split that can no longer be read, or whose digest differs from the run's, has a reason in `gone` and no counts.
     """
     stage = stages.get("dpo") or stages.get("reward")
     if stage is None or not stage["recipe"].get("dataset_name"):
@@ -215,7 +215,7 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
             source = load_source(recipe["dataset_name"], split, recipe.get("dataset_config"))
             rows = preference_rows(source.head(recipe.get(most or "")), Reading(recipe.get("bad_rows", "error")))
         except UserError:
-            found.append({"split": split, "gone": "can't be read any more"})
+            found.append({"split": split, "gone": "can no longer be read"})
             continue
         if inputs.get(key) not in (None, source.digest):
             found.append({"split": split, "gone": "has changed since the run read it"})

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: losses, accuracies and win rates with their intervals, from log-probabilities and scores."""
+"""Statistics of an evaluation: losses, accuracies and win rates with intervals, from log-probabilities and scores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def share(wins: list[float]) -> dict[str, Any]:
 
 
 def logistic_loss(margin: float) -> float:
-    """-log sigmoid(margin) = log(1 + e^-margin), also where e^-margin is too large for a double."""
+    """-log sigmoid(margin) = log(1 + e^-margin), without overflow for large negative margins."""
     return max(0.0, -margin) + math.log1p(math.exp(-abs(margin)))
 
 
@@ -45,7 +45,7 @@ def token_loss(pairs: list[dict], model: str, side: str = "chosen") -> float:
 
 
 def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, Any]:
-    """All numbers of the table from the measured pairs and answers."""
+    """All results of the table, computed from the measured pairs and answers."""
     results: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "policies": {}}
     for model in POLICIES:
         if model in pairs[0]:

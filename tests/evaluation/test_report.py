@@ -137,7 +137,7 @@ def test_it_shows_every_part(run, capsys):
     text = (run / "report.html").read_text()
     for part in (
         "Lineage",
-        "Results on 2 pairs (whether a model was trained on them was not looked up)",
+        "Results on 2 pairs (not checked whether a model was trained on them)",
         "Training",
         "Answers side by side",
         "Data",
@@ -195,7 +195,7 @@ def test_results_of_a_run_that_was_trained_again_are_not_shown(run, capsys):
     train_again(run / "dpo")
     text = report_on(run)
     assert "Results on" not in text and "Answers side by side" not in text
-    assert f"dpo_model: {run / 'dpo'} was trained again since it was evaluated" in text
+    assert f"dpo_model: {run / 'dpo'} was trained again after it was evaluated" in text
     assert "warning: the results are not shown: dpo_model" in capsys.readouterr().out
 
 
@@ -242,7 +242,7 @@ def test_a_sweep_is_a_table_and_nothing_vanishes(run, tmp_path):
     assert "Results on" not in text and "<h2>Training</h2>" not in text  # whose?
     rows = re.findall(r"<tr><td>[^<]*/sweep/(b0..)</td><td>(.*?)</td>.*?<td>([^<]*)</td></tr>", text)
     assert [(name, beta) for name, beta, _ in rows] == [("b0.1", "0.1"), ("b0.3", "0.3")]
-    assert "accuracy" in rows[0][2] and "wins" in rows[0][2] and rows[1][2].startswith("trained again since")
+    assert "accuracy" in rows[0][2] and "wins" in rows[0][2] and rows[1][2].startswith("trained again after")
     for folder in (tmp_path / "sweep").iterdir():
         assert folder.name in text or folder.name == "report.html"
 
@@ -272,7 +272,7 @@ def test_reward_model_and_dpo_both_come_from_sft(run):
     assert start_of(stages["dpo"], stages) == ("sft", f"SFT ({run / 'sft'})")
     train_again(run / "sft")
     stages = find_stages(run)
-    assert start_of(stages["dpo"], stages) == (None, f"{run / 'sft'}, which was trained again since")
+    assert start_of(stages["dpo"], stages) == (None, f"{run / 'sft'}, which has been trained again since")
 
 
 def test_dpo_from_the_reward_models_base_is_not_drawn_from_sft(tmp_path):
@@ -289,7 +289,7 @@ def test_the_judge_is_not_called_this_runs_own(run):
 
 def test_what_got_worse_and_what_was_cut_are_told(run):
     text = report_on(run)
-    assert "What got worse: " in text and "called unclear" in text
+    assert "What got worse: " in text and "marked unclear" in text
     assert "1 of 2 of DPO" in text and "&amp; …</div>" in text  # ATTACK ends with &, and was cut
 
 
@@ -308,7 +308,7 @@ def test_ties_of_the_first_steps_are_left_out():
     assert len(points_of({"metrics": lines}, "rewards/margins")) == 3
     assert ties_note({"metrics": lines}).startswith("DPO's accuracy is drawn from step 3")
     assert "is not drawn" in ties_note({"metrics": lines[:2]})
-    assert "of steps 1 to 10, is too low" in ties_note({"metrics": [{"step": 10, "rewards/accuracies": 0.6}]})
+    assert "over steps 1 to 10, is too low" in ties_note({"metrics": [{"step": 10, "rewards/accuracies": 0.6}]})
     assert ties_note({"metrics": []}) == ""
 
 
@@ -336,4 +336,4 @@ def test_repeat_it_says_what_is_missing(run):
     write.write_text(json.dumps(provenance | {"command": ["__main__.py", "dpo", "x.yaml"], "hardware": hardware}))
     text = report_on(run)
     assert "<pre>rlhf dpo x.yaml</pre>" in text and "__main__" not in text
-    assert "DPO: a launcher started it whose flags were not recorded" in text
+    assert "DPO: it was started by a launcher whose flags were not recorded" in text
