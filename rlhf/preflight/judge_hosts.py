@@ -1,4 +1,4 @@
-"""What the ranks have reported about themselves, judged: rows of the table, each trouble with host and fix. Pure."""
+"""Judges the ranks' reports about their hosts: rows of the table, each finding with host and fix. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from rlhf.preflight.rendezvous import majority, who
 from rlhf.preflight.table import Finding, Row, gib
 
-GPU_TAKEN = 0.1  # of a GPU's memory, by others, from which a warning is due
+GPU_TAKEN = 0.1  # fraction of a GPU's memory in use by other processes that causes a warning
 
 
-# Packages whose version changes what is trained, or whose versions don't speak with each other.
+# Packages whose version changes the training, or whose versions can't communicate with each other.
 DECISIVE = (
     "rlhf-dpo",
     "code",
@@ -26,7 +26,7 @@ DECISIVE = (
 
 
 def host_rows(reports: list[dict], hosts: list[str]) -> list[Row]:
-    """A row for all hosts that are alike, with the least free memory among them."""
+    """One row per group of identical hosts, with the least free memory among them."""
     alike: dict[str, list[int]] = {}
     for rank, report in enumerate(reports):
         alike.setdefault(_device_words(report, hosts.count(hosts[rank])), []).append(rank)
@@ -49,11 +49,11 @@ def _device_words(report: dict, processes: int) -> str:
 
 
 def judge_devices(reports: list[dict], hosts: list[str]) -> list[Finding]:
-    """GPUs that can't be used, differ, are shared or idle."""
+    """GPUs that are unusable, different, shared or idle."""
     found = []
     for rank, report in enumerate(reports):
         if report["device"]["problem"]:
-            fix = "take that host out (Slurm: --exclude), or mend its driver; --num_processes is the number of GPUs in all"
+            fix = "exclude that host (Slurm: --exclude), or fix its driver; --num_processes is the total number of GPUs"
             found.append(Finding("error", f"{who([rank], hosts)}: {report['device']['problem']}", fix))
     names = [r["device"].get("name", "CPU") for r in reports]
     usual = majority(names)
@@ -73,25 +73,25 @@ def judge_devices(reports: list[dict], hosts: list[str]) -> list[Finding]:
         seen.setdefault(key, rank)
         free, total = device["memory"]
         if free < (1 - GPU_TAKEN) * total:
-            text = f"{who([rank], hosts)}: {gib(total - free)} of its GPU's {gib(total)} are taken"
-            found.append(Finding("warning", text, "see `nvidia-smi` there; end what is left over from another job"))
+            text = f"{who([rank], hosts)}: {gib(total - free)} of its GPU's {gib(total)} are in use"
+            found.append(Finding("warning", text, "see `nvidia-smi` there; end processes left over from another job"))
         if rank == hosts.index(hosts[rank]) and hosts.count(hosts[rank]) < device["count"]:
-            text = f"{hosts[rank]} shows {device['count']} GPUs and has {hosts.count(hosts[rank])} processes"
-            found.append(Finding("warning", text, "--num_processes is the number of GPUs of all hosts together"))
+            text = f"{hosts[rank]} has {device['count']} GPUs, but only {hosts.count(hosts[rank])} processes"
+            found.append(Finding("warning", text, "set --num_processes to the total number of GPUs of all hosts"))
     return found
 
 
 def judge_nodes(hosts: list[str], num_nodes: int) -> list[Finding]:
-    """Machines of a Slurm job on which nothing runs."""
+    """Hosts of a Slurm job without a process."""
     used = len(set(hosts))
     if used >= num_nodes:
         return []
     fix = "start one launcher on each (`srun --ntasks-per-node=1 accelerate launch ...`), with --num_machines"
-    return [Finding("warning", f"Slurm gave this job {num_nodes} hosts, and processes run on {used}", fix)]
+    return [Finding("warning", f"Slurm gave this job {num_nodes} hosts, but processes run on only {used}", fix)]
 
 
 def judge_versions(reports: list[dict], hosts: list[str]) -> Row:
-    """Packages, drivers and checkouts that are not the same on all ranks; those that differ alike are told together."""
+    """Packages, drivers and checkouts that differ between ranks; one finding per group of ranks that differ alike."""
     tables = [report["versions"] | {"driver": report["driver"]} for report in reports]
     names = list(dict.fromkeys(name for table in tables for name in table))
     usual = {name: majority([table.get(name) for table in tables]) for name in names}
@@ -103,7 +103,7 @@ def judge_versions(reports: list[dict], hosts: list[str]) -> Row:
     python = reports[0]["executable"]
     found = []
     for odd, ranks in groups.items():
-        place, text = who(ranks, hosts), [f"{name} {version or 'is not there'}" for name, version in odd]
+        place, text = who(ranks, hosts), [f"{name} {version or 'is missing'}" for name, version in odd]
         others = ", ".join(f"{name} {usual[name] or 'missing'}" for name, _ in odd)
         names_odd = [name for name, _ in odd]
         decisive = any(name in DECISIVE for name in names_odd) or _minor_differs(
@@ -122,7 +122,7 @@ def _minor_differs(version: str | None, usual: str) -> bool:
 
 
 def _align(names: list[str], usual: dict[str, Any], python: str) -> str:
-    """The command that brings packages to the others' versions."""
+    """The commands that align packages with the other ranks' versions."""
     fixes = []
     packages = [n for n in names if n not in ("rlhf-dpo", "code", "CUDA", "driver", "python")]
     if missing := [f"{n}=={usual[n]}" for n in packages if usual[n]]:
@@ -133,7 +133,7 @@ def _align(names: list[str], usual: dict[str, Any], python: str) -> str:
         commit = str(usual["code"] or "").removesuffix("+changes")
         fixes.append(f"there: git checkout {commit}" if commit else f"install rlhf-dpo {usual['rlhf-dpo']} there")
     if "python" in names or "CUDA" in names:
-        fixes.append("use one virtual environment, on a disk that all hosts share")
+        fixes.append("use one virtual environment on a disk that all hosts share")
     if "driver" in names and not fixes:
-        fixes.append("runs as a rule; if NCCL fails, --exclude the host or have its driver updated")
+        fixes.append("usually works; if NCCL fails, --exclude the host or update its driver")
     return "; ".join(fixes)

@@ -1,4 +1,4 @@
-"""Interfaces, clocks and all-reduce, judged: rows of the table. Pure."""
+"""Judges interfaces, clocks and all-reduce: rows of the table. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SKEW_WARNING_S, SKEW_ERROR_S = 1.0, 60.0
 
 
 def judge_interfaces(reports: list[dict], hosts: list[str]) -> list[Finding]:
-    """Interfaces that are named but not there, and host names that gloo would take for this host alone."""
+    """Configured interfaces that don't exist, and host names that resolve to a loopback address."""
     found = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         for wanted in dict.fromkeys(report[variable] for report in reports):
@@ -18,7 +18,7 @@ def judge_interfaces(reports: list[dict], hosts: list[str]) -> list[Finding]:
             ranks = [rank for rank in asked if not _names_interface(variable, wanted, reports[rank]["interfaces"])]
             if ranks:
                 there = ", ".join(name for name in reports[ranks[0]]["interfaces"] if name != "lo")
-                text = f"{who(ranks, hosts)}: {variable}={wanted}, and there is no such interface"
+                text = f"{who(ranks, hosts)}: {variable}={wanted}, but there is no such interface"
                 found.append(Finding("error", text, f"set {variable} to one of: {there}"))
     alone = [
         rank for rank, report in enumerate(reports)
@@ -27,16 +27,16 @@ def judge_interfaces(reports: list[dict], hosts: list[str]) -> list[Finding]:
     if alone and len(set(hosts)) > 1:
         routes = {hosts[r]: reports[r]["route"] for r in alone if reports[r]["route"] not in ("", "lo")}
         names = list(dict.fromkeys(routes.values())) or ["eth0"]
-        text = f"{who(alone, hosts)}: the host's own name means {reports[alone[0]]['hostname_address']} there"
+        text = f"{who(alone, hosts)}: the host's own name resolves to {reports[alone[0]]['hostname_address']} there"
         fix = f"export GLOO_SOCKET_IFNAME={names[0]}"
         if len(names) > 1:
             fix = "; ".join(f"on {host}: export GLOO_SOCKET_IFNAME={name}" for host, name in list(routes.items())[:8])
-        found.append(Finding("error", text, f"{fix} (or mend /etc/hosts): other hosts can't reach that address"))
+        found.append(Finding("error", text, f"{fix} (or fix /etc/hosts): other hosts can't reach that address"))
     return found
 
 
 def _names_interface(variable: str, wanted: str, there: list[str]) -> bool:
-    """Whether all names of gloo's variable are there, or one that NCCL's fits (by its beginning; `=` exactly, `^` not)."""
+    """Whether all of gloo's interfaces exist, or one matches NCCL's value (prefixes; `=`: exact, `^`: excluded)."""
     if not wanted or wanted.startswith("^"):
         return True
     names = wanted.lstrip("=").split(",")
@@ -65,7 +65,7 @@ def judge_clocks(offsets: list, hosts: list[str]) -> Row | None:
 
 
 def judge_collectives(results: list[dict], hosts: list[str], devices: list[str]) -> list[Row]:
-    """Exactness first; where that fails there are no speeds."""
+    """Rows on exactness, then on speed; no speeds if a collective failed."""
     failed = [rank for rank, r in enumerate(results) if r["error"]]
     if failed:
         return [_failed_collectives(results, hosts, failed)]
@@ -74,13 +74,16 @@ def judge_collectives(results: list[dict], hosts: list[str], devices: list[str])
         wrong = [rank for rank, r in enumerate(results) if not r["exact"][backend]]
         if wrong:
             text = f"{who(wrong, hosts)}: the sum of an all-reduce ({backend}) is wrong"
-            fix = "take that host out (Slurm: --exclude) and have memory and GPU tested; NCCL_P2P_DISABLE=1 tells whether it is the link"
+            fix = (
+                "exclude that host (Slurm: --exclude) and test its memory and GPU; if NCCL_P2P_DISABLE=1 helps, the "
+                "link between GPUs is faulty"
+            )
             findings.append(Finding("error", text, fix))
     backends = ", ".join(results[0]["exact"])
     rows = [
         Row(
             "all-reduce",
-            f"the sum is {'wrong' if findings else 'exact'} over {len(hosts)} processes ({backends})",
+            f"the sum is {'wrong' if findings else 'exact'} over {len(hosts)} ranks ({backends})",
             tuple(findings),
         )
     ]
@@ -100,23 +103,23 @@ def _failed_collectives(results: list[dict], hosts: list[str], failed: list[int]
     for rank in failed:
         result = results[rank]
         groups.setdefault((not result["hung"], result["during"], result["error"]), []).append(rank)
-    told = [  # who hangs comes first: the others' errors are of their waiting
-        f"{who(ranks, hosts)} {'failed' if politely else 'hung'} in {during} ({error})"
-        for (politely, during, error), ranks in sorted(groups.items())[:4]
+    failures = [  # hung ranks first: the others failed because they waited for them
+        f"{who(ranks, hosts)} {'failed' if returned else 'hung'} in {during} ({error})"
+        for (returned, during, error), ranks in sorted(groups.items())[:4]
     ]
     rest = [r for r in range(len(hosts)) if r not in failed]
-    text = "; ".join(told + ([f"{who(rest, hosts)} came through"] if rest else []))
+    text = "; ".join(failures + ([f"{who(rest, hosts)} succeeded"] if rest else []))
     fix = (
-        "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface that joins the hosts (`ip -br addr`), let the "
-        "firewall pass all ports between them; NCCL_DEBUG=INFO says more"
+        "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface that connects the hosts (`ip -br addr`), and "
+        "open all ports between them in the firewall; NCCL_DEBUG=INFO prints details"
     )
     if len(set(hosts)) == 1:
-        fix = "NCCL_DEBUG=INFO says more; NCCL_P2P_DISABLE=1 tells whether it is the link between GPUs"
+        fix = "NCCL_DEBUG=INFO prints details; if NCCL_P2P_DISABLE=1 helps, the link between GPUs is faulty"
     return Row("all-reduce", f"failed on {who(failed, hosts)}", (Finding("error", text, fix),))
 
 
 def _inside_rows(results: list[dict], hosts: list[str], devices: list[str]) -> list[Row]:
-    """The slowest host, of those with several processes."""
+    """A row on the slowest of the hosts with several processes."""
     slowest = max(
         (rank for rank, r in enumerate(results) if r.get("inside")), key=lambda r: results[r]["inside"][1], default=None
     )
@@ -132,7 +135,7 @@ def _link(device: str) -> tuple[str, float, str] | None:
 
 
 def _network(results: list[dict], device: str) -> tuple[str, float, str] | None:
-    """(names, bytes/s, kind) of the slowest host's interfaces that carried the data; None where a speed is unknown."""
+    """(names, bytes/s, kind) of the interfaces that carried the slowest host's data; None if a speed is unknown."""
     known = [(sum(r["speeds"]), "+".join(r["interfaces"])) for r in results if r["interfaces"] and all(r["speeds"])]
     if len(known) < len(results):
         return None
@@ -141,10 +144,10 @@ def _network(results: list[dict], device: str) -> tuple[str, float, str] | None:
 
 
 def speed_row(check: str, num_bytes: int, seconds: float, world: int, link: tuple[str, float, str] | None) -> Row:
-    """A measured all-reduce beside what the hardware should give.
+    """A row that compares a measured all-reduce with the speed of the hardware.
 
     Args:
-        link: (name, bytes/s, a key of LEAST_SHARE), or None where it is not known.
+        link: (name, bytes/s, a key of LEAST_SHARE), or None if unknown.
     """
     bus = bus_bandwidth(num_bytes, seconds, world)
     shown = (
@@ -156,9 +159,9 @@ def speed_row(check: str, num_bytes: int, seconds: float, world: int, link: tupl
     share, least = bus / rate, LEAST_SHARE[kind]
     found = ()
     if share < least:
-        text = f"{check}: an all-reduce reaches {share:.0%} of {name} ({speed(rate)}); {least:.0%} or more is usual"
-        fix = "NCCL_DEBUG=INFO says which way NCCL takes; `nvidia-smi topo -m` and `ibstat` show what there is"
+        text = f"{check}: an all-reduce reaches {share:.0%} of {name} ({speed(rate)}); at least {least:.0%} is usual"
+        fix = "NCCL_DEBUG=INFO prints NCCL's transport; `nvidia-smi topo -m` and `ibstat` show the available links"
         if kind == "network (gloo)":
-            fix = "is that the right interface? GLOO_SOCKET_IFNAME names another"
+            fix = "check that this is the right interface; GLOO_SOCKET_IFNAME selects another"
         found = (Finding("warning", text, fix),)
     return Row(check, f"{shown}; {share:.0%} of {name} ({speed(rate)})", found)

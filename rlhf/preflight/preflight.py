@@ -1,8 +1,8 @@
-"""`rlhf preflight`: what breaks jobs on clusters, looked for before a GPU-hour is spent; a table at the end.
+"""`rlhf preflight`: finds what breaks jobs on clusters before a GPU-hour is spent, and prints a table.
 
-Each rank looks at its own host (probes.py), all meet over the rendezvous' store (rendezvous.py), exchange tensors as a
-training would (bandwidth.py), and rank 0 judges what they report (judge_hosts.py, judge_network.py, judge_storage.py).
-The order: who is there, what each has, disks, and last the network, since that is what hangs.
+Each rank inspects its own host (probes.py); the ranks communicate over the rendezvous store (rendezvous.py), then
+exchange tensors as in training (bandwidth.py); rank 0 judges their reports (judge_hosts.py, judge_network.py,
+judge_storage.py). The order: presence of all ranks, hosts, disks, and last the network, because that can hang.
 """
 
 from __future__ import annotations
@@ -59,32 +59,32 @@ def preflight(
     Args:
         overrides: `--key value` of the recipe.
         output_dir: default: the recipe's, or the working folder.
-        quick: no speeds, only whether things work.
-        timeout_s: what may hang is given up after so long.
+        quick: check only whether things work, measure no speeds.
+        timeout_s: time-out in seconds for each check that can hang.
 
     Raises:
-        UserError: something will not work; on all ranks, after the table. Where a rank does not come, there is no table.
+        UserError: something will not work; on all ranks, after the table. If a rank is missing, there is no table.
     """
     recipe, mistake = _read(recipe_path, overrides, output_dir)
     if mistake and world_size() == 1:
         raise UserError(mistake)
     ranks = Ranks(timeout_s)
     ranks.exchange_hosts()
-    if told := ranks.exchange("recipe", mistake, answer=lambda found: _mistakes(found, ranks.hosts)):
+    if mistakes := ranks.exchange("recipe", mistake, answer=lambda found: _mistakes(found, ranks.hosts)):
         ranks.leave()
-        raise UserError(told)
+        raise UserError(mistakes)
     checks = Checks(ranks, recipe, output_dir or (recipe.values["output_dir"] if recipe else "."), quick)
     try:
         checks.run()
         errors = ranks.exchange("verdict", answer=lambda _: checks.show())
         ranks.leave()
-    except UserError as error:  # a rank is gone
+    except UserError as error:  # a rank has died
         if checks.device is None:
             raise
         _leave_at_once(error)
     if errors:
         error = UserError(
-            f"not ready: {errors} error{'s' if errors > 1 else ''}, see above; mend what it says, and ask again"
+            f"not ready: {errors} error{'s' if errors > 1 else ''}; fix the errors above and run preflight again"
         )
         if checks.network_failed:
             _leave_at_once(error)
@@ -94,7 +94,7 @@ def preflight(
 
 
 def _leave_at_once(error: UserError) -> None:
-    """End with exit code 2 although a thread may hang in NCCL, which no polite end would survive."""
+    """Exit with code 2 even if a thread hangs in NCCL, which would block a clean exit."""
     if is_main():
         print(f"rlhf: {error}", file=sys.stderr)
     sys.stdout.flush()
@@ -103,7 +103,7 @@ def _leave_at_once(error: UserError) -> None:
 
 
 def _read(recipe_path: str | None, overrides: list[str], output_dir: str | None) -> tuple[Recipe | None, str]:
-    """(recipe, '' or what is wrong with it)."""
+    """(recipe or None, '' or what is wrong with it)."""
     if not recipe_path:
         return None, ""
     more = ["--output_dir", output_dir] if output_dir else []
@@ -116,21 +116,22 @@ def _read(recipe_path: str | None, overrides: list[str], output_dir: str | None)
 
 
 def _mistakes(found: list[str], hosts: list[str]) -> str:
-    """One text for all ranks; a mistake that only some make is told with their hosts."""
+    """One message for all ranks; a mistake on some ranks only is reported with their hosts."""
     wrong = [rank for rank, text in enumerate(found) if text]
     if not wrong or len(wrong) == len(found):
         return found[0]
     return (
-        f"{who(wrong, hosts)}: {found[wrong[0]]} (the others have no such trouble: is that disk shared by all hosts?)"
+        f"{who(wrong, hosts)}: {found[wrong[0]]} (the other ranks don't have this error: is that disk shared by all "
+        "hosts?)"
     )
 
 
 class Checks:
-    """One preflight: every rank goes through the same steps; the rows are rank 0's.
+    """One preflight: every rank runs the same steps; the rows are collected on rank 0.
 
     Attributes:
         rows: of the table.
-        device: that tensors were exchanged on; None before.
+        device: the one tensors were exchanged on; None before.
         network_failed: an exchange of tensors has failed or hangs.
     """
 
@@ -141,7 +142,7 @@ class Checks:
         self.network_failed = False
 
     def gather(self, name: str, value: Any, wait_s: float | None = None) -> list:
-        """All ranks' values on rank 0; nothing elsewhere."""
+        """All ranks' values on rank 0; an empty list on the other ranks."""
         found: list = []
         self.ranks.exchange(name, value, answer=found.extend, wait_s=wait_s)
         return found
@@ -171,7 +172,7 @@ class Checks:
         if self.ranks.world > 1:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             found = tuple(judge_interfaces(reports, hosts))
-            self.rows.append(Row("rendezvous", f"{where}: all {self.ranks.world} processes are there", found))
+            self.rows.append(Row("rendezvous", f"{where}: all {self.ranks.world} ranks are present", found))
 
     def check_paths(self, recipe: Recipe) -> None:
         looks = self.gather("paths", look_at_paths(recipe))
@@ -182,7 +183,7 @@ class Checks:
                 self.rows.append(row)
 
     def check_folder(self) -> None:
-        """A file of rank 0 is looked for by all ranks, and one of each host by rank 0; then room and speed."""
+        """All ranks look for a file of rank 0, and rank 0 for a file of each host; then free space and write speed."""
         ranks = self.ranks
         wanted = str(Path(self.output_dir).expanduser().absolute())
         canary = f".rlhf-preflight-{uuid.uuid4().hex[:12]}"
@@ -195,9 +196,9 @@ class Checks:
             error = ranks.exchange("canary", error, answer=lambda found: found[0])
             seen = not error and sees_canary(folder, name)
             writes = ranks.leads_host() and ranks.rank > 0 and seen
-            trouble = write_canary(folder, mine) if writes else ""
+            failure = write_canary(folder, mine) if writes else ""
             elsewhere = wanted if wanted != expected else ""
-            answers = self.gather("seen", [seen, writes, trouble, elsewhere])
+            answers = self.gather("seen", [seen, writes, failure, elsewhere])
             if is_main():
                 unseen = [rank for rank, answer in enumerate(answers) if not answer[0] and not error]
                 self.judge_disk(folder, name, error, unseen, self.unwritten(folder, name, answers))
@@ -208,20 +209,20 @@ class Checks:
                 remove_canary(folder, name)
 
     def unwritten(self, folder: str, name: str, answers: list) -> list[str]:
-        """What rank 0 has to say about the other hosts' files."""
+        """The errors of the other hosts' files, as seen by rank 0."""
         texts = []
-        for rank, (_, writes, trouble, elsewhere) in enumerate(answers):
+        for rank, (_, writes, failure, elsewhere) in enumerate(answers):
             place = who([rank], self.ranks.hosts)
-            if trouble:
-                texts.append(f"{place} can't write there: {trouble}")
+            if failure:
+                texts.append(f"{place} can't write there: {failure}")
             elif writes and not sees_canary(folder, f"{name}-{rank}"):
                 texts.append(f"{self.ranks.hosts[0]} doesn't see what {place} writes")
             if elsewhere:
-                texts.append(f"on {place} it means {elsewhere}: start all ranks in the same folder")
+                texts.append(f"on {place} it is {elsewhere}: start all ranks in the same folder")
         return texts
 
     def judge_disk(self, folder: str, name: str, error: str, unseen: list[int], unwritten: list[str]) -> None:
-        """Room in the output folder and the reference's cache, and how fast a checkpoint is written (rank 0)."""
+        """Free space in the output folder and the reference cache, and the write speed of checkpoints (rank 0)."""
         recipe, needed = self.recipe, None
         if recipe and recipe.stage in TRAINING_STAGES and (source := model_folder(recipe)):
             merge = merges(recipe.ours, recipe.is_quantised)
@@ -236,10 +237,10 @@ class Checks:
         )
         if recipe and recipe.stage == "dpo" and recipe.ours.reference == "cached":
             cache = nearest_folder(recipe.ours.reference_cache or str(cache_dir() / "reference"))
-            trouble = write_canary(cache, f"{name}-cache")
+            failure = write_canary(cache, f"{name}-cache")
             remove_canary(cache, f"{name}-cache")
             self.rows.append(
-                judge_folder("reference cache", cache, trouble, [], [], hosts[:1], disk_facts(cache), None)
+                judge_folder("reference cache", cache, failure, [], [], hosts[:1], disk_facts(cache), None)
             )
         if speed:
             self.rows.append(judge_write(speed, needed))
@@ -251,14 +252,14 @@ class Checks:
             self.rows.append(judge_memory(needed, parameters, reports, self.ranks.hosts))
 
     def check_network(self, device: dict[str, Any], reports: list[dict]) -> None:
-        """Exchange tensors, unless it is known already that it can't work."""
+        """Exchange tensors, unless earlier errors rule it out."""
         import torch
 
         from rlhf.preflight.bandwidth import measure
 
         hopeless = any(row.check in ("hosts", "rendezvous") and row.status == "error" for row in self.rows)
         if self.ranks.exchange("network", hopeless, answer=lambda found: found[0]):
-            self.rows.append(Row("all-reduce", "not tried: the errors above come first"))
+            self.rows.append(Row("all-reduce", "skipped because of the errors above"))
             return
         self.device = torch.device(device["kind"], self.ranks.local_rank if device["kind"] == "cuda" else None)
         result = measure(self.ranks, self.device, self.quick)
@@ -269,7 +270,7 @@ class Checks:
         self.network_failed = self.ranks.exchange("failed", failed, answer=lambda found: found[0])
 
     def show(self) -> int:
-        """Print the table, what is not well, and what to do next; returns the number of errors."""
+        """Print the table, the findings and the next step; returns the number of errors."""
         findings = [finding for row in self.rows for finding in row.findings]
         errors = sum(finding.level == "error" for finding in findings)
         title = self.recipe.path if self.recipe else self.output_dir
@@ -280,9 +281,9 @@ class Checks:
         for finding in sorted(findings, key=lambda f: f.level):
             say(f"{finding.level:<8} {finding.found}\n{'':<8} -> {finding.fix}")
         if not errors:
-            ready = f"Ready{', but mind the warnings' if findings else ''}"
+            ready = f"Ready{', with warnings' if findings else ''}"
             stage = self.recipe and self.recipe.stage
-            say(f"{ready}: the same command with `{stage}` in place of `preflight` begins." if stage else f"{ready}.")
+            say(f"{ready}: run the same command with `{stage}` in place of `preflight`." if stage else f"{ready}.")
         return errors
 
     def close(self) -> None:
@@ -302,7 +303,7 @@ def print_table(title: str, rows: list[Row]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)  # a log file has no width of its own
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # a log file has no width
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=True)
     for column in ("check", "", "found"):
         table.add_column(column, no_wrap=column != "found", overflow="fold")

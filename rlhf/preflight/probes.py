@@ -1,4 +1,4 @@
-"""What a process finds out about its own host before the training: versions, devices, paths, disks. No communication."""
+"""Probes of a rank's own host before training: versions, devices, paths, disks. No communication."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from rlhf.runs.records import read_recipe
 
 MODEL_KEYS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 DATA_KEYS = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")
-CANARY_WAIT_S = 5.0  # network file systems show a new file a little later on other hosts
+CANARY_WAIT_S = 5.0  # on network file systems a new file appears on other hosts with a delay
 FEW_INODES = 1000
 
 
 def describe(local_rank: int, on_cpu: bool) -> dict[str, Any]:
-    """Versions, device and folder of this process; JSON."""
+    """Versions, device and network of this process, as JSON types."""
     about = environment()
     versions = about["versions"] | {"python": platform.python_version(), "CUDA": torch.version.cuda}
     return {
@@ -55,14 +55,14 @@ def describe(local_rank: int, on_cpu: bool) -> dict[str, Any]:
 
 
 def describe_device(local_rank: int, on_cpu: bool) -> dict[str, Any]:
-    """The device that this process will train on: {kind: cpu | cuda, problem: '' or why it is not the GPU, ...}."""
+    """The device that this process will train on: {kind: cpu | cuda, problem: '' or why a GPU can't be used, ...}."""
     if on_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return {"kind": "cpu", "problem": ""}
     if not torch.cuda.is_available():
         return {"kind": "cpu", "problem": why_no_gpu() if Path("/dev/nvidia0").exists() else ""}
     count = torch.cuda.device_count()
     if local_rank >= count:
-        return {"kind": "cpu", "problem": f"it is process {local_rank} of a host that shows {count} GPUs (from 0)"}
+        return {"kind": "cpu", "problem": f"local rank {local_rank} (from 0), but the host has only {count} GPUs"}
     try:
         free, total = torch.cuda.mem_get_info(local_rank)
         properties = torch.cuda.get_device_properties(local_rank)
@@ -70,14 +70,14 @@ def describe_device(local_rank: int, on_cpu: bool) -> dict[str, Any]:
             "kind": "cuda", "problem": "", "name": properties.name, "memory": [free, total], "count": count,
             "uuid": str(getattr(properties, "uuid", "")),
         }  # fmt: skip
-    except RuntimeError as error:  # a GPU in another's exclusive use, or one that has fallen off the bus
+    except RuntimeError as error:  # a GPU in exclusive use by another process, or one that has fallen off the bus
         return {"kind": "cpu", "problem": str(error).splitlines()[0][:200]}
 
 
 def why_no_gpu() -> str:
-    """Why torch finds none of the GPUs that the host has."""
+    """Why torch finds none of the host's GPUs."""
     if torch.version.cuda is None:
-        return "there is a GPU, but this torch was built for CPUs; install the CUDA build of the same version"
+        return "there is a GPU, but this torch is a CPU build; install the CUDA build of the same version"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -86,7 +86,7 @@ def why_no_gpu() -> str:
 
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Of NVIDIA's kernel module; None without one."""
+    """The version of NVIDIA's kernel module; None without one."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.read_text())
     except OSError:
@@ -102,7 +102,7 @@ def address_of(name: str) -> str:
 
 
 def interface_to(address: str) -> str:
-    """The interface through which this host reaches an address; '' where there is no way."""
+    """The interface through which this host reaches an address; '' if there is no route."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing: UDP only looks up the route
         own = probe.getsockname()[0]
@@ -114,10 +114,10 @@ def interface_to(address: str) -> str:
 
 
 def look_at_paths(recipe: Recipe) -> dict[str, list]:
-    """`[state, detail]` by key of each model and data file of a recipe, as this host sees it.
+    """`[state, detail]` of each model and data file of a recipe, by key, as this host sees it.
 
-    States: `there` (with its size in bytes), `cached` (of the hub's client), `absent` (no such path), `hub` (not cached,
-    but the hub answers) or `no hub`.
+    States: `there` (with its size in bytes), `cached` (by the hub's client), `absent` (no such path), `hub` (not
+    cached, but the hub is reachable) or `no hub`.
     """
     found = {}
     for key in (*MODEL_KEYS, *DATA_KEYS, "chat_template"):
@@ -141,7 +141,7 @@ def look_at(name: str, kind: str, is_output: bool) -> list:
 
 
 def path_bytes(path: Path) -> int:
-    """Bytes of a file, or of the files right in a folder."""
+    """Bytes of a file, or of the files directly in a folder."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(f.stat().st_size for f in files if f.is_file())
 
@@ -156,7 +156,7 @@ def hub_cache(name: str, kind: str) -> Path | None:
 
 
 def hub_answers() -> bool:
-    """Whether the model hub, or the proxy to it, takes a connection."""
+    """Whether the model hub, or the proxy to it, accepts a connection."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     proxy = next(
@@ -174,7 +174,7 @@ def hub_answers() -> bool:
 
 
 def nearest_folder(path: str) -> str:
-    """The folder itself, or the nearest one above it that is there."""
+    """The folder itself, or its nearest existing parent."""
     folder = Path(path).expanduser().absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -182,13 +182,13 @@ def nearest_folder(path: str) -> str:
 
 
 def disk_facts(folder: str) -> dict[str, Any]:
-    """Free and total bytes, and whether nearly no more files can be made (None: the file system doesn't count them)."""
+    """Free and total bytes, and free inodes (None: the file system doesn't count them)."""
     usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
     return {"free": usage.free, "total": usage.total, "inodes": inodes.f_favail if inodes.f_files else None}
 
 
 def write_canary(folder: str, name: str) -> str:
-    """Write a small file that others will look for; '' or what the system says."""
+    """Write a small file that other ranks will look for; returns '' or the system's error."""
     try:
         with open(Path(folder) / name, "w", encoding="utf-8") as file:
             file.write(name)
@@ -200,7 +200,7 @@ def write_canary(folder: str, name: str) -> str:
 
 
 def sees_canary(folder: str, name: str, wait_s: float = CANARY_WAIT_S) -> bool:
-    """Whether another host's canary can be read here, now or a little later."""
+    """Whether another host's canary can be read here within `wait_s`."""
     deadline = time.monotonic() + wait_s
     while True:
         with contextlib.suppress(OSError):
@@ -209,7 +209,7 @@ def sees_canary(folder: str, name: str, wait_s: float = CANARY_WAIT_S) -> bool:
         if time.monotonic() > deadline:
             return False
         with contextlib.suppress(OSError):
-            os.listdir(folder)  # has NFS look again
+            os.listdir(folder)  # makes NFS refresh its cache
         time.sleep(0.2)
 
 
@@ -219,10 +219,10 @@ def remove_canary(folder: str, name: str) -> None:
 
 
 def write_speed(folder: str, name: str, num_bytes: int, most_s: float = 10.0) -> tuple[float, str]:
-    """Write a file with fsync, as a checkpoint is.
+    """Measure writing a file with fsync, as for a checkpoint.
 
     Returns:
-        (bytes a second, '') or (0, what the system says). A slow disk gets `most_s` seconds and writes less.
+        (bytes per second, '') or (0, the system's error). On a slow disk it stops after `most_s` seconds.
     """
     block, written = os.urandom(1 << 20), 0  # random: some file systems compress
     started = time.perf_counter()
@@ -244,14 +244,14 @@ def write_speed(folder: str, name: str, num_bytes: int, most_s: float = 10.0) ->
 
 
 def disk_words(error: OSError) -> str:
-    """What to do about an error of a disk, in a few words."""
+    """A short description of a disk error, with the fix."""
     fixes = {
-        errno.ENOSPC: "the disk is full (or has no inodes left): free some",
-        errno.EDQUOT: "your quota is used up: free some",
+        errno.ENOSPC: "the disk is full (or has no free inodes): free some space",
+        errno.EDQUOT: "your disk quota is exceeded: free some space",
         errno.EROFS: "it is mounted read-only",
-        errno.EACCES: "this user may not write there",
-        errno.EPERM: "this user may not write there",
-        errno.ESTALE: "a stale network mount: have it mounted again",
+        errno.EACCES: "this user has no write permission there",
+        errno.EPERM: "this user has no write permission there",
+        errno.ESTALE: "a stale network mount: remount it",
     }
     return fixes.get(error.errno, error.strerror or str(error))
 
@@ -260,7 +260,7 @@ def disk_words(error: OSError) -> str:
 
 
 def model_folder(recipe: Recipe) -> Path | None:
-    """Where weights of the recipe's model lie already; of one that is yet to be made, those it will be made from."""
+    """The folder with the weights of the recipe's model; if that has yet to be made, of the model it starts from."""
     name = recipe.get("model_name_or_path")
     for _ in range(3):
         if not name:
@@ -278,10 +278,10 @@ def model_folder(recipe: Recipe) -> Path | None:
 
 
 def num_parameters(folder: Path) -> int:
-    """Parameters of a model on the disk, from the headers of its safetensors files; no weight is read."""
+    """Number of parameters of a model on disk, from the headers of its safetensors files, without reading weights."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        if not path.is_file():  # a link to what is gone
+        if not path.is_file():  # a dangling link
             continue
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
@@ -290,10 +290,11 @@ def num_parameters(folder: Path) -> int:
 
 
 def training_bytes(parameters: int, recipe: Recipe, topology: Topology, world: int) -> int:
-    """What weights, gradients and Adam's two moments take on each device, without activations: a lower bound.
+    """Bytes of weights, gradients and Adam's two moments per device, without activations: a lower bound.
 
-    fp32 weights 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5); trained weights as much again for the gradient and
-    twice as much for Adam. ZeRO-1 splits Adam over the processes, ZeRO-2 gradients too, ZeRO-3 and FSDP2 all three.
+    fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5); trained weights take as much again for the
+    gradient and twice as much for Adam. ZeRO-1 shards Adam's moments over the ranks, ZeRO-2 also the gradients, ZeRO-3
+    and FSDP2 all three.
     """
     one = 2.0 if recipe.get("dtype") in ("bfloat16", "float16") else 4.0
     held = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else one

@@ -1,7 +1,7 @@
-"""How the processes of a job meet and talk before anything that can hang: over the rendezvous' key-value store alone.
+"""Communication between the ranks of a job before anything that can hang: over the rendezvous key-value store only.
 
-Every exchange is bounded in time and names the ranks that did not come; all ranks learn the same answer, so that all of
-them leave alike. NCCL and gloo are built on this store; nothing here needs them.
+Every exchange has a time-out and names the missing ranks; all ranks receive the same answer, so that they all exit
+alike. NCCL and gloo are built on this store; nothing here needs them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CLOCK_ROUNDS = 5
 
 
 class Ranks:
-    """The processes of this job.
+    """The ranks of this job.
 
     Attributes:
-        rank, world, local_rank: as the launcher says; 0, 1, 0 without one.
-        timeout_s: after which an exchange names who is missing.
-        hosts: host of each rank, once `exchange_hosts` has asked.
+        rank, world, local_rank: as set by the launcher; 0, 1, 0 without one.
+        timeout_s: seconds after which an exchange fails and names the missing ranks.
+        hosts: host per rank, once `exchange_hosts` was called.
         store: torch's key-value store; `exchange` writes each name once.
     """
 
@@ -46,7 +46,7 @@ class Ranks:
         """Connect to the store at MASTER_ADDR:MASTER_PORT.
 
         Raises:
-            UserError: the address has no meaning here, or nobody answers there in time; told by the rank it happens to.
+            UserError: the address can't be resolved, or nothing answers there in time; reported by the affected rank.
         """
         from torch.distributed import HashStore, TCPStore
 
@@ -55,15 +55,16 @@ class Ranks:
         address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         where = f"{address}:{port}"
         if not address or not port.isdigit():
-            raise self.told_here(
-                f"WORLD_SIZE is {self.world}, but MASTER_ADDR:MASTER_PORT is '{where}'; start it by `accelerate launch`"
+            raise self.reported_here(
+                f"WORLD_SIZE is {self.world}, but MASTER_ADDR:MASTER_PORT is '{where}'; start it with "
+                "`accelerate launch`"
             )
         try:
             socket.getaddrinfo(address, int(port))
         except OSError as error:
-            raise self.told_here(
+            raise self.reported_here(
                 f"the name '{address}' (MASTER_ADDR) can't be resolved: {error.strerror}; give --main_process_ip as an IP "
-                "address, or mend DNS or /etc/hosts here"
+                "address, or fix DNS or /etc/hosts here"
             ) from None
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
@@ -75,17 +76,18 @@ class Ranks:
             reason = str(error).strip().splitlines()[0][:200]
             if serves:
                 fix = (
-                    "another process has this port? Give another --main_process_port; is the address one of this host?"
+                    "if another process uses this port, give another --main_process_port; check that the address "
+                    "is one of this host"
                 )
             else:
                 fix = (
-                    "is the process of rank 0 still running, is a firewall between the hosts, is MASTER_ADDR rank 0's host, "
-                    "on a network that both see? Try: "
+                    "check that rank 0 is still running, that no firewall is between the hosts, and that MASTER_ADDR "
+                    "is rank 0's host on a network that both can reach: "
                 ) + f"bash -c 'echo > /dev/tcp/{address}/{port}'"
-            raise self.told_here(f"no rendezvous at {where} within {self.timeout_s:g} s: {reason}; {fix}") from None
+            raise self.reported_here(f"no rendezvous at {where} within {self.timeout_s:g} s: {reason}; {fix}") from None
 
-    def told_here(self, text: str) -> UserError:
-        """An error that only this rank knows of: the command line tells those of rank 0, so the others tell theirs here."""
+    def reported_here(self, text: str) -> UserError:
+        """An error of this rank only, printed here: the command line prints errors of rank 0 only."""
         text = f"rank {self.rank} on {platform.node()}: {text}"
         if not is_main():
             print(f"rlhf: {text}", file=sys.stderr, flush=True)
@@ -95,15 +97,15 @@ class Ranks:
         self, name: str, value: Any = None, answer: Callable[[list], Any] = lambda values: None,
         wait_s: float | None = None,
     ) -> Any:  # fmt: skip
-        """Hand a value (JSON) of every rank to rank 0, and rank 0's answer to every rank.
+        """Send a value (JSON) of every rank to rank 0, and rank 0's answer to every rank.
 
         Args:
             name: of this exchange; each is used once.
-            answer: computes, on rank 0, what all get from the list of values.
+            answer: computes, on rank 0, the answer for all ranks from the list of values.
             wait_s: how long rank 0 waits for the others; default timeout_s.
 
         Raises:
-            UserError: a rank did not come in time; on all ranks that did, with its name.
+            UserError: a rank did not arrive in time; raised on all ranks that did, and names it.
         """
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         if self.rank == 0:
@@ -112,7 +114,7 @@ class Ranks:
             self.store.wait([name], timedelta(seconds=30 + 2 * (wait_s or self.timeout_s)))
             found = json.loads(self.store.get(name))
         except RuntimeError:
-            raise self.told_here(f"rank 0 has not answered ('{name}'); its own message, or its log, says why") from None
+            raise self.reported_here(f"rank 0 has not answered ('{name}'); see its error message or its log") from None
         if "missing" in found:
             self.leave()
             raise UserError(found["missing"])
@@ -141,17 +143,17 @@ class Ranks:
         here = Counter(host for rank, host in enumerate(hosts) if rank not in missing)
         away = [h for h in dict.fromkeys(hosts[r] for r in missing) if h not in here]
         fix = (
-            "look into the log of that process"
+            "see the log of that process"
             if not away
-            else f"is {', '.join(away[:8])} up, and its launcher running?"
+            else f"check that {', '.join(away[:8])} is up and its launcher running"
         )
         return (
-            f"{who(missing, hosts)} did not come within {wait_s:g} s ('{name}'; {self.world - len(missing)} of {self.world} "
-            f"processes did); {fix} (--timeout_s waits longer)"
+            f"{who(missing, hosts)} did not arrive within {wait_s:g} s ('{name}'; {self.world - len(missing)} of "
+            f"{self.world} ranks did); {fix} (or wait longer with --timeout_s)"
         )
 
     def _guessed_hosts(self) -> list[str]:
-        """Before anybody has told: by the machine's number in the job, and Slurm's name for it."""
+        """Host per rank before `exchange_hosts`: from the node's number in the job, and Slurm's name for it."""
         size = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or self.world
         nodes = os.environ.get("SLURM_JOB_NODELIST")
         names = _output(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
@@ -161,7 +163,7 @@ class Ranks:
         return [names[n] if n < len(names) else platform.node() if n == 0 else f"machine {n}" for n in numbers]
 
     def leave(self, missing: Iterable[int] = ()) -> None:
-        """The last words: rank 0, whose process may hold the store, goes when the others have got their answers."""
+        """Leave the job: rank 0, whose process may host the store, waits until the others have their answers."""
         self.store.set(f"left/{self.rank}", "")
         if self.rank == 0:
             with contextlib.suppress(RuntimeError):
@@ -169,7 +171,7 @@ class Ranks:
                 self.store.wait(here, timedelta(seconds=10))
 
     def exchange_hosts(self) -> None:
-        """Let every rank know every rank's host: the first exchange, which shows that all have come."""
+        """Share every rank's host with all ranks: the first exchange, which shows that all ranks are present."""
         self.hosts = self.exchange("start", platform.node(), answer=list)
 
     def leads_host(self) -> bool:
@@ -177,13 +179,13 @@ class Ranks:
         return self.hosts.index(self.hosts[self.rank]) == self.rank
 
     def clock_offset(self) -> tuple[float, float] | None:
-        """How far rank 0's clock is ahead of this host's, in seconds, and how exactly that is known.
+        """How far rank 0's clock is ahead of this host's, in seconds, with the uncertainty.
 
-        The first rank of each host asks rank 0, which answers one after the other; None on all other ranks.
+        The first rank of each host asks rank 0, which answers them in turn; None on all other ranks.
         """
         leaders = [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
         rounds = []
-        with contextlib.suppress(RuntimeError):  # a rank that is gone: the next exchange names it
+        with contextlib.suppress(RuntimeError):  # a rank has died: the next exchange names it
             for leader in leaders:
                 for number in range(CLOCK_ROUNDS if leader else 0):
                     key = f"clock/{leader}/{number}"
@@ -199,13 +201,13 @@ class Ranks:
 
 
 def clock_offset(rounds: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """The offset of another clock from round trips, as NTP does it: the shortest one counts.
+    """The offset of another clock from round trips, as in NTP: the shortest round trip counts.
 
     Args:
         rounds: (sent, by this clock; answered, by the other clock; received, by this clock), in seconds.
 
     Returns:
-        (seconds that the other clock is ahead, half the round trip: the offset is off by no more)
+        (seconds that the other clock is ahead, half the round trip: the maximum error of the offset)
 
     Example:
         [(10.0, 15.5, 11.0), (20.0, 25.1, 20.2)] -> (5.0, 0.1): 25.1 - (20.0 + 20.2) / 2, and 0.2 / 2.
@@ -215,7 +217,7 @@ def clock_offset(rounds: list[tuple[float, float, float]]) -> tuple[float, float
 
 
 def majority(values: list) -> Any:
-    """The commonest value; of equally common ones the first."""
+    """The most common value; the first one of a tie."""
     counts = Counter(json.dumps(v) for v in values)
     return json.loads(counts.most_common(1)[0][0])
 

@@ -1,4 +1,4 @@
-"""The rows of preflight's table, and how its numbers are written."""
+"""The rows of preflight's table, and the format of its numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not well: `error` or `warning`, what was found (with the host) and what to do."""
+    """A problem: its level (`error` or `warning`), what was found (with the host), and the fix."""
 
     level: str
     found: str
@@ -16,7 +16,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table, and what is behind it that is not well."""
+    """A row of the table, with its findings."""
 
     check: str
     shown: str

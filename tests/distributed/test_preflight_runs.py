@@ -62,11 +62,11 @@ def test_all_well_under_accelerate(dpo, tmp_path):
     done = launch(2, "preflight", dpo)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" check ") == 1  # one table, of one process
-    assert row(done.stdout, "all-reduce") == ("ok", "the sum is exact over 2 processes (gloo)")
+    assert row(done.stdout, "all-reduce") == ("ok", "the sum is exact over 2 ranks (gloo)")
     for check in ("versions", "rendezvous", "model and data", "output folder", "reference cache", "within the host"):
         assert row(done.stdout, check)[0] == "ok"
     assert "MiB in" in row(done.stdout, "within the host")[1]
-    assert done.stdout.rstrip().endswith("Ready: the same command with `dpo` in place of `preflight` begins.")
+    assert done.stdout.rstrip().endswith("Ready: run the same command with `dpo` in place of `preflight`.")
     assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
     assert not [p for p in tmp_path.rglob(".rlhf-preflight*")] and not (tmp_path / "runs").exists()
 
@@ -81,7 +81,7 @@ def test_other_version_on_one_rank(dpo):
     assert f"error    {host} (rank 1): transformers 5.0.1; the others: transformers {__version__}\n" in shown
     assert f"-> there: {sys.executable} -m pip install transformers=={__version__}\n" in shown
     assert row(shown, "versions")[0] == "error" and row(shown, "all-reduce")[0] == "ok"
-    assert said == "rlhf: not ready: 1 error, see above; mend what it says, and ask again\n"
+    assert said == "rlhf: not ready: 1 error; fix the errors above and run preflight again\n"
     assert (silent, nothing) == ("", "")
 
 
@@ -97,7 +97,7 @@ def test_rank_that_never_comes(dpo):
     command = [sys.executable, WORKER, dpo, "--timeout_s", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | env, timeout=300)
     code, shown, said = done.returncode, done.stdout, done.stderr
-    expected = f"rlhf: {socket.gethostname()} (rank 1) did not come within 2 s ('start'; 1 of 2 processes did); "
+    expected = f"rlhf: {socket.gethostname()} (rank 1) did not arrive within 2 s ('start'; 1 of 2 ranks did); "
     assert (code, shown) == (2, "") and said.startswith(expected)
 
 
@@ -105,7 +105,7 @@ def test_rank_that_starts_and_never_comes_under_accelerate(dpo):
     done = run(*launch_command(3, dpo, "--timeout_s", "10", program=(WORKER,)), env={"TROUBLE": "never_comes"})
     assert done.returncode == 1  # the launcher's own code for any failure
     assert (
-        f"rlhf: {socket.gethostname()} (rank 1) did not come within 10 s ('start'; 2 of 3 processes did)" in done.stderr
+        f"rlhf: {socket.gethostname()} (rank 1) did not arrive within 10 s ('start'; 2 of 3 ranks did)" in done.stderr
     )
 
 
@@ -113,7 +113,7 @@ def test_rendezvous_that_nobody_serves(dpo):
     (code, _, said), *_ = run_ranks(dpo, "--timeout_s", 2, ranks=(1,))
     assert code == 2
     assert f"rlhf: rank 1 on {socket.gethostname()}: no rendezvous at 127.0.0.1:" in said
-    assert "is the process of rank 0 still running" in said
+    assert "check that rank 0 is still running" in said
 
 
 def test_name_that_cant_be_resolved(dpo):
@@ -154,7 +154,7 @@ def test_paths_and_output_folder_on_another_disk(recipe, tiny_llama, few_pairs, 
     assert [code for code, _, _ in both] == [2, 2]
     host, shown = socket.gethostname(), both[0][1]
     line = next(i for i, text in enumerate(Path(file).read_text().splitlines(), 1) if text.startswith("dataset_name"))
-    assert f"error    {file}:{line}: dataset_name {shared}/pairs.jsonl is not there on {host} (rank 1)\n" in shown
+    assert f"error    {file}:{line}: dataset_name {shared}/pairs.jsonl does not exist on {host} (rank 1)\n" in shown
     assert f"error    {shared}/out is not the same disk on {host} (rank 1) as on {host}\n" in shown
     assert os.listdir(shared / "out") == []
 
@@ -164,9 +164,9 @@ def test_paths_and_output_folder_on_another_disk(recipe, tiny_llama, few_pairs, 
     "options, expected",
     [
         ("ro", "it is mounted read-only"),
-        ("size=4k,nr_inodes=100", "the disk is full (or has no inodes left): free some"),
-        ("size=10m", "0.01 GB free, and the model with its checkpoints needs about 0.02 GB"),
-        ("size=200m,nr_inodes=50", "has room for 4"),
+        ("size=4k,nr_inodes=100", "the disk is full (or has no free inodes): free some space"),
+        ("size=10m", "0.01 GB free, but the model with its checkpoints needs about 0.02 GB"),
+        ("size=200m,nr_inodes=50", "has space for only 4"),
     ],
 )
 def test_disk_that_wont_do(options, expected, recipe, tiny_llama, few_pairs, tmp_path):
@@ -266,6 +266,6 @@ def test_host_whose_name_is_a_loopback_address(two_hosts, dpo):
         hosts.write_text(hosts.read_text().replace(f"10.99.0.{i} n{i}", f"127.0.1.1 n{i}"))
     both = fork_on_two_hosts(two_hosts, dpo, "--quick")
     assert [code for code, _, _ in both] == [2, 2]
-    assert "n1 (rank 0), n2 (rank 1): the host's own name means 127.0.1.1 there\n" in both[0][1]
-    assert "-> on n1: export GLOO_SOCKET_IFNAME=v1; on n2: export GLOO_SOCKET_IFNAME=v2 (or mend" in both[0][1]
-    assert row(both[0][1], "all-reduce")[1] == "not tried: the errors above come first"
+    assert "n1 (rank 0), n2 (rank 1): the host's own name resolves to 127.0.1.1 there\n" in both[0][1]
+    assert "-> on n1: export GLOO_SOCKET_IFNAME=v1; on n2: export GLOO_SOCKET_IFNAME=v2 (or fix" in both[0][1]
+    assert row(both[0][1], "all-reduce")[1] == "skipped because of the errors above"

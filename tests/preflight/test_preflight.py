@@ -170,10 +170,12 @@ def test_gpus_that_differ_are_shared_taken_or_idle():
     assert [f.found for f in judge_devices(shared, HOSTS)] == ["n1 (ranks 0-1) have the same GPU (GPU-0)"]
     taken = judge_devices(gpus(free=40), HOSTS)
     assert (
-        len(taken) == 4 and taken[0].level == "warning" and "40.0 GiB of its GPU's 80.0 GiB are taken" in taken[0].found
+        len(taken) == 4
+        and taken[0].level == "warning"
+        and "40.0 GiB of its GPU's 80.0 GiB are in use" in taken[0].found
     )
     assert [f.found for f in judge_devices(gpus(count=8), HOSTS)] == [
-        "n1 shows 8 GPUs and has 2 processes", "n2 shows 8 GPUs and has 2 processes",
+        "n1 has 8 GPUs, but only 2 processes", "n2 has 8 GPUs, but only 2 processes",
     ]  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def test_gpu_that_cant_be_used():
 
 def test_slurm_hosts_without_processes():
     assert judge_nodes(HOSTS, 2) == []
-    assert judge_nodes(HOSTS, 4)[0].found == "Slurm gave this job 4 hosts, and processes run on 2"
+    assert judge_nodes(HOSTS, 4)[0].found == "Slurm gave this job 4 hosts, but processes run on only 2"
 
 
 def test_versions_that_differ_are_told_together_with_the_command():
@@ -204,8 +206,8 @@ def test_versions_that_differ_are_told_together_with_the_command():
 @pytest.mark.parametrize(
     "odd, level, fix",
     [
-        ({"python": "3.11.9"}, "warning", "use one virtual environment, on a disk that all hosts share"),
-        ({"python": "3.12.1"}, "error", "use one virtual environment, on a disk that all hosts share"),
+        ({"python": "3.11.9"}, "warning", "use one virtual environment on a disk that all hosts share"),
+        ({"python": "3.12.1"}, "error", "use one virtual environment on a disk that all hosts share"),
         ({"datasets": "4.0.0"}, "warning", "there: /env/bin/python -m pip uninstall datasets"),
         ({"trl": None}, "error", "there: /env/bin/python -m pip install trl==1.16.0"),
         ({"code": "def+changes"}, "error", "there: git checkout abc"),
@@ -237,7 +239,7 @@ def test_interfaces_that_are_not_there():
     assert judge_interfaces([report()] * 4, HOSTS) == []
     reports = [report() | {"GLOO_SOCKET_IFNAME": "ib1", "NCCL_SOCKET_IFNAME": "ib"} for _ in HOSTS]
     (finding,) = judge_interfaces(reports, HOSTS)  # NCCL's `ib` fits ib0
-    assert finding.found == "n1 (ranks 0-1), n2 (ranks 2-3): GLOO_SOCKET_IFNAME=ib1, and there is no such interface"
+    assert finding.found == "n1 (ranks 0-1), n2 (ranks 2-3): GLOO_SOCKET_IFNAME=ib1, but there is no such interface"
     assert finding.fix == "set GLOO_SOCKET_IFNAME to one of: eth0, ib0"
     for wanted, errors in (("=ib", 1), ("=ib0", 0), ("^docker", 0), ("ens,eth", 0)):
         found = judge_interfaces([report() | {"NCCL_SOCKET_IFNAME": wanted}] * 4, HOSTS)
@@ -292,10 +294,10 @@ def test_wrong_sum_names_the_rank():
 
 def test_who_hangs_is_told_before_who_waited():
     waited = measured(error="timed out", during="the first all-reduce (gloo)")
-    hung = measured(error="no end within 9 s", during="the first all-reduce (gloo)", hung=True)
+    hung = measured(error="not finished within 9 s", during="the first all-reduce (gloo)", hung=True)
     (row,) = judge_collectives([waited, waited, waited, hung], HOSTS, ["CPU"] * 4)
     assert row.findings[0].found == (
-        "n2 (rank 3) hung in the first all-reduce (gloo) (no end within 9 s); "
+        "n2 (rank 3) hung in the first all-reduce (gloo) (not finished within 9 s); "
         "n1 (ranks 0-1), n2 (rank 2) failed in the first all-reduce (gloo) (timed out)"
     )
 
@@ -321,12 +323,12 @@ def paths(*seen, maker=""):
     "seen, maker, expected",
     [
         ([["there", 9]] * 4, "", None),
-        ([["there", 9]] * 3 + [["absent", 0]], "", "is not there on n2 (rank 3)"),
-        ([["there", 9]] * 2 + [["there", 8]] * 2, "", "has other contents on n2 (ranks 2-3)"),
-        ([["absent", 0]] * 4, "", "is on no host"),
+        ([["there", 9]] * 3 + [["absent", 0]], "", "does not exist on n2 (rank 3)"),
+        ([["there", 9]] * 2 + [["there", 8]] * 2, "", "has different contents on n2 (ranks 2-3)"),
+        ([["absent", 0]] * 4, "", "exists on no host"),
         ([["absent", 0]] * 4, "rlhf sft s.yaml", None),
         ([["hub", 0]] * 4, "", None),
-        ([["cached", 0]] * 2 + [["no hub", 0]] * 2, "", "the hub is out of reach, on n2 (ranks 2-3)"),
+        ([["cached", 0]] * 2 + [["no hub", 0]] * 2, "", "the hub is unreachable on n2 (ranks 2-3)"),
     ],
 )
 def test_paths(seen, maker, expected):
@@ -377,8 +379,8 @@ def test_folder_judged():
         (folder(error="it is mounted read-only"), "n1 (rank 0) can't write in /runs: it is mounted read-only"),
         (folder(unseen=[2, 3]), "/runs is not the same disk on n2 (ranks 2-3) as on n1"),
         (folder(unwritten=["n1 doesn't see what n2 (rank 2) writes"]), "/runs: n1 doesn't see what n2 (rank 2) writes"),
-        (folder(inodes=10), "/runs has room for 10 more files only (inodes)"),
-        (folder(free=10**8), "/runs has 0.10 GB free, and the model with its checkpoints needs about 1.00 GB"),
+        (folder(inodes=10), "/runs has space for only 10 more files (inodes)"),
+        (folder(free=10**8), "/runs has 0.10 GB free, but the model with its checkpoints needs about 1.00 GB"),
     ):
         assert [(f.level, f.found) for f in row.findings] == [("error", found)]
     assert folder(inodes=None, needed=None).status == "ok"  # btrfs counts no inodes
@@ -399,7 +401,7 @@ def test_write_speed_and_canaries(tmp_path):
 
 
 def test_disk_words():
-    assert disk_words(OSError(errno.EDQUOT, "x")) == "your quota is used up: free some"
+    assert disk_words(OSError(errno.EDQUOT, "x")) == "your disk quota is exceeded: free some space"
     assert disk_words(OSError(errno.EIO, "Input/output error")) == "Input/output error"
 
 
@@ -407,10 +409,10 @@ def test_memory():
     row = judge_memory(100 * GIB, 25 * 10**9, gpus(), HOSTS)
     assert (
         row.status == "warning"
-        and "needs 100.0 GiB a process without activations, and the GPU has 80.0 GiB" in row.findings[0].found
+        and "needs 100.0 GiB per process without activations, but the GPU has 80.0 GiB" in row.findings[0].found
     )
     cpu = judge_memory(3 * GIB, 10**9, [report()] * 4, HOSTS)  # 8 GiB for two processes: 4 each
-    assert cpu.status == "ok" and cpu.shown.startswith("3.0 GiB of 4.0 GiB a process")
+    assert cpu.status == "ok" and cpu.shown.startswith("3.0 GiB of 4.0 GiB per process")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -434,7 +436,7 @@ def test_table(capsys):
 def test_mistakes_of_all_and_of_some():
     assert _mistakes(["", "", "", ""], HOSTS) == ""
     assert _mistakes(["bad key"] * 4, HOSTS) == "bad key"
-    assert _mistakes(["", "", "no recipe", "no recipe"], HOSTS).startswith("n2 (ranks 2-3): no recipe (the others")
+    assert _mistakes(["", "", "no recipe", "no recipe"], HOSTS).startswith("n2 (ranks 2-3): no recipe (the other ranks")
 
 
 def test_one_process_without_a_recipe(tmp_path, capsys):
@@ -485,5 +487,5 @@ def test_gpus_as_torch_tells_them(monkeypatch):
     assert describe_device(1, False) == {
         "kind": "cuda", "problem": "", "name": "NVIDIA L4", "memory": [70, 80], "count": 2, "uuid": "u",
     }  # fmt: skip
-    assert describe_device(2, False)["problem"] == "it is process 2 of a host that shows 2 GPUs (from 0)"
+    assert describe_device(2, False)["problem"] == "local rank 2 (from 0), but the host has only 2 GPUs"
     assert describe_device(0, True) == {"kind": "cpu", "problem": ""}
