@@ -126,7 +126,7 @@ def test_names_are_looked_for_here_first(tmp_path, monkeypatch):
     assert find("sft", beside="runs/mine/dpo") == "runs/mine/sft" and find("alone") == "runs/alone"
     assert find("runs/mine/sft") == "runs/mine/sft" and find("someone/model") == "someone/model"
     for wrong in ("sft", "nosuch", "runs/nosuch", "a/b/c", "./a/b"):
-        with pytest.raises(UserError, match="is no local folder, and no run in runs/"):
+        with pytest.raises(UserError, match="is not a local folder, and no run in runs/"):
             find(wrong, beside="someone/model")
 
 
@@ -146,7 +146,7 @@ def test_a_wrong_name_asks_no_network(tiny_llama, monkeypatch, capsys):
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     assert talk.command("/compare nosuch")
-    assert "'nosuch' is no local folder" in capsys.readouterr().out and lookups == []
+    assert "'nosuch' is not a local folder" in capsys.readouterr().out and lookups == []
     assert talk.command("/compare nosuch/model")
     assert "'nosuch/model' is not a local folder and could not be loaded from the hub" in capsys.readouterr().out
     assert len(lookups) == 1 and len(talk.speakers) == 1
@@ -164,7 +164,7 @@ def test_sampling_follows_the_seed(tiny_llama):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["./nowhere"], "'./nowhere' is no local folder"),
+        (["./nowhere"], "'./nowhere' is not a local folder"),
         (["."], "has no finished model"),
         (["embedded:gpt5"], "unknown embedded model 'embedded:gpt5'; the only one is embedded:smollm2-135m-instruct"),
     ],
