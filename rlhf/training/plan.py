@@ -7,6 +7,7 @@ the model's config, its tokenizer and its modules, and refuses what would fail l
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
+from rlhf.data.sources import Source
 from rlhf.distributed.processes import prepare_processes, say
 from rlhf.distributed.topology import Topology, check_topology
 from rlhf.models.embedded import is_fetched
@@ -55,18 +57,21 @@ class Inputs:
     run: RunFolder
 
 
-def read_inputs(stage: Stage, recipe: Recipe, may_wait: bool = False) -> Inputs:
+def read_inputs(
+    stage: Stage, recipe: Recipe, may_wait: bool = False, given: Mapping[str, Source] | None = None
+) -> Inputs:
     """Read the rows and look at the input model's files and at the output folder.
 
     Args:
         may_wait: the input model need not be there if a recipe of the same folder will make it.
+        given: rows that Python code holds, by the key that would name their file.
 
     Raises:
         UserError: bad data, a damaged model folder, an output folder that is not this run's, a package that a key needs.
     """
     name = recipe.values["model_name_or_path"]
     maker = maker_of(recipe, name)
-    data = read_data(recipe, stage.to_rows)
+    data = read_data(recipe, stage.to_rows, given)
     digests, waits = dict(data.digests), bool(may_wait and waits_for(recipe, name))
     if not waits:
         digests["model_name_or_path"] = model_digest(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,15 +46,24 @@ class StageData:
         return lines
 
 
-def read_data(recipe: Recipe, to_rows: Callable[[Source, Reading], list[dict[str, Any]]]) -> StageData:
+def read_data(
+    recipe: Recipe,
+    to_rows: Callable[[Source, Reading], list[dict[str, Any]]],
+    given: Mapping[str, Source] | None = None,
+) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe.
 
     Args:
         to_rows: of the stage: a Source to canonical rows; fills the Reading.
+        given: rows that Python code holds, by the key (`dataset_name`, `eval_dataset_name`) that would name their file.
     """
     reading, heldout_reading = (Reading(recipe.ours.bad_rows, can_skip=True) for _ in range(2))
-    source, digests = _training_source(recipe, reading)
-    heldout = _heldout_source(recipe)
+    given = given or {}
+    if "dataset_name" in given:
+        source, digests = given["dataset_name"], {"dataset_name": given["dataset_name"].digest}
+    else:
+        source, digests = _training_source(recipe, reading)
+    heldout = given["eval_dataset_name"] if "eval_dataset_name" in given else _heldout_source(recipe)
     limit, heldout_limit = recipe.ours.max_train_examples, recipe.ours.max_eval_examples
     heldout_rows = None
     if share := recipe.ours.heldout:

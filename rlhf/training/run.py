@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
+from rlhf.data.sources import Source
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
@@ -45,8 +46,16 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool 
         Stopped: it was asked to stop, and can be resumed.
         UserError: with the place and the fix, before a model loads.
     """
-    recipe = _load(stage, recipe_path, overrides, fresh)
-    inputs = read_inputs(stage, recipe)
+    run_recipe(stage, _load(stage, recipe_path, overrides, fresh))
+
+
+def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None = None) -> None:
+    """`run_stage` of a recipe that is read already.
+
+    Args:
+        given: rows that Python code holds, by the key that would name their file.
+    """
+    inputs = read_inputs(stage, recipe, given=given)
     if inputs.run.complete:
         return announce_complete(stage, inputs.run)
     say(f"\n=== {stage.title}: {recipe.path}")
