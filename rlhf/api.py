@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from rlhf.config.recipe import Recipe, check_recipe
 from rlhf.config.stage_config import TRAINING_STAGES
@@ -28,9 +28,10 @@ from rlhf.training.stage import Stage
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from trl import DPOTrainer, RewardTrainer, SFTTrainer
+    from transformers import PreTrainedModel
+    from trl import DPOConfig, DPOTrainer, RewardTrainer, SFTTrainer
 
-    Rows = Dataset | list[dict[str, Any]]
+    Rows: TypeAlias = Dataset | list[dict[str, Any]]
 
 
 # --- a trainer of TRL's own ------------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ def _cache_reference(trainer: DPOTrainer, folder: Path | None) -> str:
 
     if reason := _why_online(trainer):
         return f"the reference is asked in every step: {reason}"
-    path = "packed" if packing_mode(trainer.model) else trainer.model.config._attn_implementation
+    model = cast("PreTrainedModel", trainer.model)
+    path = "packed" if packing_mode(model) else str(model.config._attn_implementation)
 
     def add(dataset: Dataset, name: str = "", batch_size: int = 0) -> Dataset:
         known = [c for c in ("ref_chosen_logps", "ref_rejected_logps") if c in dataset.column_names]  # TRL ignored them
@@ -110,7 +112,7 @@ def _cache_reference(trainer: DPOTrainer, folder: Path | None) -> str:
     elif trainer.eval_dataset is not None:
         trainer.eval_dataset = add(trainer.eval_dataset)
     trainer.precompute_ref_logps = True
-    trainer._precompute_ref_logps = add  # of a data set that is given to `evaluate`
+    trainer._precompute_ref_logps = add  # type: ignore[method-assign]  # of a data set that is given to `evaluate`
     return ""
 
 
@@ -120,13 +122,14 @@ def _why_online(trainer: DPOTrainer) -> str:
 
     if trainer.state.global_step:
         return "the trainer has begun to train"
-    if trainer.args.sync_ref_model:
+    if cast("DPOConfig", trainer.args).sync_ref_model:
         return "sync_ref_model moves it during training"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return (
             "under FSDP and DeepSpeed only a recipe caches it"  # rows in bf16, and weights that are not on the GPU yet
         )
-    if trainer.ref_model is None and any(_drops_out(*named) for named in trainer.model.named_modules()):
+    policy = cast("PreTrainedModel", trainer.model)
+    if trainer.ref_model is None and any(_drops_out(*named) for named in policy.named_modules()):
         return "it has dropout, and TRL does not switch that off for it"
     heldout = trainer.eval_dataset
     for dataset in (trainer.train_dataset, *(heldout.values() if isinstance(heldout, dict) else (heldout,))):

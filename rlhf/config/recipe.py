@@ -178,10 +178,10 @@ def _read_overrides(words: list[str]) -> dict[str, str | None]:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
             raise UserError(f"unexpected {quote(word)} on the command line; recipe keys are given as --key value")
-        key, equals, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else None
+        key, equals, text = word[2:].partition("=")
+        key, value = key.replace("-", "_"), text if equals else None
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
         if key in values:
             raise UserError(f"--{quote(key)[1:-1]} is given twice on the command line; keep one")
         values[key] = value

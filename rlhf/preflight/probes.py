@@ -253,7 +253,7 @@ def disk_words(error: OSError) -> str:
         errno.EPERM: "this user may not write there",
         errno.ESTALE: "a stale network mount: have it mounted again",
     }
-    return fixes.get(error.errno, error.strerror or str(error))
+    return fixes.get(error.errno or 0, error.strerror or str(error))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

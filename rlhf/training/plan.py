@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe
@@ -141,7 +141,7 @@ def decide_reference(
     if stage_args.reference == "cached" and topology.engine == "FSDP" and not on_cpu:
         say("note: under FSDP the reference's pass is made in every step (`reference: online`), not cached")
         return "online"
-    return stage_args.reference
+    return cast(Literal["cached", "online", "nf4"], stage_args.reference)
 
 
 def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:

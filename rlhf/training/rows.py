@@ -40,7 +40,7 @@ class StageData:
             lines.append(skipped_line(self.skipped, total))
         if leaks.rows:
             lines.append(
-                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are in the training data too (first: {leaks.first}); "
+                f"{leaks.rows:,} of {len(self.heldout or ()):,} held-out prompts are in the training data too (first: {leaks.first}); "
                 "scores on them mean little"
             )
         return lines
@@ -93,9 +93,10 @@ def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str
     if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
     if recipe.ours.chosen_dataset_name:
-        sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
-        return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
-    name, config = recipe.ours.dataset_name, recipe.ours.dataset_config
+        chosen, rejected = (load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES)
+        digests = {_SIDES[0]: chosen.digest, _SIDES[1]: rejected.digest}
+        return join_chosen_rejected(chosen, rejected, reading), digests
+    name, config = recipe.values["dataset_name"], recipe.ours.dataset_config
     source = load_source(name, split, config, recipe.where("dataset_name"))
     return source, {"dataset_name": source.digest}
 
@@ -106,7 +107,8 @@ def _heldout_source(recipe: Recipe) -> Source | None:
     if recipe.ours.eval_dataset_name:
         return load_source(recipe.ours.eval_dataset_name, split, None, where("eval_dataset_name"))
     if split:
-        return load_source(recipe.ours.dataset_name, split, recipe.ours.dataset_config, where("dataset_test_split"))
+        name = recipe.values["dataset_name"]
+        return load_source(name, split, recipe.ours.dataset_config, where("dataset_test_split"))
     if recipe.get("eval_strategy", "no") != "no" and not recipe.ours.heldout:
         raise UserError(
             f"{where('eval_strategy')}: there is nothing to evaluate on; set heldout, dataset_test_split or eval_dataset_name"

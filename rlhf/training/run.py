@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
@@ -34,6 +34,9 @@ from rlhf.training.finish import finish
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
 from rlhf.training.rows import StageData
 from rlhf.training.stage import Plan, Stage
+
+if TYPE_CHECKING:
+    from rlhf.runs.checkpointing import CheckpointMixin
 
 
 def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool = False) -> None:
@@ -111,7 +114,7 @@ def _load(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool) -> 
 
 
 def announce_complete(stage: Stage, run: RunFolder) -> None:
-    say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
+    say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete or {})})")
 
 
 @contextlib.contextmanager
@@ -137,7 +140,7 @@ def check_room(plan: Plan, run: RunFolder) -> None:
     )
 
 
-def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper):
+def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper) -> CheckpointMixin:
     """The stage's trainer, with at least one example, its run folder begun and described on the screen."""
     from rlhf.runs.checkpointing import note_stop
 
@@ -168,7 +171,7 @@ def _begin(run: RunFolder, recipe: Recipe, digests: dict[str, str], arguments: d
     write_train_prompts(run.folder, data.train)
 
 
-def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
+def train(plan: Plan, trainer: CheckpointMixin, run: RunFolder, stopper: Stopper) -> float:
     """Train to the end; returns the seconds it took.
 
     Raises:
@@ -184,7 +187,8 @@ def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
     trainer.use_fault_tolerance(FaultTolerance(
         run.folder, stopper, plan.topology.record(plan.args.world_size),
         watchdog_s=60 * stage_args.watchdog_minutes or None, max_spike=stage_args.max_gradient_spike or None,
-        portable=plan.portable, restore=PortableState(Path(run.resume_from)) if run.resumes_unsharded else None,
+        portable=plan.portable,
+        restore=PortableState(Path(run.resume_from)) if run.resume_from and run.resumes_unsharded else None,
     ))  # fmt: skip
     started = time.time()
     try:
@@ -205,7 +209,7 @@ def out_of_memory(error: Exception, process: int, max_tokens: int) -> OutOfMemor
     )
 
 
-def train_or_restore(trainer, run: RunFolder) -> None:
+def train_or_restore(trainer: CheckpointMixin, run: RunFolder) -> None:
     """Train; or, where the checkpoint is already the last step's, only load it.
 
     transformers 5.23 takes one step more when it resumes a run that max_steps ended in the middle of an epoch.
@@ -215,7 +219,7 @@ def train_or_restore(trainer, run: RunFolder) -> None:
     if run.resume_from:
         state = TrainerState.load_from_json(str(Path(run.resume_from) / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            if trainer.fault_tolerance.restore:
+            if trainer.fault_tolerance and trainer.fault_tolerance.restore:
                 trainer.fault_tolerance.restore.restore_weights(trainer.model)
             trainer._load_from_checkpoint(run.resume_from)
             trainer.state = state
@@ -230,7 +234,7 @@ def describe_data(recipe: Recipe, data: StageData) -> None:
         say(f"{name}: {text}")
 
 
-def _announce(plan: Plan, trainer, run: RunFolder) -> None:
+def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:
     args, data = plan.args, plan.data
     model = trainer.model
     total, trained = count_parameters(model)
