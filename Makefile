@@ -1,7 +1,7 @@
 # make setup       a virtual environment in .venv with the locked versions
 # make quickstart  SFT -> reward model -> DPO -> evaluation -> report, on a small real model (about 10 minutes on 2 cores)
 # make test        the whole test suite
-# make lint        ruff, shellcheck, hadolint
+# make lint        ruff, mypy, shellcheck, hadolint
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
 # make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
 # make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
@@ -41,6 +41,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x launch/*.sh launch/cloud/*.sh slurm/*.sh slurm/*.sbatch docker/*.sh tests/cluster/*.sh .ci/run
 	$(BIN)/hadolint docker/Dockerfile
 

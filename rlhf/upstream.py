@@ -308,11 +308,11 @@ def version_of(package: str) -> str:
     return platform.python_version() if package == "Python" else importlib.metadata.version(package)
 
 
-def words_of(owner: type) -> set[str]:
+def words_of(owner: Any) -> set[str]:
     """Attributes and strings used in the code of a class's functions, and its own attributes."""
     words = set(vars(owner)) | set(getattr(owner, "__annotations__", ()))
     for value in vars(owner).values():
-        functions = (value.fget, value.fset) if isinstance(value, property) else (value,)
+        functions: tuple[Any, ...] = (value.fget, value.fset) if isinstance(value, property) else (value,)
         for function in functions:
             if (code := getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)) is not None:
                 words |= _words(code)

@@ -59,7 +59,7 @@ def unknown_words(text):
     unknown = []
     for part in code(text):
         unknown += [f"make {word}" for word in re.findall(r"(?:^|\s)make ([a-z][a-z-]*)", part) if word not in targets]
-        for command, rest in re.findall(r"(?:^|[\s/])rlhf ([a-z]+)(?![\w/.])([^|;&]*)", part):
+        for command, rest in re.findall(r"(?:^|[\s/])rlhf (?!import\b)([a-z]+)(?![\w/.])([^|;&]*)", part):
             if command not in COMMANDS:
                 unknown.append(f"rlhf {command}")
                 continue

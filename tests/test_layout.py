@@ -21,7 +21,7 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 
 # A folder (or a file beside them) may import only from those above it.
 ORDER = ("errors", "files", "upstream", "config", "data", "distributed", "console", "models", "packing", "runs", "training",
-         "inference", "evaluation", "preflight", "__main__")  # fmt: skip
+         "inference", "evaluation", "preflight", "api", "__main__")  # fmt: skip
 
 
 def module_name(path):
@@ -83,6 +83,17 @@ def test_no_cycle_inside_a_folder(folder):
         if name != "rlhf" and room(name) == folder
     }
     assert tuple(graphlib.TopologicalSorter(inside).static_order())  # CycleError names the files
+
+
+def test_trainers_are_typed_where_a_run_hands_them_on():
+    """mypy looks into a function's body only as far as it knows what it is given."""
+    missing = [
+        f"{name}.{node.name}"
+        for name, path in MODULES.items() if room(f"{name}.") == "training"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+        for argument in node.args.args if argument.arg in ("trainer", "plan", "stage") and argument.annotation is None
+    ]  # fmt: skip
+    assert missing == []
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -100,8 +100,14 @@ def report_names() -> tuple[str, ...]:
     """The choices of `report_to`: the keys of transformers' INTEGRATION_TO_CALLBACK, and `none` and `all`."""
     for node in source("transformers", "integrations/integration_utils.py").body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "INTEGRATION_TO_CALLBACK":
-            return ("none", "all", *(key.value for key in node.value.keys))
+            return ("none", "all", *_strings(node.value))
     return ()
+
+
+def _strings(table: ast.expr) -> list[str]:
+    """The keys of a literal dict that are texts."""
+    keys = table.keys if isinstance(table, ast.Dict) else []
+    return [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
 
 
 def scheduler_arguments(name: str) -> dict[str, bool] | None:
@@ -114,7 +120,9 @@ def scheduler_arguments(name: str) -> dict[str, bool] | None:
     table = next(n.value for n in module.body
                  if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "TYPE_TO_SCHEDULER_FUNCTION")  # fmt: skip
     members = {value: member for member, value in _enum_members("SchedulerType").items()}
-    called = {key.attr: value.id for key, value in zip(table.keys, table.values, strict=True)}.get(members.get(name))
+    assert isinstance(table, ast.Dict), "transformers' schedulers are no literal dict any more"
+    functions = {getattr(k, "attr", None): getattr(v, "id", "") for k, v in zip(table.keys, table.values, strict=True)}
+    called = functions.get(members.get(name))
     function = next((n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == called), None)
     if function is None or function.args.kwarg is not None:
         return None
@@ -136,7 +144,7 @@ def _metadata(node: ast.AnnAssign) -> dict[str, ast.expr]:
     for part in ast.walk(node):
         if isinstance(part, ast.keyword) and part.arg == "metadata" and isinstance(part.value, ast.Dict):
             return {key.value: value for key, value in zip(part.value.keys, part.value.values, strict=True)
-                    if isinstance(key, ast.Constant)}  # fmt: skip
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str)}  # fmt: skip
     return {}
 
 
@@ -166,6 +174,6 @@ def _enum_members(name: str) -> dict[str, Any]:
     for file in ("trainer_utils.py", "training_args.py"):
         for node in source("transformers", file).body:
             if isinstance(node, ast.ClassDef) and node.name == name:
-                return {n.targets[0].id: n.value.value for n in node.body
+                return {getattr(n.targets[0], "id", ""): n.value.value for n in node.body
                         if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)}  # fmt: skip
     return {}

@@ -35,19 +35,26 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe: `values` as given (file plus command line) and the line of each; never modified."""
+    """A validated recipe: `values` as given (file plus command line) and the line of each; never modified.
+
+    Attributes:
+        call: of `rlhf.train`, where Python code gave the recipe; '' on the command line.
+    """
 
     stage: str
     path: str
     values: dict[str, Any]
     lines: dict[str, int | None]
+    call: str = ""
 
     def where(self, key: str) -> str:
         """`file:line` of a key, its command-line flag, or the file alone if the key is not set."""
         if key not in self.lines:
             return self.path
-        line = self.lines[key]
-        return f"{self.path}:{line}" if line else f"--{key if len(key) <= 80 else key[:79] + '…'}"
+        line, name = self.lines[key], key if len(key) <= 80 else key[:79] + "…"
+        if line:
+            return f"{self.path}:{line}"
+        return f"train({name}=…)" if self.call else f"--{name}"
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
@@ -69,7 +76,7 @@ class Recipe:
 
     def replace(self, key: str, value: Any) -> Recipe:
         """The same recipe with another value of a key."""
-        return Recipe(self.stage, self.path, {**self.values, key: value}, self.lines)
+        return dataclasses.replace(self, values={**self.values, key: value})
 
 
 def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Recipe:
@@ -90,7 +97,16 @@ def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Re
         values[key], lines[key] = _read_word(word, key, keys.get(key)), None
     if values["stage"] in STAGES and values["stage"] != stage:
         raise UserError(f"--stage: this is a recipe for `rlhf {values['stage']}`, not for `rlhf {stage}`")
-    recipe = Recipe(stage, path, values, lines)
+    return check_recipe(Recipe(stage, path, values, lines))
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """Check the keys and values of a recipe that was just read, and bring the values to their types.
+
+    Raises:
+        UserError: with the place of the key, and the nearest valid key or value.
+    """
+    stage, values, keys = recipe.stage, recipe.values, allowed_keys(recipe.stage)
     for key in list(values):
         if key in REFUSED:
             raise UserError(f"{recipe.where(key)}: key '{key}' can't be set here: {REFUSED[key]}")
@@ -99,7 +115,7 @@ def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Re
         values[key] = check_value(recipe.where(key), keys[key], values[key])
     expand_paths(values, recipe.where)
     _check_required(recipe)
-    check_effects(stage, values, recipe.where, {key for key, line in lines.items() if line is None})
+    check_effects(stage, values, recipe.where, {key for key, line in recipe.lines.items() if line is None})
     check_combinations(values, recipe.where)
     return recipe
 
@@ -162,10 +178,10 @@ def _read_overrides(words: list[str]) -> dict[str, str | None]:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
             raise UserError(f"unexpected {quote(word)} on the command line; recipe keys are given as --key value")
-        key, equals, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else None
+        key, equals, text = word[2:].partition("=")
+        key, value = key.replace("-", "_"), text if equals else None
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
         if key in values:
             raise UserError(f"--{quote(key)[1:-1]} is given twice on the command line; keep one")
         values[key] = value

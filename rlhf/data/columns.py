@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf.data.messages import Messages, RowError, describe, has, is_empty, reject_unsupported, text
 
@@ -116,9 +116,9 @@ def scores(row: dict) -> tuple[float, float] | None:
     if _SCORE_NAMES.isdisjoint(row):
         return None
     for names in SCORES:
-        values = [row.get(name) for name in names]
-        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-            return values[0], values[1]
+        chosen, rejected = (row.get(name) for name in names)
+        if _is_number(chosen) and _is_number(rejected):
+            return chosen, rejected
     return None
 
 
@@ -131,3 +131,7 @@ def unused(row: dict, used: set[str]) -> set[str]:
             if isinstance(message, dict) and not message.keys() <= _KNOWN_FIELDS:
                 found |= {f"{key}[].{k}" for k in message.keys() - _KNOWN_FIELDS if not is_empty(message[k])}
     return found
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -86,8 +86,9 @@ def join_chosen_rejected(chosen: Source, rejected: Source, reading: Reading | No
         raise UserError(
             f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each prompt needs one in both"
         )
-    for side in sides if reading else ():
-        reading.num_unused.update(side.num_unused)
+    if reading:
+        for side in sides:
+            reading.num_unused.update(side.num_unused)
     digest = chosen.digest[:32] + rejected.digest[:32]
     return Source(chosen.name, pairs, chosen.lines, digest)
 
@@ -169,9 +170,10 @@ def _preference_row(row: dict, used: set[str]) -> dict[str, Any]:
         if chosen[:-1] and chosen[:-1] == rejected[:-1]:
             columns.history(row, used, None)
             chosen, rejected = columns.add_system(row, used, chosen), columns.add_system(row, used, rejected)
-        prompts, answers = [chosen[:-1], rejected[:-1]], [chosen[-1:], rejected[-1:]]
+        prompts, answers = (chosen[:-1], rejected[:-1]), (chosen[-1:], rejected[-1:])
     else:
-        prompts, answers = zip(*(_answer(row[side], side, prompt) for side in ("chosen", "rejected")), strict=True)
+        sides = [_answer(row[side], side, prompt) for side in ("chosen", "rejected")]
+        prompts, answers = (sides[0][0], sides[1][0]), (sides[0][1], sides[1][1])
     if prompts[0] != prompts[1]:
         raise RowError(f"'chosen' and 'rejected' differ before the last answer{_difference(*prompts)}")
     prompt = prompts[0]

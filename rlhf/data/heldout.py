@@ -54,7 +54,7 @@ def held_out(rows: list[dict[str, Any]], heldout: float) -> list[bool]:
     return [number in smallest for number in numbers]
 
 
-def check_heldout(heldout: float | None, rows: list[dict[str, Any]], where: str, name: str) -> list[bool]:
+def check_heldout(heldout: float, rows: list[dict[str, Any]], where: str, name: str) -> list[bool]:
     """`held_out`, rejecting a split that leaves one side empty.
 
     Raises:

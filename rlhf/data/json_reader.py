@@ -28,11 +28,21 @@ class _DuplicateKey(ValueError):
     pass
 
 
+def _after_space(text: str, at: int = 0) -> int:
+    """Where the white space that begins at `at` ends."""
+    found = _SPACE.match(text, at)
+    assert found is not None  # it may be empty
+    return found.end()
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         seen: set[str] = set()
-        raise _DuplicateKey(next(k for k, _ in pairs if k in seen or seen.add(k)))
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKey(key)
+            seen.add(key)
     return row
 
 
@@ -133,8 +143,8 @@ def _line_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
         if not text.strip():
             continue
         try:
-            row, end = parse(text, _SPACE.match(text).end())
-            rest = _SPACE.match(text, end).end()
+            row, end = parse(text, _after_space(text))
+            rest = _after_space(text, end)
             if rest < len(text):
                 raise JsonError("not valid JSON: Extra data", rest)
         except JsonError as error:
@@ -152,7 +162,7 @@ _ZEROS = "only NUL characters; a crash or a full disk damaged the file: write it
 
 def _list_rows(raw: Raw, text: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    at = _SPACE.match(text, text.index("[") + 1).end()
+    at = _after_space(text, text.index("[") + 1)
     try:
         while text[at : at + 1] != "]" or rows:
             row, at = parse(text, at)
@@ -160,13 +170,13 @@ def _list_rows(raw: Raw, text: str) -> list[dict[str, Any]]:
                 kind = type(row).__name__
                 raise UserError(f"{raw.path}, row {len(rows) + 1}: expected a JSON object, found {kind}")
             rows.append(row)
-            at = _SPACE.match(text, at).end()
+            at = _after_space(text, at)
             if text[at : at + 1] == "]":
                 break
             if text[at : at + 1] != ",":
                 raise JsonError("not valid JSON: Expecting ',' delimiter", at)
-            at = _SPACE.match(text, at + 1).end()
-        after = _SPACE.match(text, at + 1).end()
+            at = _after_space(text, at + 1)
+        after = _after_space(text, at + 1)
         if after < len(text):
             raise JsonError("not valid JSON: Extra data", after)
     except JsonError as error:

@@ -20,6 +20,7 @@ from rlhf.data.table_readers import csv_rows, first_line, table_rows
 from rlhf.errors import UserError, quote
 
 SAMPLE_NAME = "embedded:sample"
+PYTHON = "python:"  # before the name of an argument of `rlhf.train`: rows that no file holds
 ALL_ROWS = "all"  # a split of the embedded sample, from which `heldout` holds rows out
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
@@ -66,6 +67,10 @@ def load_source(
         UserError: nothing found, no such split, an unreadable line (file, line and column), or no rows.
     """
     prefix = f"{where}: " if where else ""
+    if name.startswith(PYTHON):
+        raise UserError(
+            f"{prefix}{quote(name)} stands for rows that Python code gave to rlhf.train; give them again, or name a file"
+        )
     if (name, split) == (SAMPLE_NAME, ALL_ROWS):
         parts = [load_source(name, part) for part in ("train", "heldout")]
         rows = [row for part in parts for row in part.rows]
@@ -135,6 +140,23 @@ def _from_hub(name: str, split: str, config: str | None, prefix: str) -> Source:
             f"{prefix}'{name}' is not a local file or directory and could not be loaded from the hub: {first_line(error)}"
         ) from None
     return _from_rows(f"{name} ({split})", loaded.to_list())
+
+
+def from_python(name: str, rows: list[dict[str, Any]]) -> Source:
+    """Rows that Python code holds.
+
+    Args:
+        name: what messages call them.
+
+    Raises:
+        UserError: no rows, or one that is no dict with texts as its keys.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
+            raise UserError(f"{name}, row {number}: expected a dict of column names and values, found {quote(row)}")
+    if not rows:
+        raise UserError(f"{name} has no rows; expected one example a row")
+    return _from_rows(name, rows)
 
 
 def _from_rows(name: str, rows: list[dict]) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ class DataSummary:
 
 
 def summarise(
-    rows: list[dict[str, Any]], reading: Reading, heldout: list[dict] = (), heldout_places: list[str] = ()
+    rows: list[dict[str, Any]], reading: Reading, heldout: Sequence[dict] = (), heldout_places: Sequence[str] = ()
 ) -> DataSummary:
     """Summarise canonical rows in one pass (16 bytes of memory per row); `reading` has their places.
 
@@ -119,7 +119,7 @@ def summarise(
     )  # fmt: skip
 
 
-def leaks(rows: Iterable[dict], heldout: list[dict], places: list[str]) -> Count:
+def leaks(rows: Iterable[dict], heldout: Sequence[dict], places: Sequence[str]) -> Count:
     """Held-out rows whose prompt is also in `rows`, ignoring case, character width and white space."""
     if not heldout:
         return Count()

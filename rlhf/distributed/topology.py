@@ -104,7 +104,7 @@ def topology_of_file(path: str) -> Topology:
     parallel = file.section("parallelism_config")
     sizes = {kind: file.number("parallelism_config", parallel, f"parallelism_config_{size}", 1, 1, 2**20)
              for size, kind in NOT_SUPPORTED.items()}  # fmt: skip
-    more = {
+    more: dict[str, Any] = {
         "name": path, "mixed_precision": file.precision(),
         "parallel": tuple(kind for kind, size in sizes.items() if size > 1),
     }  # fmt: skip

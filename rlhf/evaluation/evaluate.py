@@ -50,10 +50,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     overlap, seen = find_overlap(rows, names)
     if overlap.left_out:
-        rows, reading.places = (
-            [item for item, was_seen in zip(items, seen, strict=True) if not was_seen]
-            for items in (rows, reading.places)
-        )
+        kept = [number for number, was_seen in enumerate(seen) if not was_seen]
+        rows, reading.places = [rows[i] for i in kept], [reading.places[i] for i in kept]
     summary = summarise_data(rows, reading)
     about = [line(summary)]
     if reading.skipped:
@@ -111,15 +109,13 @@ def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict
         split = ALL_ROWS
     where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
     default = "train" if config.heldout else "test"
-    source = load_source(config.dataset_name, split, config.dataset_config, where, default)
+    source = load_source(recipe.values["dataset_name"], split, config.dataset_config, where, default)
     if not config.heldout:
         return source, preference_rows(source.head(config.max_eval_examples), reading), reading
     rows = preference_rows(source, reading)
     sides = check_heldout(config.heldout, rows, recipe.where("heldout"), source.name)
-    rows, reading.places = (
-        [item for item, side in zip(items, sides, strict=True) if side][: config.max_eval_examples]
-        for items in (rows, reading.places)
-    )
+    kept = [number for number, side in enumerate(sides) if side][: config.max_eval_examples]
+    rows, reading.places = [rows[i] for i in kept], [reading.places[i] for i in kept]
     return source, rows, reading
 
 
@@ -136,7 +132,7 @@ def read_results(folder: Path, models: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: results.json is missing or damaged.
     """
-    results = read_json(folder / "results.json")
+    results: Any = read_json(folder / "results.json")
     try:
         results.setdefault("models", models)
         table_rows(results)
@@ -250,8 +246,8 @@ def show(results: dict[str, Any], answers: list[dict]) -> None:
         return
     console = Console()
     table = Table(title=f"On {heading(results)}", box=box.SIMPLE_HEAD, title_justify="left")
-    for column, justify in zip(COLUMNS, ("left", "right", "right", "left", "left"), strict=True):
-        table.add_column(column, justify=justify)
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if number in (1, 2) else "left")
     for row in table_rows(results):
         table.add_row(*map(Text, row), style="bold" if row.change == "worse" else None)
     console.print(table)

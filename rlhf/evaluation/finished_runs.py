@@ -50,7 +50,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if not all(os.path.isfile(folder / name) for name in ("recipe.yaml", "provenance.json")):
         return None
     provenance, recipe = read_json(folder / "provenance.json"), read_recipe(folder / "recipe.yaml")
-    if recipe is None or not _is_provenance(provenance):
+    if recipe is None or provenance is None or not _is_provenance(provenance):
         damaged = "recipe.yaml" if recipe is None else "provenance.json"
         raise UserError(f"{folder / damaged} is damaged, but the report needs it: restore it, or move {folder} away")
     return {

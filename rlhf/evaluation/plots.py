@@ -63,7 +63,12 @@ def draw(stage: dict[str, Any]) -> list[str]:
     import matplotlib
 
     matplotlib.use("Agg")
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "rlhf"}
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "svg.hashsalt": "rlhf",
+    }
     with matplotlib.rc_context(style):
         plots = [_draw_one(stage, *plot) for plot in PLOTS[stage["name"]]]
     return [svg for svg in plots if svg]
@@ -90,7 +95,7 @@ def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, s
         axes.axhline(math.log(2), color="#9ca3af", linewidth=0.8, linestyle="--", label="ln 2")
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.data.sources import use_cache_without_network
 from rlhf.errors import UserError, quote
@@ -82,7 +83,7 @@ class Speaker:
         import torch
 
         options = self.options
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if options.temperature > 0:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         input_ids = torch.tensor([turn.ids], device=self.model.device)
@@ -221,7 +222,8 @@ class Chat:
             from rlhf.inference.generate import score
 
             system = [{"role": "system", "content": self.system}] if self.system else []
-            print(f"    reward {score(*self.judge, system + turn.messages, answer):+.2f}", flush=True)
+            model, tokenizer = self.judge
+            print(f"    reward {score(model, tokenizer, system + turn.messages, answer):+.2f}", flush=True)
 
     def command(self, line: str) -> bool:
         """Execute a /command; returns False if it ends the chat."""

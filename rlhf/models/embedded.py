@@ -141,7 +141,7 @@ def _convert(gguf: Path, target: Path) -> None:
     # transformers 5.23's save_pretrained rejects a model read from a GGUF unless its quantisation config is removed.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.config._name_or_path = NAME
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -34,12 +34,12 @@ def load_finished(
         (model in eval mode on `device`, tokenizer)
     """
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    options = {"dtype": getattr(torch, dtype) if dtype else "auto", "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto", "use_safetensors": True}
     if is_adapter(name):
         from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
         peft_auto = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
-        extra = {"num_labels": 1} if reward else {}
+        extra: dict[str, Any] = {"num_labels": 1} if reward else {}
         if quantization_config is not None:
             extra["quantization_config"] = quantization_config
         model = peft_auto.from_pretrained(name, **options, **extra)

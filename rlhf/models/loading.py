@@ -29,8 +29,8 @@ def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = Fals
     with contextlib.nullcontext() if continue_adapter else loading_unsharded():
         base = AutoModelForCausalLM.from_pretrained(base_name, **options)
         base = fit_tokenizer(keep_4bit_layout(base), tokenizer)
-        model = PeftModel.from_pretrained(base, name, is_trainable=continue_adapter)
-        return model if continue_adapter else model.merge_and_unload().requires_grad_(True)  # PEFT froze it
+        adapted: Any = PeftModel.from_pretrained(base, name, is_trainable=continue_adapter)
+        return adapted if continue_adapter else adapted.merge_and_unload().requires_grad_(True)  # PEFT froze it
 
 
 def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False):

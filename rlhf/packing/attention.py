@@ -289,7 +289,7 @@ def varlen_kernel(device: torch.device) -> Callable | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        varlen_attn = None
+        varlen_attn = None  # type: ignore[assignment]
     if varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters:
         return lambda *args: _torch_varlen(varlen_attn, *args)
     try:

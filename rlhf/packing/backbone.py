@@ -55,8 +55,8 @@ def why_not(model) -> str | None:
     windows = {getattr(module, "sliding_window", None) for module in attention}
     if not layer_types:  # Mistral, Mixtral, Phi-3, Starcoder2: one window for all layers, only in the config
         windows.add(getattr(config, "sliding_window", None))
-    if windows := windows - {None, 0}:
-        return f"its attention has a sliding window of {max(windows)} tokens"
+    if sizes := [window for window in windows if window]:
+        return f"its attention has a sliding window of {max(sizes)} tokens"
     if getattr(backbone, "_is_stateful", False):
         return f"{type(backbone).__name__} is recurrent: its state can't branch into two answers"
     if getattr(config, "attn_logit_softcapping", None):
@@ -94,11 +94,12 @@ def pack_backbone(model, mode: str) -> None:
         raise ValueError(f"this model can't be packed: {reason}")
     register()
     backbone = find_backbone(model)
+    assert backbone is not None  # `why_not` has looked
     for config in (backbone.config, _without_peft(model).config):  # usually the same object
         config._attn_implementation = NAME
     if not hasattr(backbone, "_packing_mode"):
         backbone.forward = MethodType(packed_forward(_unbound_forward(backbone)), backbone)
-    backbone._packing_mode = mode
+    backbone._packing_mode = mode  # type: ignore[assignment]  # torch takes what it does not know for a module
 
 
 def packing_mode(model) -> str | None:

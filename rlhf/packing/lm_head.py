@@ -28,7 +28,7 @@ def install() -> None:
     from trl.trainer import utils
 
     utils._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)
-    utils._ChunkedLogProbFunction = LogProbs
+    utils._ChunkedLogProbFunction = LogProbs  # type: ignore[misc, assignment]  # it has all that TRL calls
 
 
 class LogProbs:
@@ -85,9 +85,10 @@ class _LogProbs(torch.autograd.Function):
             return grad_N[:, None] * ctx.saved_tensors[0], *(None,) * 5
         from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-        _, weight_VH, bias_V, *_ = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, targets_N, log_z_N = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight_VH, bias_V):  # ZeRO-3
-            grads = head_gradients(grad_N, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad[:3])
+            grads = head_gradients(grad_N, hidden_NH, weight_VH, bias_V, targets_N, log_z_N, ctx.scale, needs)
         return *grads, None, None, None
 
 
@@ -101,9 +102,9 @@ def head_gradients(grad_N, hidden_NH, weight_VH, bias_V, targets_N, log_z_N, sca
     grad_hidden = grad_N[:, None] * weight_VH[targets_N] if needs_hidden else None
     grad_weight = torch.zeros_like(weight_VH) if needs_weight else None
     grad_bias = torch.zeros_like(bias_V) if needs_bias else None
-    if needs_weight:
+    if grad_weight is not None:
         grad_weight.index_add_(0, targets_N, grad_N[:, None] * hidden_NH)
-    if needs_bias:
+    if grad_bias is not None:
         grad_bias.index_add_(0, targets_N, grad_N)
     for block in torch.arange(len(hidden_NH)).split(MAX_TOKENS):
         rows = slice(int(block[0]), int(block[-1]) + 1)
@@ -112,11 +113,11 @@ def head_gradients(grad_N, hidden_NH, weight_VH, bias_V, targets_N, log_z_N, sca
             tile = slice(start, start + step)
             z = _logits(hidden, weight_VH[tile], None if bias_V is None else bias_V[tile], scale)
             p = z.sub_(log_z_N[rows, None]).exp_().mul_(grad_N[rows, None])
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows].addmm_(p, weight_VH[tile], alpha=-1)
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight[tile].addmm_(p.T, hidden, alpha=-1)
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias[tile] -= p.sum(dim=0)
     return grad_hidden, grad_weight, grad_bias
 

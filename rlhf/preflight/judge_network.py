@@ -125,7 +125,8 @@ def _inside_rows(results: list[dict], hosts: list[str], devices: list[str]) -> l
     )
     if slowest is None:
         return []
-    row = speed_row("within a host", *results[slowest]["inside"], hosts.count(hosts[slowest]), _link(devices[slowest]))
+    num_bytes, seconds = results[slowest]["inside"]
+    row = speed_row("within a host", num_bytes, seconds, hosts.count(hosts[slowest]), _link(devices[slowest]))
     return [Row(row.check, f"{row.shown}; slowest: {hosts[slowest]}", row.findings)]
 
 
@@ -157,7 +158,7 @@ def speed_row(check: str, num_bytes: int, seconds: float, world: int, link: tupl
         return Row(check, f"{shown}; link speed unknown")
     name, rate, kind = link
     share, least = bus / rate, LEAST_SHARE[kind]
-    found = ()
+    found: tuple[Finding, ...] = ()
     if share < least:
         text = f"{check}: an all-reduce reaches {share:.0%} of {name} ({speed(rate)}); at least {least:.0%} is usual"
         fix = "NCCL_DEBUG=INFO prints NCCL's transport; `nvidia-smi topo -m` and `ibstat` show the available links"

@@ -12,7 +12,7 @@ import os
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config.recipe import Recipe, load_recipe, stage_of
 from rlhf.config.stage_config import TRAINING_STAGES
@@ -43,6 +43,9 @@ from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.lineage import maker_of
 from rlhf.training.checks import bytes_needed, refuse_damaged
 from rlhf.training.plan import merges
+
+if TYPE_CHECKING:
+    import torch
 
 WRITE_BYTES = 64 << 20
 
@@ -83,13 +86,13 @@ def preflight(
             raise
         _leave_at_once(error)
     if errors:
-        error = UserError(
+        verdict = UserError(
             f"not ready: {errors} error{'s' if errors > 1 else ''}; fix the errors above and run preflight again"
         )
         if checks.network_failed:
-            _leave_at_once(error)
+            _leave_at_once(verdict)
         checks.close()
-        raise error
+        raise verdict
     checks.close()
 
 
@@ -138,7 +141,7 @@ class Checks:
     def __init__(self, ranks: Ranks, recipe: Recipe | None, output_dir: str, quick: bool):
         self.ranks, self.recipe, self.output_dir, self.quick = ranks, recipe, output_dir, quick
         self.rows: list[Row] = []
-        self.device = None
+        self.device: torch.device | None = None
         self.network_failed = False
 
     def gather(self, name: str, value: Any, wait_s: float | None = None) -> list:
@@ -261,7 +264,8 @@ class Checks:
         if self.ranks.exchange("network", hopeless, answer=lambda found: found[0]):
             self.rows.append(Row("all-reduce", "skipped because of the errors above"))
             return
-        self.device = torch.device(device["kind"], self.ranks.local_rank if device["kind"] == "cuda" else None)
+        kind = device["kind"]
+        self.device = torch.device(kind, self.ranks.local_rank) if kind == "cuda" else torch.device(kind)
         result = measure(self.ranks, self.device, self.quick)
         results = self.gather("measured", result, wait_s=self.ranks.timeout_s + 30)
         if is_main():

@@ -253,7 +253,7 @@ def disk_words(error: OSError) -> str:
         errno.EPERM: "this user has no write permission there",
         errno.ESTALE: "a stale network mount: remount it",
     }
-    return fixes.get(error.errno, error.strerror or str(error))
+    return fixes.get(error.errno or 0, error.strerror or str(error))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Ranks:
         env = os.environ
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.local_rank = int(env.get("LOCAL_RANK", 0))
-        self.timeout_s, self.hosts = timeout_s, []
+        self.timeout_s = timeout_s
+        self.hosts: list[str] = []
         self.store = self._meet()
 
     def _meet(self):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def hyper_parameters(recipe: dict[str, Any], provenance: dict[str, Any]) -> list
     """(name, value) of the main hyper-parameters, including the defaults that were in effect."""
     arguments = provenance.get("arguments") or {}
     found = {**(arguments.get("stage") or {}), **(arguments.get("model") or {}), **arguments, **recipe}
-    get = lambda key: found.get(key)  # noqa: E731
+    get: Callable[[str], Any] = found.get
     batch = get("global_batch_size")
     if batch is None and get("per_device_train_batch_size"):
         processes = int((provenance.get("hardware") or {}).get("processes") or 1)

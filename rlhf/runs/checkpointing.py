@@ -8,10 +8,10 @@ import json
 import math
 import shutil
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -24,6 +24,22 @@ from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
 from rlhf.runs.portable import PortableState, save_portable
 from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
+
+if TYPE_CHECKING:
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, RewardConfig, SFTConfig
+
+    class Trainer(transformers.Trainer):
+        """What the mixins are mixed into: one of TRL's trainers, with what all three have."""
+
+        args: SFTConfig | RewardConfig | DPOConfig
+        model: transformers.PreTrainedModel
+        train_dataset: Dataset
+        _metrics: dict[str, defaultdict[str, list[float]]]
+        _total_train_tokens: int
+else:
+    Trainer = object
 
 
 @dataclass
@@ -76,7 +92,7 @@ class EvaluationStopped(Exception):
     """A stop was requested during evaluation."""
 
 
-class CheckpointMixin:
+class CheckpointMixin(Trainer):
     """Precedes TRL's trainer among the bases of a class; does nothing until `use_fault_tolerance` is called."""
 
     fault_tolerance: FaultTolerance | None = None
@@ -117,11 +133,12 @@ class CheckpointMixin:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
         if reason:
-            kept = newest_checkpoint(self.fault_tolerance.folder)
-            kept = f"{Path(kept).name} is kept" if kept else "there is no earlier one"
+            newest = newest_checkpoint(self.fault_tolerance.folder)
+            kept = f"{Path(newest).name} is kept" if newest else "there is no earlier one"
             say(f"\nwarning: no checkpoint of step {self.state.global_step}: {reason}; {kept}, and training continues")
 
     def _why_no_room(self) -> str:
+        assert self.fault_tolerance is not None
         reason = ""
         if is_main() and (newest := newest_checkpoint(self.fault_tolerance.folder)):
             needed = 1.02 * sum(f.stat().st_size for f in Path(newest).rglob("*") if f.is_file())
@@ -132,6 +149,7 @@ class CheckpointMixin:
 
     def _write_checkpoint(self, model, trial, partial: Path) -> str:
         """The reason why at least one rank could not write its part; '' if all could."""
+        assert self.fault_tolerance is not None
         reason = ""
         try:
             if is_main():
@@ -172,6 +190,7 @@ class CheckpointMixin:
                 (Path(output_dir) / "README.md").unlink(missing_ok=True)
 
     def _place(self, partial: Path, folder: Path) -> str:
+        assert self.fault_tolerance is not None
         reason, files = "", {}
         try:
             if is_main() and self.state.best_global_step:
@@ -219,7 +238,7 @@ class CheckpointMixin:
     @contextlib.contextmanager
     def _deepspeed_defers_errors(self, output_dir):
         """DeepSpeed interleaves file writes with collectives: an I/O error on one rank must not desynchronise all."""
-        engine = self.model_wrapped
+        engine: Any = self.model_wrapped
         write = engine.checkpoint_engine.save
 
         def save(*args, **kwargs):
@@ -259,6 +278,7 @@ class CheckpointMixin:
         try:
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationStopped:
+            assert self.fault_tolerance is not None  # its callback has raised it
             self.fault_tolerance.evaluation_pending = True
             self.control.should_save = self.control.should_training_stop = True
             return {}

@@ -13,12 +13,15 @@ from typing import Any
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import world_size
 
+CALL = "rlhf.train("  # how the command of a run begins that Python code started
 LAUNCH_FILE = "LAUNCH_FILE.yaml"  # placeholder for a file whose name is unknown
 TOKEN = re.compile(r"--(?:hub_|push_to_hub_)?token(=.*)?")
 
 
 def command_of(recipe: Recipe) -> list[str]:
-    """`rlhf STAGE RECIPE --key value ...`, whether `rlhf`, `python -m rlhf`, a launcher or Python code started it."""
+    """`rlhf STAGE RECIPE --key value ...`, whether `rlhf`, `python -m rlhf`, a launcher started it; or the call of `train`."""
+    if recipe.call:
+        return [recipe.call]
     if sys.argv[1:2] == [recipe.stage]:
         return ["rlhf", *_without_tokens(sys.argv[1:])]
     given = [key for key, line in recipe.lines.items() if line is None]  # on the command line, not in the file
@@ -99,6 +102,8 @@ def shell_line(provenance: dict[str, Any]) -> str:
     words = list(provenance.get("command") or ["rlhf"])
     if Path(words[0]).name == "__main__.py":  # recorded by an older version
         words[0] = "rlhf"
+    if words[0].startswith(CALL):  # a line of Python, not of a shell
+        return words[0]
     launcher = (provenance.get("launcher") or {}).get("command")
     return shlex.join([*launcher, "-m", *words] if launcher else words)
 

@@ -17,7 +17,9 @@ def maker_of(recipe: Recipe, name: str | None) -> str:
 
 def _sibling_that_makes(recipe: Recipe, name: str | None) -> tuple[str, str] | None:
     """(stage, file) of the recipe of the same folder whose output_dir is `name`."""
-    for stage in TRAINING_STAGES if name else ():
+    if not name:
+        return None
+    for stage in TRAINING_STAGES:
         sibling = Path(recipe.path).parent / f"{stage}.yaml"
         if stage == recipe.stage:
             continue
@@ -44,9 +46,9 @@ def starting_model(recipe: Recipe) -> tuple[str, bool]:
     """
     name, waits = recipe.values["model_name_or_path"], False
     seen = set()
-    while waits_for(recipe, name) and name not in seen:
+    while waits_for(recipe, name) and name not in seen and (maker := _sibling_that_makes(recipe, name)):
         seen.add(name)
-        stage, file = _sibling_that_makes(recipe, name)
+        stage, file = maker
         recipe, waits = load_recipe(file, stage), True
         name = recipe.values["model_name_or_path"]
     return name, waits

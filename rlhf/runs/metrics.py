@@ -72,8 +72,8 @@ def _progress(title: str) -> type:
         def on_step_end(self, args, state, control, **kwargs):
             pass
 
-        def on_prediction_step(self, args, state, control, **kwargs):
-            super().on_prediction_step(args, state, control, **kwargs)
+        def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
             if self.prediction_bar is not None:
                 self.prediction_bar.desc = f"{title}, held-out batches"
 

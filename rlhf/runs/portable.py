@@ -174,8 +174,9 @@ class PortableState:
             self._into_torch(trainer)
         else:
             self._into_zero(trainer)
-        scheduler = trainer.lr_scheduler
-        scheduler.last_epoch = int(self.get("schedule", "last_epoch"))
+        scheduler, last_epoch = trainer.lr_scheduler, self.get("schedule", "last_epoch")
+        assert last_epoch is not None  # save_portable writes it
+        scheduler.last_epoch = int(last_epoch)
         scheduler._step_count = scheduler.last_epoch + 1
         lambdas = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         scheduler._last_lr = [base * of(scheduler.last_epoch) for of, base in lambdas]

@@ -42,7 +42,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 _NUMBER = (int, float)
 
 
-_TYPES = {"steps": int, "pairs": int, "train_examples": int, "seconds": _NUMBER, "weights_sha256": str,
+_TYPES: dict[str, Any] = {"steps": int, "pairs": int, "train_examples": int, "seconds": _NUMBER, "weights_sha256": str,
           "first_loss": (*_NUMBER, type(None)), "last_loss": (*_NUMBER, type(None)), "files": dict}  # fmt: skip
 
 

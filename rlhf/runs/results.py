@@ -145,8 +145,8 @@ def table_rows(results: dict[str, Any]) -> list[Row]:
     labels, policies = labels_of(results), results["policies"]
     rows = []
     if "base" in policies and "sft" in policies:
-        losses = [policies[policy]["chosen_loss"] for policy in ("base", "sft")]
-        rows.append(_number(f"{labels['sft']} loss on chosen answers", *losses, "nats/token"))
+        base, sft = (policies[policy]["chosen_loss"] for policy in ("base", "sft"))
+        rows.append(_number(f"{labels['sft']} loss on chosen answers", base, sft, "nats/token"))
     if "reward" in results:
         reward = results["reward"]
         rows.append(_number("Reward model loss", math.log(2), reward["loss_after"], "nats/pair"))

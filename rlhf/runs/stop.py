@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from rlhf.distributed.processes import is_main, local_rank, world_size
 
@@ -53,7 +54,7 @@ class Stopper:
             self.files.append(Path(os.environ[STOP_FILE_VARIABLE]))
         self._asked_at = self._looked_at = 0.0
         self._group = None
-        self._before = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -104,7 +105,7 @@ def watch(seconds: float | None) -> None:
     """Restart the watchdog: unless called again in time, dump all threads' stacks and exit (None disables it)."""
     faulthandler.cancel_dump_traceback_later()
     if seconds:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
 def exit_code_stopped() -> int:
@@ -134,7 +135,7 @@ def leave(code: int) -> None:
             if code in (0, EXIT_STOPPED):
                 torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-    threading._shutdown()  # as Python does on exit: join threads, run registered functions
+    threading._shutdown()  # type: ignore[attr-defined]  # as Python does on exit: join threads, run registered functions
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf.data.formats import preference_rows
 from rlhf.distributed.processes import say
@@ -27,8 +28,15 @@ from rlhf.training.sft import load
 from rlhf.training.stage import Plan, Stage
 from rlhf.upstream import check_upstream
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import DPOConfig, DPOTrainer
 
-def build(plan: Plan, stopper: Stopper | None = None):
+    from rlhf.runs.checkpointing import CheckpointMixin
+    from rlhf.training.start_check import CheckedTrainer
+
+
+def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     """TRL's DPOTrainer for this plan, with the check at step 0."""
     from rlhf.models.loading import load_nf4, load_policy
     from rlhf.packing import lm_head
@@ -61,7 +69,7 @@ def reference_name(plan: Plan) -> str:
     return locate(name, plan.recipe.where("reference_model"), say=say) if name else plan.model_name
 
 
-def check_bias(trainer, plan: Plan, tokenizer) -> None:
+def check_bias(trainer: DPOTrainer, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
     """Report the size and the bias of the 4-bit reference model; reject it if the bias exceeds the recipe's limit.
 
     Raises:
@@ -72,8 +80,8 @@ def check_bias(trainer, plan: Plan, tokenizer) -> None:
     from rlhf.models.loading import load_policy
     from rlhf.training.reference import measure_bias
 
-    args, stage_args, recipe = plan.args, plan.stage_args, plan.recipe
-    exact = trainer.model
+    args, stage_args, recipe = cast("DPOConfig", plan.args), plan.stage_args, plan.recipe
+    exact: Any = trainer.model
     if stage_args.reference_model:
         exact = load_policy(reference_name(plan), tokenizer, plan.model_args, args.trust_remote_code, False)
         exact = exact.to(args.device).eval()
@@ -111,6 +119,7 @@ def check(plan: Plan) -> None:
 def check_reference(plan: Plan) -> None:
     """Reject unsupported reference settings."""
     args, stage_args, recipe = plan.args, plan.stage_args, plan.recipe
+
     if args.sync_ref_model and plan.model_args.use_peft:
         raise UserError(f"{recipe.where('sync_ref_model')}: sync_ref_model needs full fine-tuning; remove `use_peft`")
     if args.sync_ref_model and stage_args.reference == "cached":
@@ -179,10 +188,10 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             self._make_ready()
-            path = "packed" if self.is_packed else self.model.config._attn_implementation
+            path = "packed" if self.is_packed else str(self.model.config._attn_implementation)
             folder = plan.stage_args.reference_cache
             started = time.perf_counter()
-            found = add_reference_logps(self, dataset, path, folder and Path(folder), stopper)
+            found = add_reference_logps(self, dataset, path, Path(folder) if folder else None, stopper)
             self.reference_seconds += time.perf_counter() - started
             return found
 
@@ -196,7 +205,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
 
         def training_step(self, model, inputs, *args, **kwargs):
             if not self._start_checked and self.state.global_step == 0 and plan.reference != "nf4":
-                check_start(self, model, inputs)
+                check_start(cast("CheckedTrainer", self), model, inputs)
             self._start_checked = True
             return super().training_step(model, inputs, *args, **kwargs)
 
@@ -208,7 +217,8 @@ def without_hashing():
     """Skip the hash of all weights for TRL 1.16's own cache, which reference.py replaces; it takes minutes for 8B."""
     from trl.trainer import dpo_trainer
 
-    hash_module, dpo_trainer.hash_module = dpo_trainer.hash_module, lambda module: None
+    hash_module = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda module: ""
     try:
         yield
     finally:

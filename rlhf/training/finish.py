@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.runs.card import write_card
@@ -10,8 +10,14 @@ from rlhf.runs.folder import RunFolder, finish_run
 from rlhf.runs.records import describe_complete
 from rlhf.training.stage import Plan, Stage
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def finish(stage: Stage, plan: Plan, trainer, run: RunFolder, seconds: float) -> None:
+    from rlhf.runs.checkpointing import CheckpointMixin
+
+
+def finish(stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, seconds: float) -> None:
     """Write the model on the main rank, reload and compare it; an error there ends all ranks (`on_main`).
 
     Args:
@@ -32,7 +38,9 @@ def finish(stage: Stage, plan: Plan, trainer, run: RunFolder, seconds: float) ->
     trainer.accelerator.end_training()
 
 
-def save_finished_model(stage: Stage, plan: Plan, trainer, run: RunFolder, model, expected, probe) -> dict[str, Any]:
+def save_finished_model(
+    stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, model, expected, probe
+) -> dict[str, Any]:
     """Write the files; returns what `save_finished` reports about them."""
     import torch
 
@@ -46,7 +54,7 @@ def save_finished_model(stage: Stage, plan: Plan, trainer, run: RunFolder, model
     )  # fmt: skip
 
 
-def summarise_training(stage: Stage, trainer, run: RunFolder, seconds: float) -> dict[str, Any]:
+def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, seconds: float) -> dict[str, Any]:
     """The entries of complete.json about the training; those about the files come from `save_finished`."""
     from rlhf.models.folder import is_adapter
 
@@ -70,7 +78,7 @@ def announce_finished(stage: Stage, run: RunFolder, summary: dict[str, Any]) -> 
         )
 
 
-def finished_model(stage: Stage, plan: Plan, trainer, probe: list[list[int]]):
+def finished_model(stage: Stage, plan: Plan, trainer: CheckpointMixin, probe: list[list[int]]):
     """The trained model, unsharded on the main process.
 
     Returns:
@@ -97,9 +105,10 @@ def finished_model(stage: Stage, plan: Plan, trainer, probe: list[list[int]]):
     unset_hf_deepspeed_config()  # or ZeRO-3 would shard the model that is loaded next
     from peft import get_peft_model
 
-    again, _, adapter = stage.load(plan)
-    if adapter is not None:
-        again = get_peft_model(again, adapter)
+    loaded = stage.load(plan)
+    again: PreTrainedModel | PeftModel = loaded.model
+    if loaded.peft_config is not None:
+        again = get_peft_model(loaded.model, loaded.peft_config)
     missing = again.load_state_dict(trained, strict=False)
     assert not missing.unexpected_keys, f"trained parameters that a new model lacks: {missing.unexpected_keys[:3]}"
     return again, expected

@@ -7,13 +7,15 @@ model's config, tokenizer and module names, and rejects what would fail later.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
+from rlhf.data.sources import Source
 from rlhf.distributed.processes import prepare_processes, say
 from rlhf.distributed.topology import Topology, check_topology
 from rlhf.models.embedded import is_fetched
@@ -55,7 +57,9 @@ class Inputs:
     run: RunFolder
 
 
-def read_inputs(stage: Stage, recipe: Recipe, may_wait: bool = False) -> Inputs:
+def read_inputs(
+    stage: Stage, recipe: Recipe, may_wait: bool = False, given: Mapping[str, Source] | None = None
+) -> Inputs:
     """Read the rows, and inspect the input model's files and the output folder.
 
     Args:
@@ -66,7 +70,7 @@ def read_inputs(stage: Stage, recipe: Recipe, may_wait: bool = False) -> Inputs:
     """
     name = recipe.values["model_name_or_path"]
     maker = maker_of(recipe, name)
-    data = read_data(recipe, stage.to_rows)
+    data = read_data(recipe, stage.to_rows, given)
     digests, waits = dict(data.digests), bool(may_wait and waits_for(recipe, name))
     if not waits:
         digests["model_name_or_path"] = model_digest(name)
@@ -139,7 +143,7 @@ def decide_reference(
     if stage_args.reference == "cached" and topology.engine == "FSDP" and not on_cpu:
         say("note: under FSDP the reference's forward pass runs in every step (`reference: online`), it is not cached")
         return "online"
-    return stage_args.reference
+    return cast(Literal["cached", "online", "nf4"], stage_args.reference)
 
 
 def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
@@ -16,7 +16,7 @@ from rlhf.training.lengths import too_long
 from rlhf.training.stage import Plan
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from rlhf.training.stage import TrainingConfig
 
 MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # maximum number of rows tokenised before a start: about 3 s
 
@@ -57,9 +57,8 @@ def check_scheduler(plan: Plan) -> None:
     steps = args.max_steps if args.max_steps > 0 else 1000
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
-        get_scheduler(
-            args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs or {}
-        )
+        kwargs: Any = args.lr_scheduler_kwargs or {}  # transformers' own annotation has a text too
+        get_scheduler(args.lr_scheduler_type, dummy, args.get_warmup_steps(steps), steps, kwargs)
     except (TypeError, ValueError, KeyError) as error:
         key = "lr_scheduler_kwargs" if recipe.get("lr_scheduler_kwargs") else "lr_scheduler_type"
         name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
@@ -149,9 +148,9 @@ def check_modules(plan: Plan) -> bool:
     from rlhf.packing import why_not
 
     recipe, args, model_args = plan.recipe, plan.args, plan.model_args
-    options = {"trust_remote_code": args.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(base_of(plan.model_name), **options)
-    auto = AutoModelForCausalLM
+    auto: Any = AutoModelForCausalLM
     if recipe.stage == "reward":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
     if attention := packed_attention(model_args.attn_implementation):
@@ -168,7 +167,7 @@ def check_modules(plan: Plan) -> bool:
     named, linear = model_args.lora_target_modules, _linear_layers(model)
     missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
     reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
-    adapter = get_peft_config(model_args)
+    adapter: Any = get_peft_config(model_args)  # a LoraConfig; TRL annotates what all methods of PEFT share
     if recipe.stage == "reward":  # as in reward.load: the new head is trained and saved, not adapted
         heads = [
             n
@@ -270,7 +269,7 @@ def check_merge(plan: Plan) -> None:
         )
 
 
-def decide_max_length(recipe: Recipe, args: TrainingArguments, model_name: str) -> tuple[int | None, str | None]:
+def decide_max_length(recipe: Recipe, args: TrainingConfig, model_name: str) -> tuple[int | None, str | None]:
     """The recipe's max_length, or TRL's default capped at the model's positions; and the commit of a hub model.
 
     Beyond its positions a model fails with an index error deep in an embedding.

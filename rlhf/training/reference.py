@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from rlhf.distributed.sharding import unsharded
 from rlhf.files import lock_file, write_file
 from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
 
 FORMAT = 2  # part of every key: increment it when the computation changes
 MAX_TOKENS = 4096  # maximum per forward pass
@@ -128,7 +132,7 @@ def reference_key(model, path: str, **more: Any) -> str:
     for name, tensor in reference_tensors(model):
         tensor = tensor.detach().contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -143,8 +147,8 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    wrapped = [n for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    wrapped = tuple(f"{name}." for name in wrapped)
+    layers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, layers))
     base = ("base_layer.", "original_module.")
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -165,7 +169,9 @@ def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
-def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None, stopper: Stopper | None = None):
+def add_reference_logps(
+    trainer: DPOTrainer, dataset, path: str, folder: Path | None = None, stopper: Stopper | None = None
+):
     """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer reads.
 
     Args:
@@ -180,13 +186,15 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None,
 
     A collective: all ranks share the computation, the main one reads and writes files.
     """
-    args = trainer.args
-    if not hasattr(trainer, "_reference_key"):  # the weights are hashed once, for training and held-out rows
-        trainer._reference_key = reference_key(
+    args = cast("DPOConfig", trainer.args)
+    key = getattr(trainer, "_reference_key", "")
+    if not key:  # the weights are hashed once, for training and held-out rows
+        key = reference_key(
             trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model), path,
             autocast=trainer.accelerator.mixed_precision, device=args.device.type, ld_alpha=trainer.ld_alpha,
         )  # fmt: skip
-    shards = Shards((folder or cache_dir() / "reference") / trainer._reference_key)
+        trainer._reference_key = key  # type: ignore[attr-defined]  # ours
+    shards = Shards((folder or cache_dir() / "reference") / key)
     rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     keys = [pair_key(row, args.max_length, args.truncation_mode) for row in rows]
     known = _from_main(trainer, lambda: _only(shards.read(), keys))
@@ -202,7 +210,9 @@ def add_reference_logps(trainer, dataset, path: str, folder: Path | None = None,
     return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
 
-def wait_for_turn(trainer, turn: contextlib.ExitStack, folder: Path, stopper: Stopper | None = None) -> None:
+def wait_for_turn(
+    trainer: DPOTrainer, turn: contextlib.ExitStack, folder: Path, stopper: Stopper | None = None
+) -> None:
     """Let one run at a time build a reference: the other runs (of a sweep) wait, then read it from the cache.
 
     Args:
@@ -247,7 +257,9 @@ def _only(entries: Logps, keys: list[bytes]) -> Logps:
     return {key: entries[key] for key in keys if key in entries}
 
 
-def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stopper: Stopper | None = None) -> Logps:
+def compute_logps(
+    trainer: DPOTrainer, rows, missing: dict[bytes, int], shards: Shards, stopper: Stopper | None = None
+) -> Logps:
     """The entries of the `missing` pairs (key to row): each rank computes its share and receives all of them."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
@@ -263,8 +275,8 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stop
             for start in range(0, len(batches), world):
                 turn = batches[start : start + world]
                 # a rank without a batch repeats the first one: ZeRO-3 gathers weights from all ranks in every pass
-                mine = forward_logps(trainer, model, rows, turn[rank] if rank < len(turn) else turn[0], missing)
-                mine = list(mine.items()) if rank < len(turn) else []
+                found_here = forward_logps(trainer, model, rows, turn[rank] if rank < len(turn) else turn[0], missing)
+                mine = list(found_here.items()) if rank < len(turn) else []
                 new = dict(gather_object(mine) if world > 1 else mine)
                 found |= new
                 unwritten |= new
@@ -283,7 +295,7 @@ def compute_logps(trainer, rows, missing: dict[bytes, int], shards: Shards, stop
 
 
 @contextlib.contextmanager
-def callable_model(trainer, model):
+def callable_model(trainer: DPOTrainer, model):
     """A form of `model` that can be called before training has started.
 
     Under DeepSpeed that is an inference engine, which places and gathers the weights; it is destroyed afterwards. TRL
@@ -323,7 +335,7 @@ def token_batches(rows, missing: dict[bytes, int], max_tokens: int) -> list[list
     return batches
 
 
-def forward_logps(trainer, model, rows, batch: list[bytes], missing: dict[bytes, int]) -> Logps:
+def forward_logps(trainer: DPOTrainer, model, rows, batch: list[bytes], missing: dict[bytes, int]) -> Logps:
     """Log-probabilities of one batch, from TRL's own reference pass."""
     inputs = trainer._prepare_inputs(trainer.data_collator([rows[missing[key]] for key in batch]))
     was_training = model.training
@@ -336,7 +348,7 @@ def forward_logps(trainer, model, rows, batch: list[bytes], missing: dict[bytes,
 # --- a quantised reference -------------------------------------------------------------------------------------------
 
 
-def measure_bias(trainer, exact, beta: float, num_pairs: int = 32) -> dict[str, float]:
+def measure_bias(trainer: DPOTrainer, exact, beta: float, num_pairs: int = 32) -> dict[str, float]:
     """The bias that quantisation adds to the reference, measured on the first training pairs.
 
     Args:
@@ -348,7 +360,8 @@ def measure_bias(trainer, exact, beta: float, num_pairs: int = 32) -> dict[str, 
         pairs; mean_nats and worst_nats: |difference| of log-probabilities per answer; mean_margin_nats and
         worst_margin_nats: of margins per pair; loss and exact_loss: DPO's (sigmoid) at step 0 with either reference.
     """
-    rows = trainer.train_dataset.select(range(min(num_pairs, len(trainer.train_dataset))))
+    pairs = cast("Dataset", trainer.train_dataset)
+    rows = pairs.select(range(min(num_pairs, len(pairs))))
     rows = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     places = {i.to_bytes(16, "big"): i for i in range(len(rows))}
     found = []
@@ -379,7 +392,7 @@ def _write(shards: Shards, entries: Logps) -> None:
         shards.write(entries)
 
 
-def _from_main(trainer, read) -> Any:
+def _from_main(trainer: DPOTrainer, read) -> Any:
     """The main process's result of `read`, on all ranks: nodes may not share a cache folder."""
     from accelerate.utils import broadcast_object_list
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from rlhf.data.formats import preference_rows
 from rlhf.runs.stop import Stopper
 from rlhf.training.stage import Loaded, Plan, Stage
 from rlhf.upstream import check_upstream
+
+if TYPE_CHECKING:
+    from rlhf.runs.checkpointing import CheckpointMixin
 
 
 def load(plan: Plan) -> Loaded:
@@ -20,14 +25,14 @@ def load(plan: Plan) -> Loaded:
     tokenizer = load_tokenizer(plan.model_name, plan.stage_args.chat_template, args.trust_remote_code, encoder=True)
     set_seed(args.seed)  # loading initialises the new head: the same seed must give the same weights
     model, new_modules = load_reward_model(plan.model_name, tokenizer, model_args, args.trust_remote_code)
-    adapter = get_peft_config(model_args)
+    adapter: Any = get_peft_config(model_args)  # a LoraConfig; TRL annotates what all methods of PEFT share
     if adapter is not None:
         adapter.task_type = "SEQ_CLS"
         adapter.modules_to_save = sorted({*(adapter.modules_to_save or []), *new_modules}) or None
     return Loaded(model, tokenizer, adapter)
 
 
-def build(plan: Plan, stopper: Stopper | None = None):
+def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     """TRL's RewardTrainer for this plan."""
     from trl import RewardTrainer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,21 +40,30 @@ class StageData:
             lines.append(skipped_line(self.skipped, total))
         if leaks.rows:
             lines.append(
-                f"{leaks.rows:,} of {len(self.heldout):,} held-out prompts are also in the training data (first: "
+                f"{leaks.rows:,} of {len(self.heldout or ()):,} held-out prompts are also in the training data (first: "
                 f"{leaks.first}); scores on them are not meaningful"
             )
         return lines
 
 
-def read_data(recipe: Recipe, to_rows: Callable[[Source, Reading], list[dict[str, Any]]]) -> StageData:
+def read_data(
+    recipe: Recipe,
+    to_rows: Callable[[Source, Reading], list[dict[str, Any]]],
+    given: Mapping[str, Source] | None = None,
+) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe.
 
     Args:
         to_rows: the stage's conversion of a Source to canonical rows; fills the Reading.
+        given: rows that Python code holds, by the key (`dataset_name`, `eval_dataset_name`) that would name their file.
     """
     reading, heldout_reading = (Reading(recipe.ours.bad_rows, can_skip=True) for _ in range(2))
-    source, digests = _training_source(recipe, reading)
-    heldout = _heldout_source(recipe)
+    given = given or {}
+    if "dataset_name" in given:
+        source, digests = given["dataset_name"], {"dataset_name": given["dataset_name"].digest}
+    else:
+        source, digests = _training_source(recipe, reading)
+    heldout = given["eval_dataset_name"] if "eval_dataset_name" in given else _heldout_source(recipe)
     limit, heldout_limit = recipe.ours.max_train_examples, recipe.ours.max_eval_examples
     heldout_rows = None
     if share := recipe.ours.heldout:
@@ -84,9 +93,10 @@ def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str
     if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
     if recipe.ours.chosen_dataset_name:
-        sides = [load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES]
-        return join_chosen_rejected(*sides, reading), {k: s.digest for k, s in zip(_SIDES, sides, strict=True)}
-    name, config = recipe.ours.dataset_name, recipe.ours.dataset_config
+        chosen, rejected = (load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES)
+        digests = {_SIDES[0]: chosen.digest, _SIDES[1]: rejected.digest}
+        return join_chosen_rejected(chosen, rejected, reading), digests
+    name, config = recipe.values["dataset_name"], recipe.ours.dataset_config
     source = load_source(name, split, config, recipe.where("dataset_name"))
     return source, {"dataset_name": source.digest}
 
@@ -97,7 +107,8 @@ def _heldout_source(recipe: Recipe) -> Source | None:
     if recipe.ours.eval_dataset_name:
         return load_source(recipe.ours.eval_dataset_name, split, None, where("eval_dataset_name"))
     if split:
-        return load_source(recipe.ours.dataset_name, split, recipe.ours.dataset_config, where("dataset_test_split"))
+        name = recipe.values["dataset_name"]
+        return load_source(name, split, recipe.ours.dataset_config, where("dataset_test_split"))
     if recipe.get("eval_strategy", "no") != "no" and not recipe.ours.heldout:
         raise UserError(
             f"{where('eval_strategy')}: there is nothing to evaluate on; set heldout, dataset_test_split or eval_dataset_name"

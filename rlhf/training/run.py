@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
+from rlhf.data.sources import Source
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
@@ -34,6 +35,9 @@ from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
 from rlhf.training.rows import StageData
 from rlhf.training.stage import Plan, Stage
 
+if TYPE_CHECKING:
+    from rlhf.runs.checkpointing import CheckpointMixin
+
 
 def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool = False) -> None:
     """Plan, then train the stage unless its folder is already complete.
@@ -45,8 +49,16 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool 
         Stopped: it was asked to stop and can be resumed.
         UserError: with the place and the fix, before a model loads.
     """
-    recipe = _load(stage, recipe_path, overrides, fresh)
-    inputs = read_inputs(stage, recipe)
+    run_recipe(stage, _load(stage, recipe_path, overrides, fresh))
+
+
+def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None = None) -> None:
+    """`run_stage` of a recipe that is read already.
+
+    Args:
+        given: rows that Python code holds, by the key that would name their file.
+    """
+    inputs = read_inputs(stage, recipe, given=given)
     if inputs.run.complete:
         return announce_complete(stage, inputs.run)
     say(f"\n=== {stage.title}: {recipe.path}")
@@ -102,7 +114,7 @@ def _load(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool) -> 
 
 
 def announce_complete(stage: Stage, run: RunFolder) -> None:
-    say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete)})")
+    say(f"{stage.title:<12} complete: {run.folder}  ({describe_complete(run.complete or {})})")
 
 
 @contextlib.contextmanager
@@ -126,7 +138,7 @@ def check_room(plan: Plan, run: RunFolder) -> None:
     check_disk(run.folder, needed, "the rest of the run (a checkpoint beside the last one, and the finished model)")
 
 
-def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper):
+def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], stopper: Stopper) -> CheckpointMixin:
     """Build the stage's trainer, write the run folder's first files, and describe the run on the screen.
 
     Raises:
@@ -162,7 +174,7 @@ def _start(run: RunFolder, recipe: Recipe, digests: dict[str, str], arguments: d
     write_train_prompts(run.folder, data.train)
 
 
-def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
+def train(plan: Plan, trainer: CheckpointMixin, run: RunFolder, stopper: Stopper) -> float:
     """Train to the end; returns the seconds it took.
 
     Raises:
@@ -178,7 +190,8 @@ def train(plan: Plan, trainer, run: RunFolder, stopper: Stopper) -> float:
     trainer.use_fault_tolerance(FaultTolerance(
         run.folder, stopper, plan.topology.record(plan.args.world_size),
         watchdog_s=60 * stage_args.watchdog_minutes or None, max_spike=stage_args.max_gradient_spike or None,
-        portable=plan.portable, restore=PortableState(Path(run.resume_from)) if run.resumes_unsharded else None,
+        portable=plan.portable,
+        restore=PortableState(Path(run.resume_from)) if run.resume_from and run.resumes_unsharded else None,
     ))  # fmt: skip
     started = time.time()
     try:
@@ -199,7 +212,7 @@ def out_of_memory(error: Exception, rank: int, max_tokens: int) -> OutOfMemory:
     )
 
 
-def train_or_restore(trainer, run: RunFolder) -> None:
+def train_or_restore(trainer: CheckpointMixin, run: RunFolder) -> None:
     """Train; or, if the checkpoint is that of the last step, only load it.
 
     transformers 5.23 runs one step too many when it resumes a run that max_steps ended in the middle of an epoch.
@@ -209,7 +222,7 @@ def train_or_restore(trainer, run: RunFolder) -> None:
     if run.resume_from:
         state = TrainerState.load_from_json(str(Path(run.resume_from) / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            if trainer.fault_tolerance.restore:
+            if trainer.fault_tolerance and trainer.fault_tolerance.restore:
                 trainer.fault_tolerance.restore.restore_weights(trainer.model)
             trainer._load_from_checkpoint(run.resume_from)
             trainer.state = state
@@ -224,7 +237,7 @@ def describe_data(recipe: Recipe, data: StageData) -> None:
         say(f"{name}: {text}")
 
 
-def _announce(plan: Plan, trainer, run: RunFolder) -> None:
+def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:
     args, data = plan.args, plan.data
     model = trainer.model
     total, trained = count_parameters(model)

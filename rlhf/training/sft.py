@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rlhf.data.formats import sft_rows
 from rlhf.runs.stop import Stopper
 from rlhf.training.stage import Loaded, Plan, Stage
 from rlhf.upstream import check_upstream
+
+if TYPE_CHECKING:
+    from rlhf.runs.checkpointing import CheckpointMixin
 
 
 def load(plan: Plan) -> Loaded:
@@ -21,7 +26,7 @@ def load(plan: Plan) -> Loaded:
     return Loaded(model, tokenizer, None if plan.continues_adapter else get_peft_config(plan.model_args))
 
 
-def build(plan: Plan, stopper: Stopper | None = None):
+def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     """TRL's SFTTrainer for this plan."""
     from trl import SFTTrainer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
@@ -17,8 +17,12 @@ from rlhf.training.rows import StageData
 if TYPE_CHECKING:  # imported where it is used: it takes seconds
     from datasets import Dataset
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
+
+    from rlhf.runs.checkpointing import CheckpointMixin
+
+    TrainingConfig: TypeAlias = SFTConfig | RewardConfig | DPOConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Plan:
     """
 
     recipe: Recipe
-    args: SFTConfig | RewardConfig | DPOConfig
+    args: TrainingConfig
     model_args: ModelConfig
     stage_args: StageConfig
     topology: Topology
@@ -89,7 +93,7 @@ class Stage:
     title: str
     to_rows: Callable[[Source, Reading], list[dict[str, Any]]]
     load: Callable[[Plan], Loaded]
-    build: Callable[[Plan, Stopper | None], Trainer]
+    build: Callable[[Plan, Stopper | None], CheckpointMixin]
     probe: Callable[[Dataset], list[list[int]]]
     packing_mode: Literal["pairs", "rows"]
     check: Callable[[Plan], None] = lambda plan: None

@@ -12,12 +12,24 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError
 from rlhf.models.precision import compute_dtype
+
+if TYPE_CHECKING:
+    from trl import DPOConfig, DPOTrainer
+
+    from rlhf.training.trainer import GlobalBatches
+
+    class CheckedTrainer(GlobalBatches, DPOTrainer):
+        """What is checked: TRL's trainer on global batches."""
+
+        args: DPOConfig
+
 
 PAIRS = 8  # at most this many pairs of the first micro-batch
 FLOOR_NATS = 0.02  # harmless in any dtype: a reward of 2e-3 at beta 0.1
@@ -65,7 +77,7 @@ class Start:
         )
 
 
-def check_start(trainer, model, inputs) -> Start:
+def check_start(trainer: CheckedTrainer, model, inputs) -> Start:
     """Compare policy and reference on the first micro-batch. A collective: all ranks run the same forward passes.
 
     Args:
@@ -115,7 +127,7 @@ def refuse_wrong_start(start: Start) -> None:
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 
 
-def compare_logps(trainer, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def compare_logps(trainer: CheckedTrainer, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(policy minus reference, policy minus itself in another batch shape), per answer, in nats."""
     small = first_pairs(batch, PAIRS)
     policy = policy_logps(trainer, model, small)
@@ -129,14 +141,14 @@ def compare_logps(trainer, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     return policy.float() - reference.float(), again[:, :shared].float() - policy[:, :shared].float()
 
 
-def policy_logps(trainer, model, batch) -> torch.Tensor:
+def policy_logps(trainer: CheckedTrainer, model, batch) -> torch.Tensor:
     """(2, pairs): chosen and rejected, from TRL's reference pass with the policy in place of the reference."""
     with policy_as_reference(trainer, model):
         return torch.stack(trainer.compute_ref_log_probs(model, batch))
 
 
 @contextlib.contextmanager
-def policy_as_reference(trainer, model) -> Iterator[None]:
+def policy_as_reference(trainer: CheckedTrainer, model) -> Iterator[None]:
     """Set the policy as `ref_model`: without one, TRL disables the adapter for a reference pass."""
     before, trainer.ref_model = trainer.ref_model, model
     try:
@@ -166,7 +178,7 @@ def other_shape(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def expected_loss(trainer) -> tuple[float | None, float]:
+def expected_loss(trainer: CheckedTrainer) -> tuple[float | None, float]:
     """The loss if all log-ratios are 0, and its maximum change if each answer's log-ratio is off by one nat.
 
     None for losses that depend on more than log-ratios: the SFT loss, WPO's weights, the experts' load-balancing loss.

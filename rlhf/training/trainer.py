@@ -71,10 +71,11 @@ class StepLoader(DataLoader):
     """The steps of an epoch, one at a time; `set_epoch` selects the epoch."""
 
     def __init__(self, steps: Steps, steps_per_epoch: int, **options):
-        super().__init__(steps, batch_sampler=EpochSteps(steps_per_epoch), collate_fn=_first, **options)
+        self.epoch_steps = EpochSteps(steps_per_epoch)
+        super().__init__(steps, batch_sampler=self.epoch_steps, collate_fn=_first, **options)
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        self.epoch_steps.set_epoch(epoch)
 
 
 class EpochSteps:
@@ -137,7 +138,7 @@ class GlobalBatches(CheckpointMixin):
         accelerate 1.15 has FSDP2 cast them to bf16: log-probabilities, whose sums were off by several nats.
         """
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
             exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = exact
@@ -161,6 +162,7 @@ class GlobalBatches(CheckpointMixin):
 
     def _steps(self, rows, num_tokens: list[int], order) -> Steps:
         self._set_signature_columns_if_needed()
+        assert self.global_batch is not None and self._signature_columns is not None
         rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
         return Steps(
             rows, num_tokens, self.data_collator, order, rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
@@ -202,7 +204,7 @@ class GlobalBatches(CheckpointMixin):
             self._flops_per_token = flops_per_token(self.accelerator.unwrap_model(self.model))
             cuda = self.args.device.type == "cuda"
             self._peak_flops = peak_flops(torch.cuda.get_device_name(self.args.device)) if cuda else None
-        if self._peak_flops:
+        if self._peak_flops and self.global_batch:
             computed = tokens if self.global_batch.padded else inputs["tokens"]
             peak = self._peak_flops * self.accelerator.num_processes
             found["mfu"].append(self._flops_per_token * computed / seconds / peak)
@@ -219,7 +221,7 @@ class GlobalBatches(CheckpointMixin):
             self._step_weight = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._step_weight is None:
             return found
         return (found[0] * self._step_weight, found[1]) if return_outputs else found * self._step_weight
@@ -280,7 +282,8 @@ class GlobalBatches(CheckpointMixin):
                 weight += mass
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = float(self.accelerator.reduce(torch.tensor(total / weight, device=self.args.device), "mean"))
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, number)
+        nothing: Any = None  # TRL's predictions are not asked for
+        return EvalLoopOutput(nothing, None, {f"{metric_key_prefix}_loss": loss}, number)
 
     # --- metrics
 
@@ -360,7 +363,7 @@ def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pack(trainer, plan: Plan) -> bool:
+def pack(trainer: GlobalBatches, plan: Plan) -> bool:
     """Make the trainer's models compute on one padding-free row, or report why they can't (never a silent change).
 
     Returns:
@@ -372,8 +375,8 @@ def pack(trainer, plan: Plan) -> bool:
 
     asked = plan.recipe.get("attn_implementation")
     models = [trainer.model]
-    if getattr(trainer, "ref_model", None) is not None:
-        models.append(trainer.accelerator.unwrap_model(trainer.ref_model))
+    if (reference := getattr(trainer, "ref_model", None)) is not None:
+        models.append(trainer.accelerator.unwrap_model(reference))
     for reason in filter(None, map(why_not, models)):
         say(f"note: batches are padded, not packed: {reason}")
         if is_flash(asked):
@@ -391,7 +394,7 @@ def pack(trainer, plan: Plan) -> bool:
     return True
 
 
-def use_global_batches(trainer, plan: Plan, packed: bool) -> None:
+def use_global_batches(trainer: GlobalBatches, plan: Plan, packed: bool) -> None:
     """Set the recipe's global batch size on the trainer, if it has one, after checking the longest example.
 
     Raises:
