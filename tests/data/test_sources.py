@@ -294,7 +294,7 @@ def test_recipe_with_a_split_that_its_file_does_not_have(tmp_path, recipe, capsy
     assert "has no split 'hello': a single file has one split" in capsys.readouterr().err
     other = write(tmp_path, "b.jsonl", json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}))
     assert main(["dpo", recipe("dpo", eval_dataset_name=other, **values), "--check"]) == 2
-    assert "'m' is no local folder" in capsys.readouterr().err  # the data is right; the model isn't there
+    assert "'m' is not a local folder" in capsys.readouterr().err  # the data is right; the model isn't there
     evaluation = dict(dataset_name=path, sft_model="m", dpo_model="d", output_dir=str(tmp_path / "e"))
     main(["evaluate", recipe("evaluate", **evaluation), "--check"])
     assert "has no split" not in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_logits_that_are_no_numbers_are_noticed_in_any_row(row, tiny_llama, tmp_
     probe = [[3, 4, 5], [6, 7]]
     expected = probe_logits(model, probe)
     expected[row][0, -1, 0] = float("nan")
-    with pytest.raises(RunFailed, match="is not the one that was trained: its logits differ by nan"):
+    with pytest.raises(RunFailed, match="differs from the trained one: its logits differ by nan"):
         save_finished(model, tokenizer, tmp_path, reward=False, merge=True, probe=probe, expected=expected)
     assert not (tmp_path / "model.safetensors").exists()
 

@@ -187,7 +187,7 @@ def test_another_model_as_reference(recipe, llama_64, tiny_llama, few_pairs, tmp
     [
         ({"use_peft": True, "load_in_4bit": True}, "a quantised policy is its own 4-bit reference"),
         ({"reference": "cached", "reference_model": "x"}, "'reference_model' has no effect without `reference: nf4`"),
-        ({"reference_model": "/nowhere/at/all"}, "'/nowhere/at/all' is no local folder"),
+        ({"reference_model": "/nowhere/at/all"}, "'/nowhere/at/all' is not a local folder"),
     ],
 )
 def test_what_a_4_bit_reference_cannot_be(values, sentence, recipe, llama_64, few_pairs, tmp_path, capsys):

@@ -120,7 +120,7 @@ def test_the_models_of_an_evaluation(recipe, tiny_llama, few_pairs, tmp_path, ca
     assert f"{tiny_llama} holds a policy; 'reward_model' names a reward model" in capsys.readouterr().err
     file = recipe("evaluate", **values, dpo_model="nosuch/model")
     assert main(["evaluate", file, "--check"]) == 2
-    assert "'nosuch/model' is no local folder" in capsys.readouterr().err
+    assert "'nosuch/model' is not a local folder" in capsys.readouterr().err
     assert main(["evaluate", recipe("evaluate", **values, dpo_model=tiny_llama), "--check"]) == 0
     assert "ok (12 pairs (what the models were trained on is not known))" in capsys.readouterr().out
 
