@@ -41,7 +41,7 @@ def lock_and_find_checkpoint(run: RunFolder, where: str, topology: dict[str, Any
         raise UserError(refused)
     try:
         checkpoint = verified_checkpoint(run.folder)
-        unsharded = bool(checkpoint) and check_readable(checkpoint, topology)
+        unsharded = check_readable(checkpoint, topology) if checkpoint else False
     except BaseException:
         if lock:
             lock.release()

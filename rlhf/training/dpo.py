@@ -118,8 +118,7 @@ def check(plan: Plan) -> None:
 
 def check_reference(plan: Plan) -> None:
     """Reject unsupported reference settings."""
-    args, stage_args, recipe = plan.args, plan.stage_args, plan.recipe
-
+    args, stage_args, recipe = cast("DPOConfig", plan.args), plan.stage_args, plan.recipe
     if args.sync_ref_model and plan.model_args.use_peft:
         raise UserError(f"{recipe.where('sync_ref_model')}: sync_ref_model needs full fine-tuning; remove `use_peft`")
     if args.sync_ref_model and stage_args.reference == "cached":
