@@ -76,7 +76,7 @@ def merge_adapter(model):
 
     if not is_quantised(model):
         return model.merge_and_unload()
-    adapted = {
+    adapted: dict[str, Any] = {
         name.removeprefix("base_model.model."): layer
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)

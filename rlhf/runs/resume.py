@@ -41,7 +41,7 @@ def take_over(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder
         raise UserError(refused)
     try:
         checkpoint = verified_checkpoint(run.folder)
-        unsharded = bool(checkpoint) and check_readable(checkpoint, topology)
+        unsharded = checkpoint is not None and check_readable(checkpoint, topology)
     except BaseException:
         if lock:
             lock.release()
