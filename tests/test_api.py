@@ -201,7 +201,7 @@ def test_model_that_cannot_be_packed(tiny_distilbert, rows, tmp_path):
     rows = [row | {"prompt": "a", "chosen": " b", "rejected": " c"} for row in rows]
     trainer = plain_trainer("reward", tmp_path, tiny_distilbert, rows, lora=False, eos_token="[SEP]")
     assert pack(trainer) == (
-        "batches are padded, not packed: DistilBertModel is an encoder: its tokens see what comes after them"
+        "batches are padded, not packed: DistilBertModel is an encoder: its tokens attend to later ones"
     )
     trainer.train()
 
@@ -284,7 +284,7 @@ def test_other_stages(stage, keys, rows, tmp_path):
         ({"stage": "evaluate"}, "recipe: stage is 'evaluate'; rlhf.train runs sft, reward, dpo"),
         ({"stage": None}, "recipe: the recipe does not say its stage; rlhf.train runs sft, reward, dpo"),
         ({"learning_rate": "much"}, "recipe: 'learning_rate' is 'much'; expected a number"),
-        ({"output_dir": None}, "recipe: key 'output_dir' is missing; it says where the results go"),
+        ({"output_dir": None}, "recipe: key 'output_dir' is missing; it names the folder for the results"),
         ({"dataset_train_split": "train"}, "recipe: dataset_train_split has no effect on rows that are given; remove it"),
         ({"beta": -1}, "recipe: 'beta' is -1.0; expected a number above 0 and at most 1000 (0.01 to 1 is usual)"),
     ],
@@ -307,7 +307,7 @@ def test_mistake_in_the_call(keys, rows):
         ([], "train_dataset has no rows; expected one example a row"),
         (["a"], "train_dataset, row 1: expected a dict of column names and values, found 'a'"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}],
-         "train_dataset, row 1: 'chosen' and 'rejected' are the same; a pair without a difference teaches nothing: remove it"),
+         "train_dataset, row 1: 'chosen' and 'rejected' are equal, so there is nothing to learn; remove the pair"),
         ("pairs.jsonl", "train_dataset is a str; expected a datasets.Dataset or a list of dicts, one a row"),
         (DatasetDict(train=Dataset.from_list([{"a": 1}])),
          "train_dataset has the splits train; give one of them, as in train_dataset=dataset['train']"),
