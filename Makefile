@@ -1,6 +1,6 @@
 # make setup       a virtual environment in .venv with the locked versions
 # make quickstart  SFT -> reward model -> DPO -> evaluation -> report, on a small real model (about 10 minutes on 2 cores)
-# make test        the whole test suite
+# make test        all tests but the slow ones (about 6 minutes on 2 cores)
 # make lint        ruff, mypy, shellcheck, hadolint
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
 # make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
