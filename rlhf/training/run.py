@@ -18,7 +18,7 @@ from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
 from rlhf.data.sources import Source
-from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.processes import is_main, on_main, rank, say
 from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
 from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
@@ -66,7 +66,7 @@ def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None 
     quiet_libraries(len(inputs.data.train))
     with Stopper(inputs.run.folder) as stopper:
         plan = make_plan(stage, recipe, topology_of_environment(), inputs)
-        with open_folder(plan, inputs.run) as run:
+        with open_folder(plan, inputs.run) as run, reporting_out_of_memory(plan):
             trainer = build(stage, plan, run, inputs.digests, stopper)
             seconds = train(plan, trainer, run, stopper)
             finish(stage, plan, trainer, run, seconds)
@@ -179,10 +179,7 @@ def train(plan: Plan, trainer: CheckpointMixin, run: RunFolder, stopper: Stopper
 
     Raises:
         Stopped: it was asked to stop and can be resumed.
-        OutOfMemory: the GPU is out of memory.
     """
-    import torch
-
     from rlhf.runs.checkpointing import FaultTolerance, raise_if_stopped
     from rlhf.runs.portable import PortableState
 
@@ -194,20 +191,32 @@ def train(plan: Plan, trainer: CheckpointMixin, run: RunFolder, stopper: Stopper
         restore=PortableState(Path(run.resume_from)) if run.resume_from and run.resumes_unsharded else None,
     ))  # fmt: skip
     started = time.time()
-    try:
-        train_or_restore(trainer, run)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, plan.args.process_index, stage_args.max_tokens_per_device) from None
+    train_or_restore(trainer, run)
     watch(None)
     raise_if_stopped(trainer)
     return time.time() - started
 
 
-def out_of_memory(error: Exception, rank: int, max_tokens: int) -> OutOfMemory:
+@contextlib.contextmanager
+def reporting_out_of_memory(plan: Plan) -> Iterator[None]:
+    """Turn torch's error into one that names the rank and the remedies, also while the model or the reference loads.
+
+    Raises:
+        OutOfMemory: the GPU is out of memory.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, plan) from None
+
+
+def out_of_memory(error: Exception, plan: Plan) -> OutOfMemory:
     """The error that names the rank and the remedies."""
     return OutOfMemory(
-        f"rank {rank} is out of GPU memory ({' '.join(str(error).split())[:200]}). Lower max_tokens_per_device (it is "
-        f"{max_tokens}), set `gradient_checkpointing: true`, or use a launch file that shards the model "
+        f"rank {rank()} is out of GPU memory ({' '.join(str(error).split())[:200]}). Lower max_tokens_per_device (it is "
+        f"{plan.stage_args.max_tokens_per_device}), set `gradient_checkpointing: true`, or use a launch file that shards the model "
         "(launch/zero3.yaml, launch/fsdp2.yaml); after the first two the same command resumes from the last checkpoint"
     )
 

@@ -213,13 +213,17 @@ def test_a_gradient_that_is_far_off_ends_the_run(recipe, tiny_llama, few_pairs, 
     assert main(["dpo", file, "--max_gradient_spike", "0"]) == 0
 
 
-def test_out_of_memory_is_one_sentence_of_that_process(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("method", ["__init__", "compute_loss"])
+def test_out_of_memory_is_one_sentence_of_that_process(
+    method, recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys
+):
+    """In a step, and already while the trainer moves its model to the GPU."""
     from trl import RewardTrainer
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(RewardTrainer, "compute_loss", full)
+    monkeypatch.setattr(RewardTrainer, method, full)
     file = recipe(
         "reward", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), **LORA
     )
