@@ -260,7 +260,7 @@ RUNS = (
     Defect(
         "schedule-starts-again", "a resumed run starts its learning rate's schedule from the beginning",
         "rlhf/runs/portable.py",
-        'scheduler.last_epoch = int(self.get("schedule", "last_epoch"))',
+        "scheduler.last_epoch = int(last_epoch)",
         "scheduler.last_epoch = 0",
         ("tests/runs/test_portable.py::test_goes_on_from_one_piece_to_the_bit[sft]",),
     ),
@@ -429,9 +429,9 @@ DATA = (
     ),
     Defect(
         "no-effect-unnoticed", "a key that has no effect in this recipe is not refused",
-        "rlhf/config/recipe.py",
-        "    check_effects(stage, values, recipe.where, {key for key, line in lines.items() if line is None})\n",
-        "",
+        "rlhf/config/recipe_checks.py",
+        "        if reason := without_effect(key, stage, values, decided):",
+        "        if reason := None and without_effect(key, stage, values, decided):",
         ("tests/config/test_refusals.py::test_key_without_effect",),
     ),
     Defect(
