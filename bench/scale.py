@@ -121,7 +121,8 @@ def built_bytes(launch: str, parameters: list, processes: int, micro_batches: in
         return (micro_batches if launch == "zero2" else 1) * 2 * reduce + reduce
     if launch == "fsdp2":
         gathered = micro_batches * (2 * weights - head - size("model.norm."))
-        return ring_bytes("all-gather", gathered, processes) + reduce
+        full = all(p[3] for p in parameters)
+        return ring_bytes("all-gather", gathered, processes) + (micro_batches if full else 1) * reduce
     return zero_bytes(launch, trained, weights, processes, micro_batches)
 
 
@@ -134,8 +135,9 @@ Where the ratio to the paper is not 1, this is done instead (read in the librari
   before. With LoRA it sends less: the embedding and the first layer's q, k and v pass no gradient on, and are not gathered
   backward. With gradient checkpointing (full+gc) and one micro-batch it sends more: a layer's matrices are gathered a third
   time, to compute it again. FSDP2 gathers a layer once for both.
-- FSDP2: accelerate keeps the last norm and the head from forward to backward. Gradients stay whole until the last
-  micro-batch (no_sync) and are reduce-scattered once: less to send, but each process holds a whole gradient.
+- FSDP2: accelerate keeps the last norm and the head from forward to backward. LoRA's gradients
+  stay unsharded until the last micro-batch (no_sync) and are reduce-scattered once; with full fine-tuning that would be
+  4 bytes per parameter on every rank, so they are reduce-scattered in each micro-batch, as in the paper.
 
 Other: gradient norms, metrics, DDP's buffers and its map of used parameters (find_unused_parameters)."""
 

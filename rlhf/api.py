@@ -262,7 +262,7 @@ def _call(recipe: Any, given: Mapping[str, Source], keys: dict[str, Any]) -> str
     """The call as provenance.json records it; recipe.yaml beside it has all keys."""
     words = ["recipe" if isinstance(recipe, Mapping) else repr(os.fspath(recipe))]
     words += [f"{source.name}=<{len(source.rows)} rows>" for source in given.values()]
-    words += [f"{key}={'...' if TOKEN.fullmatch(f'--{key}') else quote(_plain(value))}" for key, value in keys.items()]
+    words += [f"{key}={'...' if TOKEN.fullmatch(f'--{key}') else repr(_plain(value))}" for key, value in keys.items()]
     return f"{CALL}{', '.join(words)})"
 
 

@@ -239,15 +239,15 @@ def test_train_with_a_dict_and_rows(keys, rows, few_pairs, tmp_path, capsys):
     provenance = json.loads((run.folder / "provenance.json").read_text())
     call = "rlhf.train(recipe, train_dataset=<12 rows>, eval_dataset=<4 rows>, beta=0.2)"
     assert (provenance["command"], provenance["launcher"], shell_line(provenance)) == ([call], None, call)
-    assert (run.folder / "recipe.yaml").read_text().startswith(f"# recipe, as it was run by `{call}`\n")
+    assert (run.folder / "recipe.yaml").read_text().startswith(f"# recipe, as run by `{call}`\n")
     assert "beta: 0.2\n" in (run.folder / "recipe.yaml").read_text()
     assert len(provenance["inputs"]["dataset_name"]) == len(provenance["inputs"]["heldout"]) == 64
-    assert "4 of 4 held-out prompts are in the training data too" in " ".join(capsys.readouterr().out.split())
+    assert "4 of 4 held-out prompts are also in the training data" in " ".join(capsys.readouterr().out.split())
 
     same = train(keys, train_dataset=Dataset.from_list(rows), eval_dataset=rows[:4], beta=0.2)
     assert same.complete == run.complete  # not trained again: the same rows, however they are held
     assert "complete: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="the content of dataset_name .python:train_dataset. is not what it was"):
+    with pytest.raises(UserError, match="differs in the content of dataset_name .python:train_dataset."):
         train(keys, train_dataset=rows[:11], eval_dataset=rows[:4], beta=0.2)
     fresh = train(keys, train_dataset=rows[:11], fresh=True)
     assert fresh.folder == tmp_path / "dpo-2" and fresh.complete["train_examples"] == 11

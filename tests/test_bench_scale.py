@@ -66,7 +66,7 @@ def llama_parameters(trained):
         ("zero2", "full", 2, 903, 2 * 2 * 903),
         ("zero2", "lora", 1, 5, 2 * 5),
         ("fsdp2", "full", 1, 2 * 903 - 402, 903),  # the head and the last norm once
-        ("fsdp2", "full", 2, 2 * (2 * 903 - 402), 903),
+        ("fsdp2", "full", 2, 2 * (2 * 903 - 402), 2 * 903),
         ("fsdp2", "lora", 1, 2 * 908 - 402, 5),
     ],
 )
