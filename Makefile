@@ -7,7 +7,7 @@
 # make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
 # make fuzz        N odd inputs (3000): recipes, command lines, data, run folders, ...; a table and what went wrong
 # make planted     defects planted in a copy, one at a time: a table of the tests that find them (about 4 minutes)
-# make lock        resolve requirements.lock anew
+# make lock        resolve requirements.lock again
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c

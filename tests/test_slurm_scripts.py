@@ -56,7 +56,7 @@ def recipes(recipe, tmp_path, few_pairs):
     [
         (["dpo"], "usage: sbatch [...] slurm/train.sbatch STAGE RECIPE.yaml"),
         (["chat", "dpo.yaml"], "'chat' is no stage; use sft, reward, dpo or evaluate"),
-        (["dpo", "dpo.yaml", "--fresh"], "--fresh would begin anew after every requeue"),
+        (["dpo", "dpo.yaml", "--fresh"], "--fresh would start from scratch after every requeue"),
         (["dpo", "dpo.yaml", "--procs-per-node", "many"], "--procs-per-node takes a number, not 'many'"),
         (["dpo", "dpo.yaml", "--launch"], "--launch needs a value"),
         (["dpo", "nowhere.yaml"], "no recipe at nowhere.yaml"),

@@ -126,7 +126,7 @@ run_stage() {
   export RLHF_EXIT_STOPPED=0   # any other code is a traceback of accelerate's; the status below tells
   if [ "$nodes" -gt 1 ] && [ "${RLHF_PREFLIGHT:-yes}" != no ]; then
     on_all_nodes $((on + 1)) preflight "$(recipe "$stage")" --quick ||
-      die "the preflight has found trouble; RLHF_PREFLIGHT=no leaves it out"
+      die "preflight has found errors; RLHF_PREFLIGHT=no leaves it out"
   fi
   on_all_nodes "$on" "$stage" "$(recipe "$stage")" || code=$?
   for _ in $(seq 30); do
