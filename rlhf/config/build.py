@@ -38,6 +38,8 @@ def build_configs(recipe: Recipe):
         args, model_args = config_class(**training), ModelConfig(**groups["ModelConfig"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{recipe.path}: {' '.join(str(error).split())}") from error
+    if dtype := default_dtype(recipe, on_cpu=bool(args.use_cpu), bf16=bool(args.bf16)):
+        model_args.dtype = dtype
     named = recipe.get("lora_target_modules")
     if isinstance(named, list) and named != ["all-linear"]:
         model_args.lora_target_modules = (
@@ -46,6 +48,18 @@ def build_configs(recipe: Recipe):
     if is_flash(model_args.attn_implementation):
         model_args.attn_implementation = _flash_or_packed(recipe, bool(args.use_cpu))
     return args, model_args, recipe.ours
+
+
+def default_dtype(recipe: Recipe, on_cpu: bool, bf16: bool) -> str | None:
+    """The dtype that weights load in where the recipe has no `dtype`; None leaves TRL's default, float32.
+
+    With LoRA on a GPU the base is frozen, so it loads in the dtype of its checkpoint (8 B parameters in bfloat16: 16 GB
+    instead of 32), and a 4- or 8-bit base computes in bfloat16. What is trained stays in float32: PEFT's adapters, a reward
+    model's new head, and with full fine-tuning the whole model.
+    """
+    if "dtype" in recipe.values or not recipe.uses_lora or on_cpu or not bf16:
+        return None
+    return "bfloat16" if recipe.is_quantised else "auto"
 
 
 def _set_precision(training: dict[str, Any], recipe: Recipe) -> None:

@@ -146,6 +146,12 @@ class EvaluateConfig:
         default=3, metadata={"help": "Number of prompts with answers of base, SFT and DPO side by side."}
     )
     batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch, or pairs per scored batch."})
-    dtype: str = field(default="float32", metadata={"choices": ["float32", "bfloat16", "float16"]})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["float32", "bfloat16", "float16"],
+            "help": "What the models are loaded in; default: their checkpoints' dtype on a GPU, float32 on a CPU.",
+        },
+    )
     use_cpu: bool = False
     seed: int = 42

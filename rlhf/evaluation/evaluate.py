@@ -218,7 +218,8 @@ def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
 def _load(name: str, config: EvaluateConfig, state, reward: bool):
     from rlhf.models.finished import load_finished
 
-    return load_finished(name, reward=reward, dtype=config.dtype, device=state.device)
+    dtype = config.dtype or (None if state.device.type == "cuda" else "float32")
+    return load_finished(name, reward=reward, dtype=dtype, device=state.device)
 
 
 def _free(model) -> None:

@@ -292,7 +292,8 @@ def num_parameters(folder: Path) -> int:
 def training_bytes(parameters: int, recipe: Recipe, topology: Topology, world: int) -> int:
     """Bytes of weights, gradients and Adam's two moments per device, without activations: a lower bound.
 
-    fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5); trained weights take as much again for the
+    fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5; LoRA's frozen base without `dtype`, which loads in
+    its checkpoint's on a GPU, is counted as 4); trained weights take as much again for the
     gradient and twice as much for Adam. ZeRO-1 shards Adam's moments over the ranks, ZeRO-2 also the gradients, ZeRO-3
     and FSDP2 all three.
     """

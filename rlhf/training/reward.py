@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.formats import preference_rows
+from rlhf.distributed.sharding import is_zero3
 from rlhf.runs.stop import Stopper
 from rlhf.training.stage import Loaded, Plan, Stage
 from rlhf.upstream import check_upstream
@@ -43,8 +44,21 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
 
     check_upstream("reward", plan.model_args.load_in_4bit or plan.model_args.load_in_8bit)
     trainer = Trainer(**trainer_arguments(plan, load(plan)))
+    if plan.args.bf16 or plan.args.fp16:  # autocast feeds it in 16 bits
+        train_head_in_float32(trainer.model)
     use_global_batches(trainer, plan, pack(trainer, plan))
     return trainer
+
+
+def train_head_in_float32(model: Any) -> None:
+    """Hold a head that LoRA trains beside its adapters in float32, as PEFT holds the adapters.
+
+    PEFT copies it in the base's dtype; in bfloat16 most of Adam's small updates would be rounded away. Under ZeRO-3
+    DeepSpeed has its own float32 copy.
+    """
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name and parameter.requires_grad and not is_zero3(parameter):
+            parameter.data = parameter.data.float()
 
 
 def probe(dataset) -> list[list[int]]:

@@ -15,10 +15,10 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config.build import build_configs
+from rlhf.config.build import build_configs, default_dtype
 from rlhf.config.key_effects import REFUSED
 from rlhf.config.keys import LATE_CHOICES
-from rlhf.config.recipe import HARMLESS, allowed_keys, load_recipe
+from rlhf.config.recipe import HARMLESS, Recipe, allowed_keys, load_recipe
 from rlhf.config.stage_config import STAGES, TRAINING_STAGES, StageConfig
 from rlhf.errors import UserError, quote
 
@@ -544,3 +544,21 @@ def test_what_trl_refuses_names_the_recipe(tmp_path):
     with pytest.raises(UserError) as caught:
         build_configs(recipe)
     assert str(caught.value).startswith(f"{recipe.path}: --tf32 requires Ampere")
+
+
+# --- the dtype that weights load in ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "on_cpu", "bf16", "dtype"),
+    [
+        ({"use_peft": True}, False, True, "auto"),  # a frozen base: its checkpoint's
+        ({"use_peft": True, "load_in_4bit": True}, False, True, "bfloat16"),  # what 4 bits compute in
+        ({"use_peft": True, "dtype": "float32"}, False, True, None),  # the recipe decides
+        ({"use_peft": True}, True, True, None),  # a CPU: float32, TRL's default
+        ({"use_peft": True}, False, False, None),  # a GPU without bfloat16
+        ({}, False, True, None),  # full fine-tuning: float32 masters
+    ],
+)
+def test_default_dtype(values, on_cpu, bf16, dtype):
+    assert default_dtype(Recipe("dpo", "r.yaml", values, {}), on_cpu, bf16) == dtype

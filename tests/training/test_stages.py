@@ -371,3 +371,19 @@ def test_lora_on_one_kind_of_module(recipe, tiny_llama, few_pairs, tmp_path, cap
     assert main(["sft", none]) == 2
     shown = capsys.readouterr().err
     assert "none.yaml:" in shown and "c_attn" in shown and "`all-linear` is right for any model" in shown
+
+
+def test_the_head_of_a_bfloat16_reward_model_is_trained_in_float32(recipe, tiny_llama, few_pairs, tmp_path):
+    """PEFT copies a new head in the base's bfloat16, in which a learning rate of 1e-5 changes nothing."""
+    from rlhf.distributed.topology import topology_of_environment
+    from rlhf.training.plan import make_plan
+    from rlhf.training.reward import REWARD
+
+    file = recipe("reward", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), bf16=True,
+                  dtype="bfloat16", use_cpu=True, **LORA)  # fmt: skip
+    trainer = REWARD.build(make_plan(REWARD, load_recipe(file, "reward"), topology_of_environment()), None)
+    dtypes = {(name.rpartition("score")[1], p.requires_grad): p.dtype for name, p in trainer.model.named_parameters()}
+    assert dtypes[("score", True)] == dtypes[("", True)] == torch.float32 and dtypes[("", False)] == torch.bfloat16
+    before = trainer.model.score.modules_to_save["default"].weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.model.score.modules_to_save["default"].weight)
