@@ -213,6 +213,9 @@ TORCH_AND_PYTHON = [
     *_of("torch.optim.lr_scheduler", "LRScheduler", "runs/portable.py", {
         "_last_lr": "the learning rate of a resumed run", "_step_count": "the learning rate of a resumed run",
     }, in_code=True),
+    *_of("torch.distributed.distributed_c10d", "", "distributed/processes.py", {
+        "_get_default_store": "waiting for the main rank without a collective's time-out",
+    }),
     *_of("torch.distributed.tensor", "DTensor", "distributed/sharding.py", {"full_tensor": "the unsharded model under FSDP2"}),
     *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "training/trainer.py", {
         "reduce_dtype": "fp32 gradients under FSDP2 with bf16", "output_dtype": "log-probabilities in fp32 under FSDP2 with bf16",

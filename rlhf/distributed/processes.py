@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Callable
 
 from rlhf.errors import RankFailed, UserError
@@ -48,13 +50,41 @@ def on_main(work: Callable[[], None]) -> None:
         except Exception as failure:  # of any type: re-raised below, once the other ranks know
             error = failure
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        from accelerate.utils import broadcast_object_list
-
-        code = broadcast_object_list([0 if error is None else 2 if isinstance(error, UserError) else 1])[0]
+        code = exchange_code(0 if error is None else 2 if isinstance(error, UserError) else 1)
         if code and error is None:
             raise RankFailed(code)
     if error is not None:
         raise error
+
+
+_EXCHANGES = itertools.count()
+ACKNOWLEDGED_S = 60.0  # how long the main rank waits for ranks that may have died
+
+
+def exchange_code(code: int) -> int:
+    """The main rank's code, on all ranks; they poll the process group's store for it.
+
+    Writing a large model takes longer than the 30 minutes after which a collective fails, so none waits for it.
+    """
+    import torch
+
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"rlhf/main/{next(_EXCHANGES)}"
+    if is_main():
+        store.set(key, str(code))
+        started = time.monotonic()  # this process may serve the store, and an error ends it
+        while store.add(f"{key}/read", 0) < torch.distributed.get_world_size() - 1:
+            if time.monotonic() - started > ACKNOWLEDGED_S:
+                break
+            time.sleep(0.05)
+        return code
+    pause_s = 0.05
+    while not store.check([key]):
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 2.0)
+    code = int(store.get(key))
+    store.add(f"{key}/read", 1)
+    return code
 
 
 def prepare_processes(args) -> None:

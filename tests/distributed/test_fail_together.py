@@ -33,25 +33,40 @@ def messages(text):
     return [line for line in text.splitlines() if line.startswith("rlhf: ")]
 
 
+class OtherRanks:
+    """A process group's store as one of two ranks sees it, of which the other does its part at once."""
+
+    def __init__(self, code):
+        self.values = {} if code is None else {"code": str(code)}
+
+    def set(self, key, value):
+        self.values["code"] = value
+
+    def get(self, key):
+        return self.values["code"]
+
+    def check(self, keys):
+        return "code" in self.values
+
+    def add(self, key, amount):
+        return 1
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("a mistake"), 2), (OSError(28, "full"), 1), (None, 0)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_other_ranks_are_told_before_an_error_is_raised(rank, error, code, monkeypatch):
-    """The exchange of two ranks with a stand-in for the broadcast: who isn't told would wait for the main rank."""
-    sent, done = [], []
+    """The exchange of two ranks with a stand-in for the store: who isn't told would wait for the main rank."""
+    store, done = OtherRanks(None if rank == 0 else code), []
 
     def work():
         done.append(rank)
         if error:
             raise error
 
-    def broadcast(objects):
-        sent.extend(objects)
-        return objects if rank == 0 else [code]
-
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    monkeypatch.setattr("accelerate.utils.broadcast_object_list", broadcast)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
     raised = type(None)
     try:
         on_main(work)
@@ -59,7 +74,22 @@ def test_the_other_ranks_are_told_before_an_error_is_raised(rank, error, code, m
         raised = type(found)
         assert rank == 0 or found.code == code
     assert raised is (type(error) if rank == 0 or error is None else RankFailed)
-    assert done == ([0] if rank == 0 else []) and sent == [code if rank == 0 else 0]
+    assert done == ([0] if rank == 0 else []) and store.values == {"code": str(code)}
+
+
+def test_no_collective_waits_for_the_main_rank():
+    """Work that takes longer than a collective may: as writing 70 B parameters does, with 30 minutes for a collective."""
+    code = """
+import datetime, os, sys, time, torch
+from rlhf.distributed.processes import on_main
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+on_main(lambda: time.sleep(3))
+on_main(lambda: time.sleep(3))
+print("both done")
+"""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [start("-c", code, env=env | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
+    assert [(done.returncode, done.stdout) for done in map(finish, both)] == [(0, "both done\n")] * 2
 
 
 @pytest.fixture
