@@ -83,6 +83,8 @@ def test_no_collective_waits_for_the_main_rank():
 import datetime, os, sys, time, torch
 from rlhf.distributed.processes import on_main
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+from accelerate import PartialState
+PartialState(cpu=True)
 on_main(lambda: time.sleep(3))
 on_main(lambda: time.sleep(3))
 print("both done")
