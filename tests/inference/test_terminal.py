@@ -36,7 +36,14 @@ class Terminal:
 
     def wait_for(self, text, times=1, seconds=100):
         """All that it has printed by when `text` is there so often."""
-        while self.shown.count(text) < times:
+        return self.read_until(lambda: self.shown.count(text) >= times, text, seconds)
+
+    def wait_for_prompt(self, prompt="> "):
+        """Until it asks for the next message: a Ctrl-C before that interrupts what comes before it."""
+        return self.read_until(lambda: self.shown.endswith(prompt), prompt)
+
+    def read_until(self, done, text, seconds=100):
+        while not done():
             assert select.select([self.fd], [], [], seconds)[0], f"no {text!r} in {self.shown!r}"
             try:
                 data = os.read(self.fd, 4096)
@@ -99,10 +106,12 @@ def test_interrupts_clear_the_line_and_the_second_leaves(terminal):
     terminal.wait_for("... ")
     terminal.type("part of a block\r")
     terminal.wait_for("... ", 2)
+    terminal.wait_for_prompt("... ")
     terminal.type("\x03")
     terminal.wait_for(LEAVE_HINT, 2)
     terminal.type("more\r")
     terminal.wait_for("SAID 'more'")
+    terminal.wait_for_prompt()
     terminal.type("\x03")
     terminal.wait_for(LEAVE_HINT, 3)
     assert "LEFT" not in terminal.shown
