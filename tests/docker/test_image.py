@@ -201,7 +201,12 @@ def test_the_quick_tests_pass_in_it(daemon, image, base, context):
     daemon.build(context, "rlhf-test-tests", "--build-arg", f"BASE={base}", "--target", "test")
     files = [
         f"tests/{name}"
-        for name in ("test_config.py", "test_data.py", "test_models.py", "packing/test_packed_layout.py")
+        for name in (
+            "config/test_config.py",
+            "data/test_data.py",
+            "models/test_models.py",
+            "packing/test_packed_layout.py",
+        )
     ]
     done = daemon("run", "--rm", "--network=none", "--user=1234:1234", "--env=OMP_NUM_THREADS=1", "rlhf-test-tests",
                   "python", "-m", "pytest", "-q", "-n2", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not smollm2",
