@@ -374,7 +374,7 @@ def compose(box, daemon):
         (project / name).symlink_to(box.place / target)
     env = daemon.env | {
         "RLHF_IMAGE": box.image, "RLHF_UID": str(box.uid), "RLHF_GID": str(box.uid), "COMPOSE_PROJECT_NAME": "rlhf-test",
-        "STAGE": "dpo", "RECIPES": "data", "OMP_NUM_THREADS": "1",
+        "RLHF_STAGE": "dpo", "RECIPES": "data", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
     hold = project / "docker" / "hold.yaml"
