@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.sharding import is_sharded, unsharded
 from rlhf.runs.card import write_card
 from rlhf.runs.folder import RunFolder, finish_run
 from rlhf.runs.records import describe_complete
 from rlhf.training.stage import Plan, Stage
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -24,11 +26,13 @@ def finish(stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, s
         seconds: the duration of training.
     """
     probe = stage.probe(trainer.train_dataset)
-    model, expected = finished_model(stage, plan, trainer, probe)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
+    trained, expected = gather_trained(model, probe) if any(map(is_sharded, model.parameters())) else (None, None)
 
     def write() -> None:
         say("Writing the model, reloading it and comparing ...")
-        saved = save_finished_model(stage, plan, trainer, run, model, expected, probe)
+        finished = model if trained is None else load_trained(stage, plan, trained)
+        saved = save_finished_model(stage, plan, trainer, run, finished, expected, probe)
         summary = summarise_training(stage, trainer, run, seconds) | saved
         write_card(run.folder, summary)
         finish_run(run, summary)
@@ -78,19 +82,13 @@ def announce_finished(stage: Stage, run: RunFolder, summary: dict[str, Any]) -> 
         )
 
 
-def finished_model(stage: Stage, plan: Plan, trainer: CheckpointMixin, probe: list[list[int]]):
-    """The trained model, unsharded on the main process.
+def gather_trained(model, probe: list[list[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Of a sharded model: the trained parameters, unsharded and on the main rank only, and the logits on `probe`.
 
-    Returns:
-        (model, None); or, if it was sharded: (model loaded again with the trained parameters, on the main process only;
-        the sharded model's logits on `probe`)
+    A collective: all ranks must call it.
     """
-    from rlhf.distributed.sharding import is_sharded, unsharded
     from rlhf.models.finished import probe_logits
 
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
-    if not any(map(is_sharded, model.parameters())):
-        return model, None
     expected = probe_logits(model, probe)
     trained = {}
     for name, parameter in model.named_parameters():
@@ -98,17 +96,19 @@ def finished_model(stage: Stage, plan: Plan, trainer: CheckpointMixin, probe: li
             with unsharded(parameter) as full:
                 if is_main():
                     trained[name] = full.detach().cpu().clone()
-    if not is_main():
-        return None, None
+    return trained, expected
+
+
+def load_trained(stage: Stage, plan: Plan, trained: dict[str, torch.Tensor]) -> PreTrainedModel | PeftModel:
+    """The stage's model loaded again, unsharded, with the trained parameters in it."""
+    from peft import get_peft_model
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # or ZeRO-3 would shard the model that is loaded next
-    from peft import get_peft_model
-
+    unset_hf_deepspeed_config()  # or ZeRO-3 would shard it
     loaded = stage.load(plan)
-    again: PreTrainedModel | PeftModel = loaded.model
+    model: PreTrainedModel | PeftModel = loaded.model
     if loaded.peft_config is not None:
-        again = get_peft_model(loaded.model, loaded.peft_config)
-    missing = again.load_state_dict(trained, strict=False)
+        model = get_peft_model(loaded.model, loaded.peft_config)
+    missing = model.load_state_dict(trained, strict=False)
     assert not missing.unexpected_keys, f"trained parameters that a new model lacks: {missing.unexpected_keys[:3]}"
-    return again, expected
+    return model
