@@ -25,7 +25,7 @@ from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
 from rlhf.distributed.topology import Topology
 from rlhf.models.embedded import NAME, PREFIX, cache_dir
-from rlhf.runs.lineage import maker_of
+from rlhf.runs.lineage import maker_of, sibling_that_makes
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_recipe
 
@@ -269,10 +269,10 @@ def model_folder(recipe: Recipe) -> Path | None:
         path = path if path.is_dir() else hub_cache(name, "model") or path
         if path.is_dir() and any(path.glob("*.safetensors")):
             return path
-        made_by = maker_of(recipe, name)
+        made_by = sibling_that_makes(recipe, name)
         if not made_by:
             return None
-        name = (read_recipe(made_by.split(" ", 2)[2]) or {}).get("model_name_or_path")
+        name = (read_recipe(made_by[1]) or {}).get("model_name_or_path")
         name = name if isinstance(name, str) else ""
     return None
 

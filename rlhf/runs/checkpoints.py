@@ -76,8 +76,8 @@ def checkpoint_damage(folder: Path, verify: bool = False, part: int = 0, parts: 
         return "it was never finished (no readable manifest)"
     if not _is_layout(manifest.get("layout")):
         return f"its manifest says layout: {quote(manifest['layout'])}"
-    for number, (name, noted) in enumerate(files.items()):
-        damage = _file_damage(folder, name, noted, verify and number % parts == part)
+    for name, noted in list(files.items())[part::parts]:
+        damage = _file_damage(folder, name, noted, verify)
         if damage:
             return damage
     return ""

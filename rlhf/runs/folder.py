@@ -27,7 +27,7 @@ import yaml
 from rlhf.config.defaults import describe, effective
 from rlhf.config.recipe import HARMLESS, Recipe
 from rlhf.errors import UserError, quote
-from rlhf.files import Lock, read_json, write_file
+from rlhf.files import read_json, write_file
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.command import command_of, launcher_of, shell_line
 from rlhf.runs.provenance import environment
@@ -45,14 +45,12 @@ class RunFolder:
         folder: the output directory.
         complete: the content of `complete.json`; None while the run is not complete.
         resume_from: the newest complete checkpoint folder; None to start from scratch.
-        lock: held while this process writes there.
         resumes_unsharded: the state in `resume_from` is unsharded, so any launch file can read it.
     """
 
     folder: Path
     complete: dict[str, Any] | None
     resume_from: str | None
-    lock: Lock | None = None
     resumes_unsharded: bool = False
 
 

@@ -12,10 +12,10 @@ from rlhf.runs.records import read_recipe
 
 def maker_of(recipe: Recipe, name: str | None) -> str:
     """The command that produces this model, if a recipe of the same folder has it as output_dir; else ''."""
-    return " ".join(("rlhf", *found)) if (found := _sibling_that_makes(recipe, name)) else ""
+    return " ".join(("rlhf", *found)) if (found := sibling_that_makes(recipe, name)) else ""
 
 
-def _sibling_that_makes(recipe: Recipe, name: str | None) -> tuple[str, str] | None:
+def sibling_that_makes(recipe: Recipe, name: str | None) -> tuple[str, str] | None:
     """(stage, file) of the recipe of the same folder whose output_dir is `name`."""
     if not name:
         return None
@@ -38,17 +38,13 @@ def waits_for(recipe: Recipe, name: str) -> str:
     return "" if os.path.lexists(Path(name) / "complete.json") else maker_of(recipe, name)
 
 
-def starting_model(recipe: Recipe) -> tuple[str, bool]:
-    """The model a recipe starts from; while a sibling recipe has yet to produce it, that sibling's starting model.
-
-    Returns:
-        (name, whether the recipe's own input model does not exist yet)
-    """
-    name, waits = recipe.values["model_name_or_path"], False
+def starting_model(recipe: Recipe) -> str:
+    """The model that a recipe starts from; if a sibling recipe has yet to make it, the one that the sibling starts from."""
+    name = recipe.values["model_name_or_path"]
     seen = set()
-    while waits_for(recipe, name) and name not in seen and (maker := _sibling_that_makes(recipe, name)):
+    while waits_for(recipe, name) and name not in seen and (found := sibling_that_makes(recipe, name)):
         seen.add(name)
-        stage, file = maker
-        recipe, waits = load_recipe(file, stage), True
+        stage, file = found
+        recipe = load_recipe(file, stage)
         name = recipe.values["model_name_or_path"]
-    return name, waits
+    return name

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rlhf.distributed.processes import is_main, rank, say, world_size
+from rlhf.distributed.processes import is_main, on_main, rank, say, world_size
 from rlhf.errors import UserError
 from rlhf.files import Lock
 from rlhf.runs.checkpoints import checkpoint_damage, read_manifest
@@ -14,41 +14,43 @@ from rlhf.runs.folder import RunFolder
 from rlhf.runs.records import checkpoints
 
 
-def lock_and_find_checkpoint(run: RunFolder, where: str, topology: dict[str, Any]) -> RunFolder:
-    """Lock the run folder for this run, and find the checkpoint to resume from; its checksums are verified.
+def lock_folder(folder: Path, where: str) -> Lock | None:
+    """Lock the run folder for this run, and remove what an interrupted write has left there.
 
     Args:
         where: the line of `output_dir` in the recipe, for messages.
-        topology: from `Topology.record`.
 
     Returns:
-        The folder with the checkpoint (the same on all ranks) and, on the main rank, the lock.
+        The lock on the main rank, None on the others.
 
     Raises:
-        UserError: on all ranks: another run writes there, or this run can't read the checkpoint's shards.
+        UserError: another run writes there; RankFailed on the other ranks.
     """
-    from accelerate.utils import broadcast_object_list
+    taken: list[Lock] = []
 
-    lock, refused = None, ""
-    if is_main():
-        try:
-            lock = Lock(run.folder, where)
-            for partial in run.folder.glob(".*.partial"):  # left by a write that a kill interrupted
-                partial.unlink()
-        except UserError as error:
-            refused = str(error)
-    if refused := broadcast_object_list([refused])[0]:
-        raise UserError(refused)
-    try:
-        checkpoint = verified_checkpoint(run.folder)
-        unsharded = check_readable(checkpoint, topology) if checkpoint else False
-    except BaseException:
-        if lock:
-            lock.release()
-        raise
+    def take() -> None:
+        taken.append(Lock(folder, where))
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
+
+    on_main(take)
+    return taken[0] if taken else None
+
+
+def find_checkpoint(run: RunFolder, topology: dict[str, Any]) -> RunFolder:
+    """The run folder with the checkpoint to resume from, the same on all ranks; its checksums are verified.
+
+    Args:
+        topology: from `Topology.record`.
+
+    Raises:
+        UserError: this run can't read the checkpoint's shards.
+    """
+    checkpoint = verified_checkpoint(run.folder)
+    unsharded = check_readable(checkpoint, topology) if checkpoint else False
     if is_main():
         (run.folder / "stopped.json").unlink(missing_ok=True)
-    return dataclasses.replace(run, resume_from=checkpoint, lock=lock, resumes_unsharded=unsharded)
+    return dataclasses.replace(run, resume_from=checkpoint, resumes_unsharded=unsharded)
 
 
 def verified_checkpoint(folder: Path) -> str | None:

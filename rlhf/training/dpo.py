@@ -43,7 +43,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     from rlhf.training.trainer import trainer_arguments, use_global_batches
 
     args, model_args = plan.args, plan.model_args
-    check_upstream("dpo", model_args.load_in_4bit or model_args.load_in_8bit or plan.reference == "nf4")
+    check_upstream("dpo", plan.recipe.is_quantised or plan.reference == "nf4")
     if args.use_cpu:
         lm_head.install()
     loaded = load(plan)
@@ -129,7 +129,7 @@ def check_reference(plan: Plan) -> None:
     if stage_args.reference == "nf4":
         from rlhf.models.folder import is_adapter
 
-        if plan.model_args.load_in_4bit or plan.model_args.load_in_8bit:
+        if plan.recipe.is_quantised:
             raise UserError(
                 f"{recipe.where('reference')}: a QLoRA policy already provides its exact 4-bit reference at no extra "
                 "cost; use `reference: cached` or `reference: online`"

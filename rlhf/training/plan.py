@@ -64,6 +64,7 @@ def read_inputs(
 
     Args:
         may_wait: the input model need not exist yet if a recipe of the same folder will make it.
+        given: rows that Python code holds, by the key that would name their file.
 
     Raises:
         UserError: bad data, a damaged model folder, an output folder that is not this run's, a missing package.
@@ -101,7 +102,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     check_topology(recipe, topology, args.use_cpu)
     if topology.started:
         prepare_processes(args)
-    name = recipe.values["model_name_or_path"] if topology.started else starting_model(recipe)[0]
+    name = recipe.values["model_name_or_path"] if topology.started else starting_model(recipe)
     model_name = locate(name, recipe.where("model_name_or_path"), inputs.maker if topology.started else "", say)
     args.max_length, commit = decide_max_length(recipe, args, model_name)
     reference = decide_reference(stage_args, topology, args.use_cpu)
@@ -110,7 +111,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     plan = Plan(
         recipe, args, model_args, stage_args, topology, inputs.data, model_name, commit, reference,
         continues_adapter=continues_adapter(stage.name, model_name, stage_args, model_args.use_peft),
-        merge=merges(stage_args, quantised=model_args.load_in_4bit or model_args.load_in_8bit),
+        merge=merges(stage_args, recipe.is_quantised),
         portable=saves_portably(stage_args, model_args.use_peft), packing_mode=stage.packing_mode if stage_args.packing else None,
     )  # fmt: skip
     for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
@@ -123,7 +124,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
 
 def unknown_yet(recipe: Recipe) -> str:
     """Why a plan can't be made before the run starts; '' if it can."""
-    name, _ = starting_model(recipe)
+    name = starting_model(recipe)
     if name.startswith("embedded:") and not is_fetched():
         return f"not checked yet: tokenizer, lengths and module names, as {name} is downloaded when a run starts"
     return ""
@@ -132,9 +133,10 @@ def unknown_yet(recipe: Recipe) -> str:
 # --- decisions -------------------------------------------------------------------------------------------------------
 
 
-def decide_reference(
-    stage_args: StageConfig, topology: Topology, on_cpu: bool
-) -> Literal["cached", "online", "nf4"]:  # fmt: skip
+Reference = Literal["cached", "online", "nf4"]
+
+
+def decide_reference(stage_args: StageConfig, topology: Topology, on_cpu: bool) -> Reference:
     """The recipe's choice, except `online` in place of `cached` under FSDP on GPUs.
 
     There the trainer shards the model, and so moves it to the GPU, only when training starts: the cached pass before
@@ -143,7 +145,7 @@ def decide_reference(
     if stage_args.reference == "cached" and topology.engine == "FSDP" and not on_cpu:
         say("note: under FSDP the reference's forward pass runs in every step (`reference: online`), it is not cached")
         return "online"
-    return cast(Literal["cached", "online", "nf4"], stage_args.reference)
+    return cast(Reference, stage_args.reference)
 
 
 def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:

@@ -42,7 +42,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     class Trainer(GlobalBatches, RewardTrainer):
         pass
 
-    check_upstream("reward", plan.model_args.load_in_4bit or plan.model_args.load_in_8bit)
+    check_upstream("reward", plan.recipe.is_quantised)
     trainer = Trainer(**trainer_arguments(plan, load(plan)))
     if plan.args.bf16 or plan.args.fp16:  # autocast feeds it in 16 bits
         train_head_in_float32(trainer.model)

@@ -24,10 +24,10 @@ from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
 from rlhf.runs.checkpoints import read_manifest
 from rlhf.runs.folder import RunFolder, check_disk, fresh_folder, start_run
-from rlhf.runs.lineage import maker_of, starting_model
+from rlhf.runs.lineage import starting_model
 from rlhf.runs.metrics import add_callbacks
 from rlhf.runs.records import describe_complete
-from rlhf.runs.resume import lock_and_find_checkpoint
+from rlhf.runs.resume import find_checkpoint, lock_folder
 from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
@@ -100,12 +100,11 @@ def check_stage(
 
 def _check_plan(stage: Stage, recipe: Recipe, inputs: Inputs, topology: Topology) -> str:
     """Make the plan; returns what can only be checked when the run starts."""
-    name, waits = starting_model(recipe)
+    name = starting_model(recipe)
     say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
     quiet_libraries(len(inputs.data.train))
     check_room(make_plan(stage, recipe, topology, inputs), inputs.run)
-    maker = maker_of(recipe, recipe.values["model_name_or_path"])
-    return f"its model will come from: {maker}; until then it is checked with {name}" if waits else ""
+    return f"its model will come from: {inputs.maker}; until then it is checked with {name}" if inputs.waits else ""
 
 
 def _load(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool) -> Recipe:
@@ -124,13 +123,14 @@ def open_folder(plan: Plan, run: RunFolder) -> Iterator[RunFolder]:
     Raises:
         UserError: another run writes there, the checkpoint can't be read under this launch file, or the disk is full.
     """
-    opened = lock_and_find_checkpoint(run, plan.recipe.where("output_dir"), plan.topology.record(plan.args.world_size))
+    lock = lock_folder(run.folder, plan.recipe.where("output_dir"))
     try:
+        opened = find_checkpoint(run, plan.topology.record(plan.args.world_size))
         check_room(plan, opened)
         yield opened
     finally:
-        if opened.lock:
-            opened.lock.release()
+        if lock:
+            lock.release()
 
 
 def check_room(plan: Plan, run: RunFolder) -> None:
@@ -259,7 +259,10 @@ def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:
         args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / batch) * args.num_train_epochs
     )
     heldout = f", {len(data.heldout)} held out" if data.heldout else ""
-    say(f"  model    {plan.recipe.get('model_name_or_path')}  ({_count(total)} parameters)")
+    held = (
+        "a 4- or 8-bit base" if plan.recipe.is_quantised else str(next(model.parameters()).dtype).removeprefix("torch.")
+    )
+    say(f"  model    {plan.recipe.get('model_name_or_path')}  ({_count(total)} parameters, {held})")
     say(f"  trains   {_count(trained)} parameters ({trained / total:.1%}), {kind}")
     say(f"  data     {len(trainer.train_dataset)} examples{heldout}")
     say(f"  steps    {steps:g} of {batch} examples ({world} process{'es' if world > 1 else ''} on {args.device.type})")
@@ -276,7 +279,7 @@ def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:
         )
     if run.resume_from:
         before = (read_manifest(Path(run.resume_from)) or {}).get("layout") or {}
-        engine = topology_of_environment().record(world)["engine"]
+        engine = plan.topology.record(world)["engine"]
         other = (before.get("processes"), before.get("engine")) not in ((None, None), (world, engine))
         by = f" (of {before['processes']} process{'es' if before['processes'] > 1 else ''}, {before['engine']})"
         say(f"  resuming from {run.resume_from}{by if other else ''}")

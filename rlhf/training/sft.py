@@ -36,7 +36,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     class Trainer(GlobalBatches, SFTTrainer):
         pass
 
-    check_upstream("sft", plan.model_args.load_in_4bit or plan.model_args.load_in_8bit)
+    check_upstream("sft", plan.recipe.is_quantised)
     if plan.args.use_cpu:
         lm_head.install()
     trainer = Trainer(**trainer_arguments(plan, load(plan)))

@@ -245,7 +245,7 @@ def test_values(tmp_path, text):
 def test_values_that_are_fine(tmp_path, text):
     path = tmp_path / "dpo.yaml"
     path.write_text(f"stage: dpo\n{BASE}{text}\n")
-    load_recipe(str(path), "dpo")
+    assert load_recipe(str(path), "dpo").stage == "dpo"
 
 
 def numeric_keys():

@@ -28,7 +28,7 @@ from rlhf.runs.checkpoints import (
 )
 from rlhf.runs.folder import RunFolder, check_disk, finish_run, fresh_folder, open_run, start_run
 from rlhf.runs.provenance import git_commit, hardware, model_digest
-from rlhf.runs.resume import lock_and_find_checkpoint, verified_checkpoint
+from rlhf.runs.resume import find_checkpoint, verified_checkpoint
 
 LAYOUT = {"engine": "one process", "split": "no", "processes": 1}
 INPUTS = {"dataset_name": "d" * 64, "model_name_or_path": "m" * 64}
@@ -353,9 +353,8 @@ def test_a_run_resumes_from_a_checkpoint_that_it_has_read(tmp_path, capsys):
     """A bit of the newest has changed, and its size has not: the one before it is taken."""
     checkpoint(tmp_path, 9)
     (checkpoint(tmp_path, 10) / "model.safetensors").write_bytes(b"1234567X")
-    run = lock_and_find_checkpoint(RunFolder(tmp_path, None, None), "r.yaml:1", LAYOUT)
+    run = find_checkpoint(RunFolder(tmp_path, None, None), LAYOUT)
     assert run.resume_from == str(tmp_path / "checkpoint-9")
-    run.lock.release()
     assert f"warning: {tmp_path}/checkpoint-10 is damaged and not used" in capsys.readouterr().out
 
 
