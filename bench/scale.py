@@ -364,7 +364,7 @@ def imbalance_part(args) -> str:
 
 {args.data_title or Path(args.data).name}: {len(pairs):,} pairs can be used and have at most {MAX_LENGTH:,} tokens
 a prompt with its answer (SmolLM2's tokenizer); {mean:.0f} on average, the prompt counted once. What the slowest process
-computes over what each would if a step's packed tokens were shared out evenly; mean of 50 steps, each drawn anew (with
+computes over what each would if a step's packed tokens were shared out evenly; mean of 50 steps, each drawn again (with
 replacement where the pairs are too few: "replaced"). Tokens, not time: attention grows faster than a pair's length.
 
 - balanced: rlhf.training.batching.split_batch, one micro-batch; it takes {found["split_s"] * 1e3:.0f} ms for the last line

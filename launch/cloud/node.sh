@@ -15,8 +15,8 @@
 #   RLHF_STORE      a folder that outlives the machine: runs/, models/ and the cache go there
 #   RLHF_PREFLIGHT  no: several nodes don't test network and disks before training
 #
-# What is complete is skipped and what was interrupted goes on, so starting it again is always right. Exit code 85: it was
-# asked to stop, has saved, and goes on when started again. Start it through docker/entrypoint.sh, which takes the signals.
+# What is complete is skipped and what was interrupted resumes, so starting it again is always right. Exit code 85: it was
+# asked to stop, has saved, and resumes when started again. Start it through docker/entrypoint.sh, which takes the signals.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -25,12 +25,12 @@ from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_
 from rlhf.preflight.judge_storage import judge_folder, judge_memory, judge_paths, judge_write
 from rlhf.preflight.probes import (
     MODEL_KEYS,
+    count_weights,
     describe,
     disk_facts,
     look_at_paths,
     model_folder,
     nearest_folder,
-    num_parameters,
     remove_canary,
     sees_canary,
     training_bytes,
@@ -250,8 +250,9 @@ class Checks:
 
     def check_model(self, recipe: Recipe, reports: list[dict]) -> None:
         if source := model_folder(recipe):
-            parameters = num_parameters(source)
-            needed = training_bytes(parameters, recipe, topology_of_environment(), self.ranks.world)
+            parameters, on_disk = count_weights(source)
+            on_cpu = reports[0]["device"]["kind"] == "cpu"
+            needed = training_bytes(parameters, on_disk, recipe, topology_of_environment(), self.ranks.world, on_cpu)
             self.rows.append(judge_memory(needed, parameters, reports, self.ranks.hosts))
 
     def check_network(self, device: dict[str, Any], reports: list[dict]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import torch
 
+from rlhf.config.build import default_dtype
 from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
 from rlhf.distributed.topology import Topology
@@ -277,27 +278,32 @@ def model_folder(recipe: Recipe) -> Path | None:
     return None
 
 
-def num_parameters(folder: Path) -> int:
-    """Number of parameters of a model on disk, from the headers of its safetensors files, without reading weights."""
-    total = 0
+def count_weights(folder: Path) -> tuple[int, int]:
+    """(parameters, their bytes) of a model on disk, from the headers of its safetensors files, without reading weights."""
+    number = num_bytes = 0
     for path in folder.glob("*.safetensors"):
         if not path.is_file():  # a dangling link
             continue
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return total
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        number += sum(math.prod(tensor["shape"]) for tensor in tensors)
+        num_bytes += sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
+    return number, num_bytes
 
 
-def training_bytes(parameters: int, recipe: Recipe, topology: Topology, world: int) -> int:
+def training_bytes(
+    parameters: int, bytes_on_disk: int, recipe: Recipe, topology: Topology, world: int, on_cpu: bool
+) -> int:
     """Bytes of weights, gradients and Adam's two moments per device, without activations: a lower bound.
 
-    fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5; LoRA's frozen base without `dtype`, which loads in
-    its checkpoint's on a GPU, is counted as 4); trained weights take as much again for the
-    gradient and twice as much for Adam. ZeRO-1 shards Adam's moments over the ranks, ZeRO-2 also the gradients, ZeRO-3
+    fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5, LoRA's base on a GPU what it takes on disk: see
+    `default_dtype`); trained weights take as much again for the gradient and twice as much for Adam. ZeRO-1 shards Adam's moments over the ranks, ZeRO-2 also the gradients, ZeRO-3
     and FSDP2 all three.
     """
     one = 2.0 if recipe.get("dtype") in ("bfloat16", "float16") else 4.0
+    if default_dtype(recipe, on_cpu, bf16=True) == "auto":
+        one = bytes_on_disk / max(parameters, 1)
     held = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else one
     trained = 0.0 if recipe.uses_lora else one
     weights, gradients, adam = parameters * held, parameters * trained, parameters * trained * 2

@@ -16,12 +16,12 @@ from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_
 from rlhf.preflight.judge_storage import judge_folder, judge_memory, judge_paths, judge_write
 from rlhf.preflight.preflight import _mistakes, print_table
 from rlhf.preflight.probes import (
+    count_weights,
     disk_words,
     driver_version,
     hub_answers,
     look_at,
     nearest_folder,
-    num_parameters,
     sees_canary,
     training_bytes,
     write_speed,
@@ -134,10 +134,25 @@ def test_run_bounded():
     ],
 )
 def test_training_bytes(values, topology, world, expected):
-    assert training_bytes(1000, Recipe("dpo", "r.yaml", values, {}), topology, world) == expected
+    recipe = Recipe("dpo", "r.yaml", values, {})
+    assert training_bytes(1000, 2000, recipe, topology, world, on_cpu=True) == expected
 
 
-def test_num_parameters_reads_headers_only(tmp_path):
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"use_peft": True}, 2_000),  # a base in bfloat16 stays so on a GPU
+        ({"use_peft": True, "dtype": "float32"}, 4_000),
+        ({"use_peft": True, "load_in_4bit": True}, 500),
+        ({}, 16_000),  # fp32 masters
+    ],
+)
+def test_training_bytes_on_a_gpu(values, expected):
+    recipe = Recipe("dpo", "r.yaml", values, {})
+    assert training_bytes(1000, 2000, recipe, Topology("DDP"), 4, on_cpu=False) == expected
+
+
+def test_count_weights_reads_headers_only(tmp_path):
     header = {
         "__metadata__": {"format": "pt"},
         "a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]},
@@ -145,7 +160,7 @@ def test_num_parameters_reads_headers_only(tmp_path):
     }
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)  # not one weight behind it
-    assert num_parameters(tmp_path) == 17
+    assert count_weights(tmp_path) == (17, 17 * 4)
 
 
 # --- hosts and versions ----------------------------------------------------------------------------------------------
