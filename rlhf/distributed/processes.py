@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rlhf.errors import RankFailed, UserError
 
@@ -87,11 +88,26 @@ def exchange_code(code: int) -> int:
     return code
 
 
+def report_build_locks() -> None:
+    """Name the locks of DeepSpeed's compilations: one that a killed process left makes every later start wait, silently."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        say(
+            f"note: {lock} belongs to a process that compiles a part of DeepSpeed, or was left by one that was killed; if this "
+            "start waits for minutes, delete it"
+        )
+
+
 def prepare_processes(args) -> None:
-    """Set what accelerate 1.15 and DeepSpeed 0.19 don't set themselves on CPUs; does nothing on other devices."""
+    """Set what accelerate 1.15 and DeepSpeed 0.19 don't set themselves on CPUs."""
+    deepspeed_runs = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed_runs:
+        report_build_locks()
     if not args.use_cpu:
         return
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # before a model loads: zero.Init reads the world size
+    if deepspeed_runs:  # before a model loads: zero.Init reads the world size
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

@@ -88,11 +88,6 @@ def _all_runs(selection: Selection) -> list[dict[str, Any]]:
     return list({run["folder"]: run for run in runs}.values())
 
 
-def find_stages(target: Path) -> dict[str, dict[str, Any]]:
-    """The runs that are shown together, by stage and in order."""
-    return select_runs(target).stages
-
-
 def next_commands(selection: Selection, target: str) -> list[tuple[str, str]]:
     """(purpose, command) of the next commands after this run."""
     program = "rlhf" if shutil.which("rlhf") else os.path.relpath(Path(sys.executable).parent / "rlhf")

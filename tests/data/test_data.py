@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf.data.formats import PREFERENCE_SHAPES, SFT_SHAPES, join_chosen_rejected, preference_rows, prompt_key, sft_rows
+from rlhf.data.formats import PREFERENCE_SHAPES, SFT_SHAPES, join_chosen_rejected, preference_rows, sft_rows
 from rlhf.data.messages import INVISIBLE
 from rlhf.data.pairs import FILES, write_pair_files
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, Source, load_source
@@ -481,13 +481,6 @@ def test_prompt_without_a_user(row):
 def test_error_names_the_row_where_there_are_no_lines():
     with pytest.raises(UserError, match=r"^some/data \(train\), row 2: 'chosen' is empty$"):
         preference_rows(Source("some/data (train)", [PAIR, {**PAIR, "chosen": ""}], None, "d"))
-
-
-def test_prompt_key_is_equal_for_equal_prompts_only():
-    pair, same, other = preference_rows(
-        Source("f", [PAIR, {**PAIR, "chosen": "C"}, {**PAIR, "prompt": [SYSTEM, *Q]}], None, "d")
-    )
-    assert (prompt_key(pair) == prompt_key(same), prompt_key(pair) == prompt_key(other)) == (True, False)
 
 
 # --- joining accepted and rejected answers ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from rlhf.data.formats import preference_rows, prompt_key, sft_rows
+from rlhf.data.formats import preference_rows, sft_rows
 from rlhf.data.heldout import held_out
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, load_source
 
@@ -108,12 +108,12 @@ def test_one_row_a_line_and_no_blank_lines(split):
 
 
 def test_no_prompt_in_both_splits():
-    train = {normal(prompt_key(row)) for row in ROWS["train"]}
-    assert [row["id"] for row in ROWS["heldout"] if normal(prompt_key(row)) in train] == []
+    train = {normal(repr(row["prompt"])) for row in ROWS["train"]}
+    assert [row["id"] for row in ROWS["heldout"] if normal(repr(row["prompt"])) in train] == []
 
 
 def test_no_prompt_twice_in_a_split():
-    counts = Counter((split, normal(prompt_key(row))) for split in SPLITS for row in ROWS[split])
+    counts = Counter((split, normal(repr(row["prompt"]))) for split in SPLITS for row in ROWS[split])
     assert [prompt for prompt, count in counts.items() if count > 1] == []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from forked import finish, free_port, start
 
-from rlhf.distributed.processes import on_main
+from rlhf.distributed.processes import on_main, report_build_locks
 from rlhf.errors import RankFailed, UserError
 
 WORKER = str(Path(__file__).parent / "failing_worker.py")
@@ -81,7 +81,7 @@ def test_no_collective_waits_for_the_main_rank():
     """Work that takes longer than a collective may: as writing 70 B parameters does, with 30 minutes for a collective."""
     code = """
 import datetime, os, sys, time, torch
-from rlhf.distributed.processes import on_main
+from rlhf.distributed.processes import on_main, report_build_locks
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
 from accelerate import PartialState
 PartialState(cpu=True)
@@ -92,6 +92,19 @@ print("both done")
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     both = [start("-c", code, env=env | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
     assert [(done.returncode, done.stdout) for done in map(finish, both)] == [(0, "both done\n")] * 2
+
+
+def test_a_lock_that_a_killed_compilation_left_is_named(tmp_path, monkeypatch, capsys):
+    """torch waits for it in silence, for ever."""
+    (tmp_path / "py311_cpu" / "deepspeed_shm_comm").mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    report_build_locks()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock").touch()
+    report_build_locks()
+    assert capsys.readouterr().out.startswith(
+        f"note: {tmp_path}/py311_cpu/deepspeed_shm_comm/lock belongs to a process"
+    )
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import yaml
 from rlhf.__main__ import main
 from rlhf.evaluation.finished_runs import levels, select_runs, start_of
 from rlhf.evaluation.plots import points_of, running_mean, ties_note
-from rlhf.evaluation.report import data_statistics, environments, find_stages
+from rlhf.evaluation.report import data_statistics, environments
 from rlhf.evaluation.statistics import summarise
 
 ATTACK = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
@@ -165,7 +165,7 @@ def test_a_recipe_folder_names_its_stages(run, tmp_path):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "dpo.yaml").write_text(f"stage: dpo\noutput_dir: {run / 'dpo'}\n")
-    assert list(find_stages(recipes)) == ["sft", "dpo"]  # what DPO was trained from belongs to it
+    assert list(select_runs(recipes).stages) == ["sft", "dpo"]  # what DPO was trained from belongs to it
 
 
 @pytest.mark.parametrize("target", ["nowhere", "."])
@@ -263,22 +263,22 @@ def test_a_run_that_cannot_be_read_is_listed(run):
 
 def test_one_run_is_reported_in_its_own_folder(run):
     assert "Lineage" in report_on(run / "dpo") and not (run / "report.html").exists()
-    assert list(find_stages(run / "dpo")) == ["sft", "dpo"]  # what it was trained from belongs to it
+    assert list(select_runs(run / "dpo").stages) == ["sft", "dpo"]  # what it was trained from belongs to it
 
 
 def test_reward_model_and_dpo_both_come_from_sft(run):
-    stages = find_stages(run)
+    stages = select_runs(run).stages
     assert levels(stages) == [["sft"], ["reward", "dpo"], ["evaluate"]]
     assert start_of(stages["dpo"], stages) == ("sft", f"SFT ({run / 'sft'})")
     train_again(run / "sft")
-    stages = find_stages(run)
+    stages = select_runs(run).stages
     assert start_of(stages["dpo"], stages) == (None, f"{run / 'sft'}, which has been trained again since")
 
 
 def test_dpo_from_the_reward_models_base_is_not_drawn_from_sft(tmp_path):
     for stage in ("sft", "dpo"):
         write_run(tmp_path / stage, stage)
-    assert levels(find_stages(tmp_path)) == [["sft", "dpo"]]
+    assert levels(select_runs(tmp_path).stages) == [["sft", "dpo"]]
 
 
 def test_the_judge_is_not_called_this_runs_own(run):
@@ -326,7 +326,10 @@ def test_stages_of_two_machines_have_two_environments(run):
     write = run / "dpo" / "provenance.json"
     provenance = json.loads(write.read_text())
     write.write_text(json.dumps(provenance | {"versions": {"trl": "9"}}))
-    assert [e["titles"] for e in environments(find_stages(run))] == [["SFT", "Reward model", "Evaluation"], ["DPO"]]
+    assert [e["titles"] for e in environments(select_runs(run).stages)] == [
+        ["SFT", "Reward model", "Evaluation"],
+        ["DPO"],
+    ]
 
 
 def test_repeat_it_says_what_is_missing(run):
