@@ -62,7 +62,8 @@ def pack(
 
     if not isinstance(trainer, (DPOTrainer, RewardTrainer, SFTTrainer)):
         return (
-            f"a {type(trainer).__name__} is none of TRL's DPOTrainer, RewardTrainer and SFTTrainer: nothing was changed"
+            f"trainer is of type {type(trainer).__name__}; expected TRL's DPOTrainer, RewardTrainer or SFTTrainer (nothing was "
+            "changed)"
         )
     if trainer.args.device.type == "cpu":
         from rlhf.packing import lm_head
@@ -121,7 +122,7 @@ def _why_online(trainer: DPOTrainer) -> str:
     from datasets import Dataset
 
     if trainer.state.global_step:
-        return "the trainer has begun to train"
+        return "the trainer has started to train"
     if cast("DPOConfig", trainer.args).sync_ref_model:
         return "sync_ref_model moves it during training"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -134,7 +135,7 @@ def _why_online(trainer: DPOTrainer) -> str:
     heldout = trainer.eval_dataset
     for dataset in (trainer.train_dataset, *(heldout.values() if isinstance(heldout, dict) else (heldout,))):
         if dataset is not None and not isinstance(dataset, Dataset):
-            return f"the rows are a {type(dataset).__name__}, which can't be gone over beforehand"
+            return f"the rows are of type {type(dataset).__name__}, which can't be gone over beforehand"
         if dataset is not None and "prompt_ids" not in dataset.column_names:
             return "the rows are tokenized in every step"
     return ""
@@ -210,7 +211,9 @@ def _rows(name: str, given: Any) -> list[dict[str, Any]]:
         raise UserError(
             f"{name} has the splits {', '.join(given)}; give one of them, as in {name}=dataset[{next(iter(given))!r}]"
         )
-    raise UserError(f"{name} is a {type(given).__name__}; expected a datasets.Dataset or a list of dicts, one a row")
+    raise UserError(
+        f"{name} is of type {type(given).__name__}; expected a datasets.Dataset or a list of dicts, one a row"
+    )
 
 
 def _read_recipe(recipe: Any, given: Mapping[str, Source], keys: dict[str, Any]) -> Recipe:
@@ -222,7 +225,7 @@ def _read_recipe(recipe: Any, given: Mapping[str, Source], keys: dict[str, Any])
         values, lines = read_flat(os.fspath(recipe))
         path = quote_path(os.fspath(recipe))
     else:
-        raise UserError(f"recipe is a {type(recipe).__name__}; expected a dict of keys, or the path of a recipe")
+        raise UserError(f"recipe is of type {type(recipe).__name__}; expected a dict of keys, or the path of a recipe")
     for key, value in keys.items():
         values[key], lines[key] = _plain(value), None
     for key, source in given.items():

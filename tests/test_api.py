@@ -170,9 +170,9 @@ def test_columns_that_trl_would_have_ignored_are_not_used(tiny_llama, rows, tmp_
     ("change", "reason"),
     [
         (lambda t: setattr(t.args, "sync_ref_model", True), "sync_ref_model moves it during training"),
-        (lambda t: setattr(t.state, "global_step", 1), "the trainer has begun to train"),
+        (lambda t: setattr(t.state, "global_step", 1), "the trainer has started to train"),
         (lambda t: setattr(t, "train_dataset", t.train_dataset.to_iterable_dataset()),
-         "the rows are a IterableDataset, which can't be gone over beforehand"),
+         "the rows are of type IterableDataset, which can't be gone over beforehand"),
         (lambda t: setattr(t, "train_dataset", t.train_dataset.remove_columns("prompt_ids")),
          "the rows are tokenized in every step"),
         (lambda t: setattr(t, "is_deepspeed_enabled", True), "under FSDP and DeepSpeed only a recipe caches it"),
@@ -214,7 +214,9 @@ def test_packing_of_trl(tiny_llama, rows, tmp_path):
 
 
 def test_no_trainer():
-    assert pack([]) == ("a list is none of TRL's DPOTrainer, RewardTrainer and SFTTrainer: nothing was changed")
+    assert pack([]) == (
+        "trainer is of type list; expected TRL's DPOTrainer, RewardTrainer or SFTTrainer (nothing was changed)"
+    )
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -308,7 +310,7 @@ def test_mistake_in_the_call(keys, rows):
         (["a"], "train_dataset, row 1: expected a dict of column names and values, found 'a'"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}],
          "train_dataset, row 1: 'chosen' and 'rejected' are equal, so there is nothing to learn; remove the pair"),
-        ("pairs.jsonl", "train_dataset is a str; expected a datasets.Dataset or a list of dicts, one a row"),
+        ("pairs.jsonl", "train_dataset is of type str; expected a datasets.Dataset or a list of dicts, one a row"),
         (DatasetDict(train=Dataset.from_list([{"a": 1}])),
          "train_dataset has the splits train; give one of them, as in train_dataset=dataset['train']"),
     ],
@@ -321,7 +323,7 @@ def test_mistake_in_rows(given, message, keys):
 
 
 def test_no_recipe():
-    with pytest.raises(UserError, match="recipe is a int; expected a dict of keys, or the path of a recipe"):
+    with pytest.raises(UserError, match="recipe is of type int; expected a dict of keys, or the path of a recipe"):
         train(1)
     with pytest.raises(UserError, match="no recipe at none.yaml"):
         train("none.yaml")

@@ -15,7 +15,7 @@ from rlhf.errors import quote
 def effective(recipe_values: dict[str, Any], stage: str, key: str) -> Any:
     """A key's value in a recipe, else its default; None if neither is known."""
     value = recipe_values.get(key)
-    return defaults(stage).get(key) if value is None else value
+    return _default(recipe_values, stage, key) if value is None else value
 
 
 def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
@@ -23,8 +23,14 @@ def describe(recipe_values: dict[str, Any], stage: str, key: str) -> str:
     value = recipe_values.get(key)
     if value is not None:
         return quote(value)
-    default = defaults(stage).get(key)
+    default = _default(recipe_values, stage, key)
     return "not set" if default is None else f"{default!r} (default)"
+
+
+def _default(recipe_values: dict[str, Any], stage: str, key: str) -> Any:
+    if key == "dtype" and recipe_values.get("use_peft"):
+        return None  # the device decides: config/build.py, default_dtype
+    return defaults(stage).get(key)
 
 
 @functools.cache

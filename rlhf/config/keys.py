@@ -58,6 +58,19 @@ OWN_CHOICES = {
     "debug": ("", "underflow_overflow", "tpu_metrics_debug"),
 }
 
+# Defaults of libraries that `build_configs` replaces, and help texts that would be untrue with ours.
+OWN_DEFAULTS = {
+    "dtype": "float32; with LoRA on a GPU the checkpoint's, and bfloat16 for a 4- or 8-bit base",
+    "bf16": "True on a GPU that has it",
+    "report_to": "none",
+    "use_cpu": "True without a GPU",
+    "dataloader_pin_memory": "True on a GPU",
+}
+OWN_HELP = {
+    "dtype": "What the weights load in. Adapters and a reward model's new head are trained in float32 in either case.",
+    "bf16": "Compute in bfloat16 (mixed precision) instead of float32.",
+}
+
 
 def own_keys(config_class: type) -> dict[str, Key]:
     """The fields of one of our dataclasses."""
@@ -83,7 +96,9 @@ def library_keys(package: str, file: str, class_name: str, owner: str) -> dict[s
         name, annotation = node.target.id, ast.unparse(node.annotation)
         choices = LATE_CHOICES.get((class_name, name)) or OWN_CHOICES.get(name) or _literal_choices(node)
         choices = choices or (report_names() if name == "report_to" else _enum_choices(annotation))
-        keys[name] = Key(name, annotation, tuple(choices) if choices else None, owner, *_default_and_help(node))
+        default, told = _default_and_help(node)
+        default, told = OWN_DEFAULTS.get(name, default), OWN_HELP.get(name, told)
+        keys[name] = Key(name, annotation, tuple(choices) if choices else None, owner, default, told)
     return keys
 
 

@@ -562,3 +562,11 @@ def test_what_trl_refuses_names_the_recipe(tmp_path):
 )
 def test_default_dtype(values, on_cpu, bf16, dtype):
     assert default_dtype(Recipe("dpo", "r.yaml", values, {}), on_cpu, bf16) == dtype
+
+
+@pytest.mark.parametrize("stage", TRAINING_STAGES)
+def test_listed_defaults_are_those_of_build_configs(stage):
+    """Not the libraries', where `build_configs` replaces them."""
+    keys = allowed_keys(stage)
+    assert keys["dtype"].default.startswith("float32; with LoRA on a GPU") and "float32'" not in keys["dtype"].help
+    assert (keys["report_to"].default, keys["use_cpu"].default) == ("none", "True without a GPU")

@@ -45,3 +45,10 @@ def test_a_default_that_is_written_out_is_no_other_run(tmp_path):
         UserError, match=r"it differs in beta: 0.1 \(default\) -> 0.3; chat_template: not set -> 'chatml'\. "
     ):
         refuse_other_run(Recipe("dpo", "r.yaml", values | {"beta": 0.3, "chat_template": "chatml"}, {}), tmp_path, {})
+
+
+def test_the_dtype_of_a_frozen_base_has_no_default_of_its_own():
+    """On a GPU it is the checkpoint's: who sets it later in the same folder asks for another run."""
+    lora = {"use_peft": True}
+    assert (effective(lora, "dpo", "dtype"), describe(lora, "dpo", "dtype")) == (None, "not set")
+    assert (effective({}, "dpo", "dtype"), describe({}, "dpo", "dtype")) == ("float32", "'float32' (default)")
