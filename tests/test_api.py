@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import rlhf
-from rlhf import pack, train
+from rlhf.api import pack, train
 from rlhf.errors import UserError
 from rlhf.packing import packing_mode
 from rlhf.runs.command import shell_line

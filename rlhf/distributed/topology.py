@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.config.build import check_precision
 from rlhf.config.recipe import Recipe
 from rlhf.config.yaml_reader import quote_path, read_flat
+from rlhf.distributed.processes import world_size
 from rlhf.errors import UserError, pip_install, quote
 
 KINDS = frozenset(
@@ -239,3 +240,22 @@ def check_quantised(recipe: Recipe, device: str, capability: tuple[int, int] | N
             continue
         fix = "use `reference: cached`" if key == "reference" else f"remove {key}"
         raise UserError(f"{recipe.where(key)}: {key} is not supported here: {reason}; {fix}, or set `use_cpu: true`")
+
+
+def check_devices(args, recipe: Recipe) -> None:
+    """Refuse quantisation that this device can't compute, and several GPUs that one process would leave idle.
+
+    Raises:
+        UserError: with what to do.
+    """
+    import torch
+
+    capability = torch.cuda.get_device_capability() if args.device.type == "cuda" else None
+    check_quantised(recipe, args.device.type, capability)
+    if not args.use_cpu and torch.cuda.device_count() > 1 and world_size() == 1:
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"{count} GPUs are visible to one process; use them all with `accelerate launch --config_file "
+            f"launch/ddp.yaml --num_processes {count} -m rlhf {recipe.stage} {recipe.path}`, or one with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 
 from rlhf.config.recipe import Recipe
-from rlhf.distributed.processes import world_size
-from rlhf.distributed.topology import check_quantised
 from rlhf.errors import UserError, pip_install
 from rlhf.models.folder import check_model_folder
 from rlhf.runs.lineage import maker_of, waits_for
@@ -58,20 +56,6 @@ def on_cpu(recipe: Recipe) -> bool:
     import torch  # takes seconds
 
     return not torch.cuda.is_available()
-
-
-def check_devices(args, recipe: Recipe) -> None:
-    import torch
-
-    capability = torch.cuda.get_device_capability() if args.device.type == "cuda" else None
-    check_quantised(recipe, args.device.type, capability)
-    if not args.use_cpu and torch.cuda.device_count() > 1 and world_size() == 1:
-        count = torch.cuda.device_count()
-        raise UserError(
-            f"{count} GPUs are visible to one process; use them all with `accelerate launch --config_file "
-            f"launch/ddp.yaml --num_processes {count} -m rlhf {recipe.stage} {recipe.path}`, or one with "
-            "CUDA_VISIBLE_DEVICES=0"
-        )
 
 
 def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:

@@ -15,15 +15,16 @@ from typing import Literal, cast
 from rlhf.config.build import build_configs
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
+from rlhf.data.rows import StageData, read_data
 from rlhf.data.sources import Source
 from rlhf.distributed.processes import prepare_processes, say
-from rlhf.distributed.topology import Topology, check_topology
+from rlhf.distributed.topology import Topology, check_devices, check_topology
 from rlhf.models.embedded import is_fetched
 from rlhf.models.folder import check_model_folder
 from rlhf.runs.folder import RunFolder, open_run
 from rlhf.runs.lineage import maker_of, starting_model, waits_for
 from rlhf.runs.provenance import model_digest
-from rlhf.training.checks import check_devices, check_extras
+from rlhf.training.checks import check_extras
 from rlhf.training.plan_checks import (
     check_examples,
     check_hub_login,
@@ -35,7 +36,6 @@ from rlhf.training.plan_checks import (
     decide_max_length,
     load_plan_tokenizer,
 )
-from rlhf.training.rows import StageData, read_data
 from rlhf.training.stage import Plan, Stage
 
 
@@ -47,6 +47,7 @@ class Inputs:
         digests: sha256 of data and input model, by recipe key; without the model's while that does not exist yet.
         maker: the command that makes the input model, if a recipe of the same folder does; else ''.
         waits: that command has not been run to completion yet.
+        starts_from: the input model's name; if that is yet to be made, the model that it will be made from.
         run: the output folder.
     """
 
@@ -54,6 +55,7 @@ class Inputs:
     digests: dict[str, str]
     maker: str
     waits: bool
+    starts_from: str
     run: RunFolder
 
 
@@ -70,9 +72,10 @@ def read_inputs(
         UserError: bad data, a damaged model folder, an output folder that is not this run's, a missing package.
     """
     name = recipe.values["model_name_or_path"]
-    maker = maker_of(recipe, name)
+    maker, waits = maker_of(recipe, name), bool(may_wait and waits_for(recipe, name))
+    starts_from = starting_model(recipe) if waits else name
     data = read_data(recipe, stage.to_rows, given)
-    digests, waits = dict(data.digests), bool(may_wait and waits_for(recipe, name))
+    digests = dict(data.digests)
     if not waits:
         digests["model_name_or_path"] = model_digest(name)
     run = open_run(recipe, digests)
@@ -80,7 +83,7 @@ def read_inputs(
         check_extras(recipe)
         if not waits and os.path.isdir(folder := Path(name).expanduser()):
             check_model_folder(folder, recipe.where("model_name_or_path"), maker)
-    return Inputs(data, digests, maker, waits, run)
+    return Inputs(data, digests, maker, waits, starts_from, run)
 
 
 def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs | None = None) -> Plan:
@@ -102,8 +105,9 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     check_topology(recipe, topology, args.use_cpu)
     if topology.started:
         prepare_processes(args)
-    name = recipe.values["model_name_or_path"] if topology.started else starting_model(recipe)
-    model_name = locate(name, recipe.where("model_name_or_path"), inputs.maker if topology.started else "", say)
+    model_name = locate(
+        inputs.starts_from, recipe.where("model_name_or_path"), "" if inputs.waits else inputs.maker, say
+    )
     args.max_length, commit = decide_max_length(recipe, args, model_name)
     reference = decide_reference(stage_args, topology, args.use_cpu)
     if stage.name == "dpo":
@@ -122,11 +126,10 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     return plan
 
 
-def unknown_yet(recipe: Recipe) -> str:
+def unknown_yet(inputs: Inputs) -> str:
     """Why a plan can't be made before the run starts; '' if it can."""
-    name = starting_model(recipe)
-    if name.startswith("embedded:") and not is_fetched():
-        return f"not checked yet: tokenizer, lengths and module names, as {name} is downloaded when a run starts"
+    if inputs.starts_from.startswith("embedded:") and not is_fetched():
+        return f"not checked yet: tokenizer, lengths and module names, as {inputs.starts_from} is downloaded when a run starts"
     return ""
 
 

@@ -17,6 +17,7 @@ from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
 from rlhf.data.reading import write_skipped
+from rlhf.data.rows import StageData
 from rlhf.data.sources import Source
 from rlhf.distributed.processes import is_main, on_main, rank, say
 from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
@@ -24,7 +25,6 @@ from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
 from rlhf.runs.checkpoints import read_manifest
 from rlhf.runs.folder import RunFolder, check_disk, fresh_folder, start_run
-from rlhf.runs.lineage import starting_model
 from rlhf.runs.metrics import add_callbacks
 from rlhf.runs.records import describe_complete
 from rlhf.runs.resume import find_checkpoint, lock_folder
@@ -32,7 +32,6 @@ from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
-from rlhf.training.rows import StageData
 from rlhf.training.stage import Plan, Stage
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ def run_stage(stage: Stage, recipe_path: str, overrides: list[str], fresh: bool 
         Stopped: it was asked to stop and can be resumed.
         UserError: with the place and the fix, before a model loads.
     """
-    run_recipe(stage, _load(stage, recipe_path, overrides, fresh))
+    recipe = _load(stage, recipe_path, overrides, fresh)
+    run_recipe(stage, recipe)
 
 
 def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None = None) -> None:
@@ -62,7 +62,8 @@ def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None 
     if inputs.run.complete:
         return announce_complete(stage, inputs.run)
     say(f"\n=== {stage.title}: {recipe.path}")
-    describe_data(recipe, inputs.data)
+    for text in inputs.data.describe():
+        say(text)
     quiet_libraries(len(inputs.data.train))
     with Stopper(inputs.run.folder) as stopper:
         plan = make_plan(stage, recipe, topology_of_environment(), inputs)
@@ -93,14 +94,15 @@ def check_stage(
     inputs = read_inputs(stage, recipe, may_wait=True)
     if inputs.run.complete:
         return announce_complete(stage, inputs.run)
-    describe_data(recipe, inputs.data)
-    unknown = unknown_yet(recipe) or _check_plan(stage, recipe, inputs, topology)
+    for text in inputs.data.describe():
+        say(text)
+    unknown = unknown_yet(inputs) or _check_plan(stage, recipe, inputs, topology)
     say(f"{recipe.path}: ok ({len(inputs.data.train)} training rows)" + (f"; {unknown}" if unknown else ""))
 
 
 def _check_plan(stage: Stage, recipe: Recipe, inputs: Inputs, topology: Topology) -> str:
     """Make the plan; returns what can only be checked when the run starts."""
-    name = starting_model(recipe)
+    name = inputs.starts_from
     say(f"  checking it with {name} (configs, tokenizer, lengths, module names; no weights) ...")
     quiet_libraries(len(inputs.data.train))
     check_room(make_plan(stage, recipe, topology, inputs), inputs.run)
@@ -237,13 +239,6 @@ def train_or_restore(trainer: CheckpointMixin, run: RunFolder) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=run.resume_from)
-
-
-def describe_data(recipe: Recipe, data: StageData) -> None:
-    """Report on the training rows: duplicates, contradictions, unused columns, rows left out."""
-    name = recipe.get("dataset_name") or recipe.get("chosen_dataset_name")
-    for text in data.describe():
-        say(f"{name}: {text}")
 
 
 def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:

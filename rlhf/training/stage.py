@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
 from rlhf.data.reading import Reading
+from rlhf.data.rows import StageData
 from rlhf.data.sources import Source
 from rlhf.distributed.topology import Topology
 from rlhf.runs.stop import Stopper
-from rlhf.training.rows import StageData
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds
     from datasets import Dataset

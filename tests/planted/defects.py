@@ -394,7 +394,7 @@ RUNS = (
 DATA = (
     Defect(
         "held-out-trained-on", "the rows that are held out stay in the training data",
-        "rlhf/training/rows.py",
+        "rlhf/data/rows.py",
         "if side is wanted]",
         "if side or not wanted]",
         ("tests/data/test_heldout.py::test_the_quickstart_copied_for_one_csv",),

@@ -20,10 +20,12 @@ class StageData:
     """Canonical rows of a stage (a training row's `place` is its file and line), and the digests of their sources.
 
     Attributes:
+        name: the data as the recipe names it.
         summary: what was found in the training rows.
         skipped: place and reason of each row, including held-out rows, that could not be used (`bad_rows: skip`).
     """
 
+    name: str
     train: list[dict[str, Any]]
     heldout: list[dict[str, Any]] | None
     digests: dict[str, str]
@@ -43,7 +45,7 @@ class StageData:
                 f"{leaks.rows:,} of {len(self.heldout or ()):,} held-out prompts are also in the training data (first: "
                 f"{leaks.first}); scores on them are not meaningful"
             )
-        return lines
+        return [f"{self.name}: {text}" for text in lines]
 
 
 def read_data(
@@ -84,7 +86,8 @@ def read_data(
         reading.num_unused["margin"] = sum("margin" in row for row in rows)
     summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
     train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
-    return StageData(train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
+    name = recipe.ours.dataset_name or str(recipe.ours.chosen_dataset_name)
+    return StageData(name, train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
 
 
 def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
