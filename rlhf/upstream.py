@@ -135,6 +135,15 @@ TRANSFORMERS = [
     *_of("transformers.modeling_utils", "PreTrainedModel", "packing/backbone.py", {
         "_is_stateful": "refusing to pack recurrent models",
     }),
+    *_of("transformers.modeling_utils", "PreTrainedModel", "models/pieces.py", {
+        "_keys_to_ignore_on_save": "leaving out what a finished model does not need",
+    }),
+    *_of("transformers.modeling_utils", "PreTrainedModel", "models/pieces.py", {
+        "all_tied_weights_keys": "writing tied weights once",
+    }, in_code=True),
+    *_of("transformers.core_model_loading", "", "models/pieces.py", {
+        "revert_weight_conversion model state_dict": "writing mixtures of experts in the layout of their files",
+    }),
     *_of("transformers.modeling_utils", "PreTrainedModel", "models/embedded.py", {
         "hf_quantizer": "saving the embedded model",
     }, in_code=True),
@@ -200,7 +209,10 @@ ACCELERATE_AND_PEFT = [
     *_of("accelerate", "PartialState", "distributed/processes.py", {"distributed_type": "FSDP2 on CPUs"}, in_code=True),
     *_of("peft.tuners.tuners_utils", "", "training/reference.py", {"BaseTunerLayer": "the key of the reference cache"}),
     *_of("peft.utils.other", "", "training/reference.py", {"AuxiliaryTrainingWrapper": "the key of the reference cache"}),
-    *_of("peft.tuners.lora.layer", "Linear", "models/finished.py", {"get_delta_weight adapter": "merging into a 4-bit base"}),
+    *_of("peft.tuners.lora.layer", "Linear", "models/pieces.py", {
+        "get_delta_weight adapter": "merging into a 4-bit base", "merge safe_merge adapter_names": "merging adapters",
+    }),
+    *_of("peft.utils.integrations", "", "models/pieces.py", {"dequantize_module_weight module": "merging into a 4-bit base"}),
     *_of("peft.tuners.lora.layer", "LoraLayer", "training/reference.py", {"base_layer": "the key of the reference cache"}, in_code=True),
     *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
 ]  # fmt: skip
@@ -210,6 +222,10 @@ TORCH_AND_PYTHON = [
         "_scaled_dot_product_flash_attention_for_cpu": "packed attention on CPUs",
         "_scaled_dot_product_flash_attention_for_cpu_backward": "packed attention on CPUs",
     }),
+    *_of("torch.nn.utils.stateless", "", "models/pieces.py", {
+        "_reparametrize_module module parameters_and_buffers": "merging adapters",
+    }),
+    *_of("torch.nn", "Module", "models/pieces.py", {"_non_persistent_buffers_set": "writing buffers"}, in_code=True),
     *_of("torch.optim.lr_scheduler", "LRScheduler", "runs/portable.py", {
         "_last_lr": "the learning rate of a resumed run", "_step_count": "the learning rate of a resumed run",
     }, in_code=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 
 def is_zero3(parameter) -> bool:
@@ -38,6 +39,13 @@ def unsharded(parameter):
         yield full_tensor(parameter)
 
 
+def reshard(model) -> None:
+    """Free what FSDP2 keeps unsharded after a forward pass, in the compute dtype; other engines keep nothing."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):
+            module.reshard()
+
+
 def full_tensor(tensor):
     """The unsharded tensor of a DTensor (a collective that all ranks must enter); any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -67,12 +75,14 @@ def shard_like(value, parameter):
 
 @contextlib.contextmanager
 def loading_unsharded():
-    """Load models unsharded on each rank inside the block, also under ZeRO-3; they are sharded when training starts."""
+    """Load models inside the block as one process does, also under ZeRO-3 and FSDP."""
     from transformers.integrations import deepspeed
 
-    config = deepspeed._hf_deepspeed_config_weak_ref
+    config, fsdp = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop("ACCELERATE_USE_FSDP", None)
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = config
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp

@@ -92,6 +92,10 @@ class EvaluationStopped(Exception):
     """A stop was requested during evaluation."""
 
 
+class AllStepsDone(Exception):
+    """The checkpoint that training resumes from is that of its last step."""
+
+
 class CheckpointMixin(Trainer):
     """Precedes TRL's trainer among the bases of a class; does nothing until `use_fault_tolerance` is called."""
 
@@ -300,6 +304,8 @@ class StopCallback(TrainerCallback):
         if manifest.get("evaluation_pending") and state.global_step > 0:
             self.trainer._evaluate(None, None)
             self.fault_tolerance.evaluation_pending = False
+        if state.global_step >= state.max_steps:
+            raise AllStepsDone
 
     def on_step_end(self, args, state, control, **kwargs):
         watch(self.fault_tolerance.watchdog_s)

@@ -1,61 +1,78 @@
-"""The end of training: write the model, reload and compare it, and mark the run as complete."""
+"""The end of training: write the model, read it again and compare it, and mark the run as complete."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf.distributed.processes import is_main, on_main, say
-from rlhf.distributed.sharding import is_sharded, unsharded
+from rlhf.distributed.processes import on_main, say
+from rlhf.distributed.sharding import is_sharded
+from rlhf.files import sha256_of
+from rlhf.models.folder import base_of
 from rlhf.runs.card import write_card
+from rlhf.runs.checkpoints import MANIFEST
 from rlhf.runs.folder import RunFolder, finish_run
 from rlhf.runs.records import describe_complete
 from rlhf.training.stage import Plan, Stage
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from rlhf.runs.checkpointing import CheckpointMixin
 
 
 def finish(stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, seconds: float) -> None:
-    """Write the model on the main rank, reload and compare it; an error there ends all ranks (`on_main`).
+    """Write the model and compare it (all ranks), then mark the run as complete; an error ends all ranks (`on_main`).
 
     Args:
         seconds: the duration of training.
     """
-    probe = stage.probe(trainer.train_dataset)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
-    trained, expected = gather_trained(model, probe) if any(map(is_sharded, model.parameters())) else (None, None)
+    import torch
 
-    def write() -> None:
-        say("Writing the model, reloading it and comparing ...")
-        finished = model if trained is None else load_trained(stage, plan, trained)
-        saved = save_finished_model(stage, plan, trainer, run, finished, expected, probe)
-        summary = summarise_training(stage, trainer, run, seconds) | saved
+    from rlhf.models.precision import compute_dtype
+    from rlhf.models.saving import save_finished
+
+    say("Writing the model, reading it again and comparing ...")
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
+    sharded = any(map(is_sharded, model.parameters()))  # then autocast may be FSDP2's own
+    saved = save_finished(
+        model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=plan.merge,
+        probe=stage.probe(trainer.train_dataset), dtype=output_dtype(plan, model),
+        made_from=newest_state(run, trainer.state.global_step),
+        exact=not sharded or compute_dtype(model, trainer.accelerator.mixed_precision) == torch.float32,
+    )  # fmt: skip
+
+    def complete() -> None:
+        assert saved is not None  # on the main rank
+        summary = summarise_training(stage, trainer, run, seconds) | saved._asdict()
         write_card(run.folder, summary)
         finish_run(run, summary)
         announce_finished(stage, run, summary)
 
-    on_main(write)
+    on_main(complete)
     trainer.accelerator.end_training()
 
 
-def save_finished_model(
-    stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, model, expected, probe
-) -> dict[str, Any]:
-    """Write the files; returns what `save_finished` reports about them."""
+def output_dtype(plan: Plan, model) -> torch.dtype:
+    """Of the finished weights: the recipe's `dtype`, else that of the base's checkpoint, else that of the model."""
     import torch
+    from transformers import AutoConfig
 
-    from rlhf.models.finished import save_finished
-    from rlhf.models.precision import compute_dtype
+    from rlhf.models.pieces import base_model
 
-    exact = compute_dtype(trainer.model, trainer.accelerator.mixed_precision) == torch.float32
-    return save_finished(
-        model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=plan.merge,
-        probe=probe, expected=expected, exact=expected is None or exact,
-    )  # fmt: skip
+    if plan.recipe.get("dtype") in (None, "auto"):
+        options: Any = {"trust_remote_code": plan.args.trust_remote_code}
+        found = getattr(
+            AutoConfig.from_pretrained(base_of(plan.model_name), **options).get_text_config(), "dtype", None
+        )
+        if isinstance(found, torch.dtype):
+            return found
+    return base_model(model).dtype
+
+
+def newest_state(run: RunFolder, step: int) -> str:
+    """Identifies the trained weights by the checksums of the last checkpoint; '' if it is not of the last step."""
+    manifest = run.folder / f"checkpoint-{step}" / MANIFEST
+    return sha256_of(manifest) if manifest.is_file() else ""
 
 
 def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, seconds: float) -> dict[str, Any]:
@@ -73,42 +90,12 @@ def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, s
 
 def announce_finished(stage: Stage, run: RunFolder, summary: dict[str, Any]) -> None:
     say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
-    say(f"  written and reloaded: largest logit difference {summary['max_logit_difference']:.1e}")
+    difference = summary["max_logit_difference"]
+    how = "every tensor is equal" if difference is None else f"largest logit difference {difference:.1e}"
+    say(f"  written in {summary['dtype']} and read again: {how}")
     if before := summary["bytes_before_dequantising"]:
         merged = sum(size for name, size in summary["files"].items() if name.endswith(".safetensors"))
         say(
             f"  merged into the dequantised base: {merged / 1e6:.0f} MB instead of {before / 1e6:.0f} MB; "
             "`merge_adapter: false` keeps the adapter on 4 bits"
         )
-
-
-def gather_trained(model, probe: list[list[int]]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Of a sharded model: the trained parameters, unsharded and on the main rank only, and the logits on `probe`.
-
-    A collective: all ranks must call it.
-    """
-    from rlhf.models.finished import probe_logits
-
-    expected = probe_logits(model, probe)
-    trained = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            with unsharded(parameter) as full:
-                if is_main():
-                    trained[name] = full.detach().cpu().clone()
-    return trained, expected
-
-
-def load_trained(stage: Stage, plan: Plan, trained: dict[str, torch.Tensor]) -> PreTrainedModel | PeftModel:
-    """The stage's model loaded again, unsharded, with the trained parameters in it."""
-    from peft import get_peft_model
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # or ZeRO-3 would shard it
-    loaded = stage.load(plan)
-    model: PreTrainedModel | PeftModel = loaded.model
-    if loaded.peft_config is not None:
-        model = get_peft_model(loaded.model, loaded.peft_config)
-    missing = model.load_state_dict(trained, strict=False)
-    assert not missing.unexpected_keys, f"trained parameters that a new model lacks: {missing.unexpected_keys[:3]}"
-    return model

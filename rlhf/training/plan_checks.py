@@ -253,6 +253,11 @@ def check_merge(plan: Plan) -> None:
     from rlhf.models.folder import is_adapter
 
     recipe = plan.recipe
+    if plan.merge and recipe.is_quantised and plan.model_args.use_dora:
+        raise UserError(
+            f"{recipe.where('use_dora')}: DoRA's adapter scales whole columns of the weights, which can't be merged exactly into a "
+            "dequantised base; set `merge_adapter: false`, or remove `use_dora`"
+        )
     if plan.continues_adapter or not is_adapter(plan.model_name):
         return
     for key in ("load_in_4bit", "load_in_8bit"):

@@ -224,21 +224,14 @@ def out_of_memory(error: Exception, plan: Plan) -> OutOfMemory:
 
 
 def train_or_restore(trainer: CheckpointMixin, run: RunFolder) -> None:
-    """Train; or, if the checkpoint is that of the last step, only load it.
+    """Train; or, if the checkpoint is that of the last step, only load it into the engine.
 
     transformers 5.23 runs one step too many when it resumes a run that max_steps ended in the middle of an epoch.
     """
-    from transformers import TrainerState
+    from rlhf.runs.checkpointing import AllStepsDone
 
-    if run.resume_from:
-        state = TrainerState.load_from_json(str(Path(run.resume_from) / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            if trainer.fault_tolerance and trainer.fault_tolerance.restore:
-                trainer.fault_tolerance.restore.restore_weights(trainer.model)
-            trainer._load_from_checkpoint(run.resume_from)
-            trainer.state = state
-            return
-    trainer.train(resume_from_checkpoint=run.resume_from)
+    with contextlib.suppress(AllStepsDone):
+        trainer.train(resume_from_checkpoint=run.resume_from)
 
 
 def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:

@@ -1,41 +1,39 @@
 """One rank of a run whose main rank fails at the end: failing_worker.py FAULT STAGE RECIPE.
 
-FAULT: `full_disk` fills the output folder's disk before the model is written; `mismatch` changes a weight of the model that
-is loaded again; `provenance` makes the first file of the run unwritable.
+FAULT: `full_disk` fills the output folder's disk before the model is written; `mismatch` changes the logits of the model
+that is read again; `provenance` makes the first file of the run unwritable; `many_files` writes a small model as many, and
+`killed` also kills each rank when it opens its third.
 """
 
+import contextlib
+import os
+import signal
 import sys
 from pathlib import Path
 
-import rlhf.models.finished
+import rlhf.models.saving
+import rlhf.models.writing
 from rlhf.__main__ import main
+from rlhf.distributed.processes import is_main
 from rlhf.runs.stop import leave
 
 
 def full_disk():
-    save = rlhf.models.finished.save_finished
+    save = rlhf.models.saving.save_finished
 
     def filled(model, tokenizer, folder, **options):
-        with open(Path(folder) / "filler", "wb", buffering=0) as filler:
-            try:
+        if is_main():
+            with open(Path(folder) / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
                 while True:
                     filler.write(bytes(1 << 20))
-            except OSError:
-                pass
         return save(model, tokenizer, folder, **options)
 
-    rlhf.models.finished.save_finished = filled
+    rlhf.models.saving.save_finished = filled
 
 
 def mismatch():
-    load = rlhf.models.finished.load_finished
-
-    def changed(*args, **options):
-        model, tokenizer = load(*args, **options)
-        next(model.parameters()).data.add_(1.0)
-        return model, tokenizer
-
-    rlhf.models.finished.load_finished = changed
+    read = rlhf.models.saving.offloaded_logits
+    rlhf.models.saving.offloaded_logits = lambda *args: [logits + 1.0 for logits in read(*args)]
 
 
 def provenance():
@@ -47,6 +45,25 @@ def provenance():
     rlhf.training.run.start_run = refused
 
 
+def many_files(killed_at=0):
+    split, init, opened = rlhf.models.writing.split_files, rlhf.models.writing.Writer.__init__, []
+
+    def counted(self, path, pieces):
+        opened.append(path.name)
+        if len(opened) == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        print(f"opens {path.name}", flush=True)
+        init(self, path, pieces)
+
+    rlhf.models.saving.split_files = lambda pieces: split(pieces, 20_000)
+    rlhf.models.writing.Writer.__init__ = counted
+
+
+def killed():
+    many_files(killed_at=3)
+
+
 if __name__ == "__main__":
-    {"full_disk": full_disk, "mismatch": mismatch, "provenance": provenance}[sys.argv[1]]()
+    faults = (full_disk, mismatch, provenance, many_files, killed)
+    next(fault for fault in faults if fault.__name__ == sys.argv[1])()
     leave(main(sys.argv[2:]))

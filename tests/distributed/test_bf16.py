@@ -41,4 +41,5 @@ def test_dpo(launch_file, values, recipe, llama_64, few_pairs, tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-2)
     assert max(abs(first[f"rewards/{side}"]) for side in ("chosen", "rejected")) < 0.02
     complete = json.loads((out / "complete.json").read_text())
-    assert complete["max_logit_difference"] <= 5e-2 * max(1.0, complete["max_logit"])
+    difference = complete["max_logit_difference"]  # None: a sharded adapter, compared tensor by tensor
+    assert difference is None or difference <= 5e-2 * max(1.0, complete["max_logit"])

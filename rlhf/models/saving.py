@@ -1,0 +1,250 @@
+"""Save a trained model: write it, read it again, compare it with the trained one, and only then move it into place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.distributed.processes import is_main, on_main
+from rlhf.distributed.sharding import is_sharded, loading_unsharded, reshard, unsharded
+from rlhf.errors import RunFailed
+from rlhf.files import is_disk_error, sha256_of
+from rlhf.models.finished import is_quantised, probe_logits
+from rlhf.models.loading import fit_tokenizer
+from rlhf.models.pieces import ADAPTER, Tensors, base_model, list_pieces
+from rlhf.models.precision import compute_dtype
+from rlhf.models.writing import File, digest_of, split_files, take_notes, write_files, write_index
+
+PARTIAL = ".partial-model"
+
+
+class Saved(NamedTuple):
+    """What `save_finished` has written.
+
+    Attributes:
+        files: bytes by name.
+        weights_sha256: of the weights' file, or of the list of several (writing.py).
+        dtype: of the weights.
+        max_logit: the largest logit of the trained model on the probe.
+        max_logit_difference: between it and the written model; None for the adapter of a sharded model, which was
+            compared tensor by tensor instead.
+        bytes_before_dequantising: of the 4- or 8-bit model that was merged; None if nothing was dequantised.
+    """
+
+    files: dict[str, int]
+    weights_sha256: str
+    dtype: str
+    max_logit: float
+    max_logit_difference: float | None
+    bytes_before_dequantising: int | None
+
+
+def save_finished(
+    model,
+    tokenizer,
+    folder: Path,
+    *,
+    reward: bool,
+    merge: bool,
+    probe: list[list[int]],
+    dtype: torch.dtype | None = None,
+    made_from: str = "",
+    exact: bool = True,
+) -> Saved | None:
+    """Save a trained model for plain transformers (or PEFT). A collective that all ranks must call.
+
+    No rank holds a second model: the weights are written piece by piece, the files by all ranks, and the written model is
+    compared with each layer read from disk when it is computed.
+
+    Args:
+        model: the trained, unwrapped model, whatever shards it; a PeftModel is merged if `merge`.
+        folder: where the files go, on a file system that all ranks see.
+        probe: rows of token ids on which the saved and the trained model must agree.
+        dtype: of the written weights; None: of the model's. An adapter keeps its own.
+        made_from: identifies the trained weights, so that an interrupted call is continued; '' if nothing does.
+        exact: whether the model computes in the dtype of its weights, without autocast.
+
+    Returns:
+        What was written, on the main rank; None on the others.
+
+    Raises:
+        RunFailed: the disk is full, or the saved model differs from the trained one (on the main rank).
+        RankFailed: the same on the others.
+    """
+    expected = probe_logits(model, probe)
+    reshard(model)
+    exact = exact and compute_dtype(model) == torch.float32
+    partial, saved = folder / PARTIAL, list[Saved]()
+    if hasattr(model, "peft_config") and not merge:
+        kept = gather_adapter(model)
+
+        def finish_adapter() -> None:
+            assert kept is not None  # on the main rank
+            _clear(partial, [])
+            write_adapter(model, tokenizer, partial, kept)
+            difference = None
+            if not any(map(is_sharded, model.parameters())):
+                difference = _largest_difference(expected, adapter_logits(model, partial, probe))
+                _compare(difference, expected, exact and not is_quantised(model), partial)
+            digest = sha256_of(partial / "adapter_model.safetensors")
+            held = next(iter(kept.values())).dtype
+            saved.append(_place(partial, folder, digest, held, expected, difference, None))
+
+        on_main(finish_adapter)
+        return saved[0] if saved else None
+
+    dtype = dtype or base_model(model).dtype
+    files = split_files(list_pieces(model, dtype))
+    on_main(lambda: _clear(partial, files if made_from else []))
+    failure = write_files(files, partial, made_from and f"{made_from} {dtype} {len(files)}")
+
+    def finish_model() -> None:
+        if failure:  # a full disk is told as everywhere
+            error = OSError(f"{partial}: {failure}")
+            raise error if is_disk_error(error) else RunFailed(f"the model could not be written: {failure}")
+        write_configs(model, tokenizer, partial, dtype)
+        write_index(partial, files)
+        found = offloaded_logits(partial, probe, reward, next(model.parameters()).device)
+        difference = _largest_difference(expected, found)
+        _compare(difference, expected, exact and dtype == torch.float32, partial)
+        before = model.get_memory_footprint() if is_quantised(model) else None
+        digest = digest_of(take_notes(partial, files))
+        saved.append(_place(partial, folder, digest, dtype, expected, difference, before))
+
+    on_main(finish_model)
+    return saved[0] if saved else None
+
+
+def _clear(partial: Path, files: list[File]) -> None:
+    """Make the folder, without what an interrupted call has left there, except `files`."""
+    wanted = {file.name for file in files} | {f"{file.name}.json" for file in files}
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in wanted:
+            path.unlink()
+
+
+def _place(partial, folder, digest, dtype, expected, difference, before) -> Saved:
+    """Move the files into place, the index and the configs last."""
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only their owner can read
+    for name in sorted(sizes, key=lambda name: (not name.endswith(".safetensors"), name)):
+        (partial / name).chmod(mode)
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
+    largest = float(torch.stack([logits.abs().max() for logits in expected]).max())
+    return Saved(sizes, digest, str(dtype).removeprefix("torch."), largest, difference, before)
+
+
+# --- full models -----------------------------------------------------------------------------------------------------
+
+
+def write_configs(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """What stands beside the weights: config, generation config, tokenizer, and the code of a custom architecture."""
+    base = base_model(model)
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(base).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
+    if base.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(base, str(folder), config=cast(Any, config))  # it is annotated as a dict, and takes a config
+    config.save_pretrained(folder)
+    if base.can_generate():
+        base.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def offloaded_logits(folder: Path, probe: list[list[int]], reward: bool, device) -> list[torch.Tensor]:
+    """Logits of the written model, loaded as anyone would, but with each layer read from disk when it is computed."""
+    from rlhf.models.tokenizer import load_tokenizer
+
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    beside = folder / "offloaded"  # only for layouts that transformers converts
+    with loading_unsharded():
+        model = auto.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, device_map={"": "disk"}, offload_folder=beside
+        )
+    try:
+        fit_tokenizer(model, load_tokenizer(str(folder), encoder=reward))
+        return probe_logits(model, probe, device)
+    finally:
+        del model
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def gather_adapter(model) -> Tensors | None:
+    """The trained tensors of a PeftModel, unsharded, in host memory of the main rank; None on the others.
+
+    With resized embeddings also those, which PEFT saves beside the adapter. A collective that all ranks must call.
+    """
+    embeddings = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    kept = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad or f".{ADAPTER}." in name or id(parameter) in embeddings:
+            with unsharded(parameter) as full:
+                if is_main():
+                    kept[name] = full.detach().to("cpu", copy=True)
+    return kept if is_main() else None
+
+
+def write_adapter(model, tokenizer, folder: Path, kept: Tensors) -> None:
+    """Write the adapter as PEFT does, read it again, and compare every tensor.
+
+    Raises:
+        RunFailed: a tensor differs.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+
+    model.save_pretrained(folder, selected_adapters=[ADAPTER], state_dict=kept)
+    (folder / "README.md").unlink(missing_ok=True)  # full of [More Information Needed]; rlhf/runs/card.py writes one
+    tokenizer.save_pretrained(folder)
+    written, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model, kept, ADAPTER)
+    for name in wanted.keys() | written.keys():
+        same = name in wanted and name in written and torch.equal(wanted[name].cpu(), written[name])
+        if not same:
+            raise RunFailed(f"{name} of the adapter in {folder} differs from the trained one; check the disk")
+
+
+def adapter_logits(model, folder: Path, probe: list[list[int]]) -> list[torch.Tensor]:
+    """Logits with the adapter that was written, loaded beside the trained one on the same base."""
+    model.load_adapter(str(folder), adapter_name="written")
+    model.set_adapter("written")
+    try:
+        return probe_logits(model, probe)
+    finally:
+        model.set_adapter(ADAPTER)
+        model.delete_adapter("written")
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _largest_difference(expected: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> float:
+    """The largest absolute difference; NaN if there is one, which Python's `max` finds only where it comes first."""
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max())
+
+
+def _compare(difference: float, expected: list[torch.Tensor], exact: bool, partial: Path) -> None:
+    largest = float(torch.stack([logits.abs().max() for logits in expected]).max())
+    tolerance = (1e-3 if exact else 5e-2) * max(largest, 1.0)
+    if not difference <= tolerance:
+        raise RunFailed(
+            f"the model in {partial} differs from the trained one: its logits differ by {difference:.3g} "
+            f"(allowed {tolerance:.3g}); it was kept there for inspection, and the checkpoints are untouched"
+        )

@@ -1,0 +1,208 @@
+"""Write a finished model as safetensors, piece by piece: every file by one rank, the files of a model by all ranks.
+
+Beside a file that is complete stands NAME.json with its sha256; a finish that was interrupted keeps those that were made
+from the same checkpoint, after reading them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from rlhf.distributed.processes import rank, world_size
+from rlhf.errors import RunFailed
+from rlhf.files import read_json, sha256_of, write_file
+from rlhf.models.pieces import Piece
+
+MAX_FILE_BYTES = 5_000_000_000  # what the hub and transformers use
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+class File(NamedTuple):
+    name: str
+    pieces: list[Piece]
+
+
+def split_files(pieces: list[Piece], max_bytes: int = MAX_FILE_BYTES) -> list[File]:
+    """The files of a model, filled in order to at most `max_bytes` (or one piece), named as transformers names them."""
+    groups: list[list[Piece]] = []
+    size = 0
+    for piece in pieces:
+        needed = sum(tensor.nbytes for tensor in piece.tensors.values())
+        if not groups or size + needed > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += needed
+    if len(groups) == 1:
+        return [File("model.safetensors", groups[0])]
+    return [File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", g) for i, g in enumerate(groups, 1)]
+
+
+class Writer:
+    """One safetensors file, whose tensors are written in the order of its header.
+
+    Source: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
+    """
+
+    def __init__(self, path: Path, pieces: list[Piece]):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, tensor in (item for piece in pieces for item in piece.tensors.items()):
+            start, end = end, end + tensor.nbytes
+            dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        self.path = path
+        self._digest = hashlib.sha256()
+        self._file: IO[bytes] = open(path, "wb")
+        self._put(struct.pack("<Q", len(text)) + text)
+
+    def write(self, piece: Piece, tensors: dict[str, torch.Tensor]) -> None:
+        for name, expected in piece.tensors.items():
+            tensor = tensors[name]
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                raise RunFailed(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {expected.dtype} {tuple(expected.shape)} as planned"
+                )
+            self._put(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+    def _put(self, data) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+    def close(self) -> str:
+        """Flush to disk, read the file again, and return its sha256.
+
+        Raises:
+            RunFailed: what the disk holds is not what was written.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        digest = self._digest.hexdigest()
+        if sha256_of(self.path) != digest:
+            raise RunFailed(f"{self.path} reads differently from what was written; check the disk")
+        return digest
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # what is buffered can't be written to a full disk
+            self._file.close()
+
+
+def write_files(files: list[File], folder: Path, made_from: str = "") -> str:
+    """Write the files of a model; a collective that all ranks must call. The folder must be one that all ranks see.
+
+    As many files as ranks are written at a time, one by each rank, which holds one piece at a time (under ZeRO-3 and FSDP2
+    beside the one that is being gathered).
+
+    Args:
+        made_from: identifies the weights; files of an earlier call with the same are kept if their checksum is right.
+            '' keeps none.
+
+    Returns:
+        Why a file could not be written; '' if all were. The same on all ranks.
+    """
+    world, me = world_size(), rank()
+    checked = {n: _is_kept(folder, file, made_from) for n, file in enumerate(files) if n % world == me}
+    kept = {n: found for part in _gather(checked) for n, found in part.items()}
+    left = [file for n, file in enumerate(files) if not kept[n]]
+    for start in range(0, len(left), world):
+        turn = left[start : start + world]
+        failure = _write_turn(turn, turn[me] if me < len(turn) else None, folder, made_from)
+        if reason := next(filter(None, _gather(failure)), ""):
+            return reason
+    return ""
+
+
+def _write_turn(turn: list[File], own: File | None, folder: Path, made_from: str) -> str:
+    """Take part in gathering the files of this turn, and write this rank's own; returns why it failed, or ''.
+
+    An error here must not keep this rank from the collectives of the other files.
+    """
+    failure, writer = "", None
+    try:
+        if own is not None:
+            _note_of(folder / own.name).unlink(missing_ok=True)
+            writer = Writer(folder / own.name, own.pieces)
+    except OSError as error:
+        failure = str(error)
+    for step in range(max(len(file.pieces) for file in turn)):
+        for file in (file for file in turn if step < len(file.pieces)):
+            found = file.pieces[step].fetch(file is own and not failure)
+            if found is None or writer is None:
+                continue
+            try:
+                writer.write(file.pieces[step], found)
+            except OSError as error:
+                failure = str(error)
+            del found  # before the next is made
+    if writer is not None:
+        try:
+            if not failure:
+                note = {"made_from": made_from, "sha256": writer.close()}
+                write_file(_note_of(writer.path), json.dumps(note))
+        except (OSError, RunFailed) as error:
+            failure = str(error)
+        writer.abandon()
+    return failure
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _is_kept(folder: Path, file: File, made_from: str) -> bool:
+    path = folder / file.name
+    note = read_json(_note_of(path)) or {}
+    try:
+        return bool(made_from) and note.get("made_from") == made_from and sha256_of(path) == note.get("sha256")
+    except OSError:
+        return False
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of each rank."""
+    if world_size() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def take_notes(folder: Path, files: list[File]) -> dict[str, str]:
+    """The sha256 of each file, from the notes beside them, which are removed."""
+    found = {file.name: (read_json(_note_of(folder / file.name)) or {})["sha256"] for file in files}
+    for name in found:
+        _note_of(folder / name).unlink()
+    return found
+
+
+def write_index(folder: Path, files: list[File]) -> None:
+    """What transformers needs beside several files; last, since with it the model is complete."""
+    if len(files) == 1:
+        return
+    where = {name: file.name for file in files for piece in file.pieces for name in piece.tensors}
+    total = sum(t.nbytes for file in files for piece in file.pieces for t in piece.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def digest_of(digests: dict[str, str]) -> str:
+    """One sha256 for a model: of its file, or of the lines `sha256  name` of several (as `sha256sum` prints them)."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,65 @@
+"""The end of a run: all ranks write the model, and a kill in the middle of it loses nothing."""
+
+import json
+import re
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import needs_deepspeed
+
+WORKER = str(Path(__file__).parent / "failing_worker.py")
+slow = pytest.mark.slow
+
+
+def weights(folder):
+    return {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+
+
+def opened(done):
+    return re.findall(r"opens (model-\S+)", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("launch_file", "values"),
+    [
+        ("zero3.yaml", {"use_peft": True}),
+        pytest.param("zero3.yaml", {}, marks=slow),
+        pytest.param("fsdp2.yaml", {"use_peft": True}, marks=slow),
+        pytest.param("fsdp2.yaml", {}, marks=slow),
+        pytest.param("zero2.yaml", {}, marks=slow),
+        pytest.param("ddp.yaml", {"use_peft": True}, marks=slow),
+    ],
+)
+def test_killed_while_it_writes(launch_file, values, recipe, tiny_llama, few_pairs, tmp_path):
+    """Both ranks write files; after a kill only those that are missing are written, and the model is the same."""
+    needs_deepspeed(launch_file)
+
+    def start(name, fault):
+        lora = {"lora_r": 4, "lora_target_modules": "all-linear"} if values else {}
+        file = recipe("sft", name=name, model_name_or_path=tiny_llama, dataset_name=few_pairs, max_steps=2,
+                      save_strategy="steps", save_steps=1, output_dir=str(tmp_path / name), **values, **lora)  # fmt: skip
+        return forked.launch(2, fault, "sft", file, launch_file=launch_file, program=(WORKER,))
+
+    whole = start("straight", "many_files")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    files = opened(whole)
+    assert len(files) == len(set(files)) == 6
+
+    out = tmp_path / "killed"
+    assert start("killed", "killed").returncode != 0
+    assert not list(out.glob("model*")) and not (out / "complete.json").exists()
+    again = start("killed", "many_files")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert len(opened(again)) == len(files) - 4 and set(opened(again)) < set(files)
+    complete, straight = (
+        json.loads((tmp_path / name / "complete.json").read_text()) for name in ("killed", "straight")
+    )
+    assert complete["weights_sha256"] == straight["weights_sha256"] and complete["max_logit_difference"] < 1e-5
+    assert not list(out.glob(".partial*"))
+    found, expected = weights(out), weights(tmp_path / "straight")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(found) and set(index.values()) == set(files)

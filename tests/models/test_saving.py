@@ -1,0 +1,227 @@
+"""Finished models: written piece by piece, they are what transformers and PEFT would have written at once."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.errors import RunFailed
+from rlhf.models.finished import load_finished, probe_logits
+from rlhf.models.pieces import list_pieces
+from rlhf.models.saving import PARTIAL, offloaded_logits, save_finished
+from rlhf.models.writing import Writer, split_files, write_files, write_index
+
+PROBE = [[3, 4, 5], [6, 7]]
+
+
+def written(model, folder, dtype=torch.float32, max_bytes=10**9):
+    """The tensors of all files that `write_files` makes, and the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = split_files(list_pieces(model, dtype), max_bytes)
+    assert write_files(files, folder) == ""
+    write_index(folder, files)
+    return {name: t for file in files for name, t in load_file(folder / file.name).items()}, files
+
+
+def saved(model, folder):
+    """The tensors that transformers writes."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]), name
+
+
+def mixtral():
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_distilbert", "mixtral"])
+def test_a_full_model_is_what_transformers_writes(name, request, tmp_path):
+    """Tied weights once, an encoder with its head, and experts, which a file holds one by one and a model in one tensor."""
+    torch.manual_seed(0)
+    if name == "mixtral":
+        model = mixtral()
+    else:
+        auto = AutoModelForSequenceClassification if name == "tiny_distilbert" else AutoModelForCausalLM
+        model = auto.from_pretrained(request.getfixturevalue(name))
+    found, files = written(model, tmp_path / "ours")
+    assert [file.name for file in files] == ["model.safetensors"]
+    assert_same(found, saved(model, tmp_path / "theirs"))
+    if name == "mixtral":
+        assert any(".experts.3." in key for key in found)
+
+
+def test_several_files_and_their_index(tiny_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    found, files = written(model, tmp_path / "ours", torch.bfloat16, max_bytes=20_000)
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert_same(found, saved(model.to(torch.bfloat16), tmp_path / "theirs"))
+    model.config.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(probe_logits(again, PROBE)[0], probe_logits(theirs, PROBE)[0])
+    assert again.dtype == torch.bfloat16
+
+
+ADAPTERS = {
+    "linear": {},
+    "dora": {"use_dora": True},
+    "bias and rank-stabilised": {"lora_bias": True, "use_rslora": True},
+    "embedding": {"target_modules": ["embed_tokens", "down_proj"]},
+    "head": {"modules_to_save": ["score"], "task_type": "SEQ_CLS"},
+}
+
+
+def adapted(folder, more):
+    """A model with an adapter, whose weights are not zero."""
+    torch.manual_seed(0)
+    more = dict(more)
+    auto = AutoModelForSequenceClassification if "modules_to_save" in more else AutoModelForCausalLM
+    options = {"num_labels": 1} if "modules_to_save" in more else {}
+    base = auto.from_pretrained(folder, **options)
+    if more.pop("lora_bias", False):
+        for layer in base.model.layers:
+            projection = layer.self_attn.q_proj
+            projection.bias = torch.nn.Parameter(torch.randn(projection.out_features))
+        more |= {"lora_bias": True, "target_modules": ["q_proj"]}
+    config = LoraConfig(r=4, **{"target_modules": "all-linear", **more})
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_merged_adapter_is_what_peft_merges(kind, tiny_llama, tmp_path):
+    model = adapted(tiny_llama, ADAPTERS[kind])
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    found, _ = written(model, tmp_path / "ours")
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert not any(getattr(module, "merged_adapters", None) for module in model.modules())
+    expected = saved(model.merge_and_unload(), tmp_path / "theirs")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
+    assert any(not torch.equal(found[name], t) for name, t in load_file(f"{tiny_llama}/model.safetensors").items())
+
+
+def test_an_adapter_is_added_in_float32(tiny_llama, tmp_path):
+    """And rounded once, where PEFT rounds the product and then the sum."""
+    model = adapted(tiny_llama, {}).to(torch.bfloat16)
+    found, _ = written(model, tmp_path / "ours", torch.bfloat16)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    a, b, w = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
+    exact = (w.float() + layer.scaling["default"] * b.float() @ a.float()).to(torch.bfloat16)
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], exact)
+
+
+def test_nothing_is_made_before_it_is_fetched(tiny_llama, tmp_path):
+    model = adapted(tiny_llama, {})
+    pieces = list_pieces(model, torch.float32)
+    assert {t.device.type for piece in pieces for t in piece.tensors.values()} == {"meta"}
+    assert all(piece.fetch(False) is None for piece in pieces)
+    one = next(piece for piece in pieces if "model.layers.0.mlp.up_proj.weight" in piece.tensors)
+    found = one.fetch(True)
+    assert list(found) == ["model.layers.0.mlp.up_proj.weight"]
+
+
+# --- the whole of it ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def test_the_written_model_computes_with_one_layer_in_memory(model, tmp_path):
+    found = save_finished(*model, tmp_path, reward=False, merge=True, probe=PROBE)
+    assert found.max_logit_difference == 0.0 and found.dtype == "float32" and not (tmp_path / PARTIAL).exists()
+    again = offloaded_logits(tmp_path, PROBE, False, "cpu")
+    for ours, trained in zip(again, probe_logits(model[0], PROBE), strict=True):
+        assert torch.equal(ours, trained)
+    assert probe_logits(load_finished(str(tmp_path))[0], PROBE)[1].shape == (1, 2, 600)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_logits_that_are_no_numbers_are_noticed_in_any_row(row, model, tmp_path, monkeypatch):
+    def damaged(*args):
+        found = offloaded_logits(*args)
+        found[row][0, -1, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr("rlhf.models.saving.offloaded_logits", damaged)
+    with pytest.raises(RunFailed, match="differs from the trained one: its logits differ by nan"):
+        save_finished(*model, tmp_path, reward=False, merge=True, probe=PROBE)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_adapter_that_reads_back_otherwise_is_noticed(tiny_llama, model, tmp_path, monkeypatch):
+    adapter = adapted(tiny_llama, {})
+    found = save_finished(adapter, model[1], tmp_path / "good", reward=False, merge=False, probe=PROBE)
+    assert found.max_logit_difference == 0.0 and set(found.files) >= {"adapter_model.safetensors", "tokenizer.json"}
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "good")
+    assert torch.equal(probe_logits(again, PROBE)[0], probe_logits(adapter, PROBE)[0])
+    assert adapter.active_adapters == ["default"] and list(adapter.peft_config) == ["default"]
+
+    write = PeftModel.save_pretrained
+
+    def damaged(self, folder, **options):
+        options["state_dict"] = {name: t + 1e-3 for name, t in options["state_dict"].items()}
+        write(self, folder, **options)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", damaged)
+    with pytest.raises(RunFailed, match="of the adapter in .* differs from the trained one"):
+        save_finished(adapter, model[1], tmp_path / "bad", reward=False, merge=False, probe=PROBE)
+    assert not (tmp_path / "bad" / "adapter_model.safetensors").exists()
+
+
+def test_an_interrupted_call_is_continued(model, tmp_path, monkeypatch):
+    """Only what is missing, damaged or of other weights is written again."""
+    monkeypatch.setattr("rlhf.models.saving.split_files", lambda pieces: split_files(pieces, 20_000))
+    opened = []
+    init = Writer.__init__
+
+    def counted(self, path, pieces):
+        opened.append(path.name)
+        if len(opened) == stop_at:
+            raise KeyboardInterrupt  # as a kill: nothing is cleaned up
+        init(self, path, pieces)
+
+    monkeypatch.setattr(Writer, "__init__", counted)
+    call = dict(reward=False, merge=True, probe=PROBE, made_from="checkpoint 5")
+    stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        save_finished(*model, tmp_path, **call)
+    third = tmp_path / PARTIAL / opened[2]
+    third.write_bytes(third.read_bytes()[:-1] + b"?")
+    (tmp_path / PARTIAL / "left-over").touch()
+    before, stop_at = opened.copy(), 0
+    opened.clear()
+    saved_now = save_finished(*model, tmp_path, **call)
+    assert opened[:2] == [before[2], before[3]] and not set(before[:2]) & set(opened)
+    assert saved_now.max_logit_difference == 0.0
+    assert not [
+        path for path in tmp_path.iterdir() if path.name.endswith(".safetensors.json") or path.name == "left-over"
+    ]
+    whole = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(whole.values()) == {path.name for path in tmp_path.glob("*.safetensors")}
+
+    stop_at = 4 + len(opened)
+    with pytest.raises(KeyboardInterrupt):
+        save_finished(*model, tmp_path / "other", **call)
+    stop_at = 0
+    opened.clear()
+    save_finished(*model, tmp_path / "other", **call | {"made_from": "checkpoint 6"})
+    assert opened[0] == before[0]
