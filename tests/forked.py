@@ -2,8 +2,12 @@
 
 An import of torch, transformers and TRL is 6 s of CPU time in each process, most of what a run of a tiny model takes. `PYTHON`
 is a program that is called as Python is (`PYTHON -m rlhf dpo …`, also by launch/*.sh, and by accelerate's launcher for its
-ranks). It asks a server for the process, which is forked there with the caller's files, environment and folder; signals are
-handed on, and its end is the caller's. The start of a process itself is tested elsewhere, without this.
+ranks). It asks a server for the process, which is forked there with the caller's files, environment, folder and ignored
+signals; signals are handed on, and its end is the caller's. A `sitecustomize.py` on PYTHONPATH is run first.
+
+What a real interpreter has and this one lacks: a hash seed of its own. All forked processes iterate over a set of strings in
+the server's order, whatever PYTHONHASHSEED says, so ranks that differ in it are not told from ranks that agree. Each launch
+file is started with real interpreters too: `test_python_itself_starts_them` in tests/distributed/test_ddp.py.
 """
 
 import array
@@ -12,12 +16,14 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib.machinery
 import importlib.util
 import json
 import os
 import pkgutil
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +37,7 @@ SERVER_ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1"
 }  # before a test has changed it; threads do not survive a fork
 PR_SET_PDEATHSIG = 1
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # In place of `python`: no `import site`, which would be half of its 20 ms.
 PROGRAM = """#!{python} -SE
 import array, os, signal, socket, sys
@@ -40,15 +47,22 @@ while words[:1] == ["-u"]:
 if not words or words[0] not in ("-m", "-c") and not words[0].endswith(".py"):
     os.execv({python!r}, [{python!r}, *words])
 import json
-asked = json.dumps(dict(words=words, env=dict(os.environ), cwd=os.getcwd())).encode()
+handed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ignored = [int(number) for number in handed_on if signal.getsignal(number) == signal.SIG_IGN]
+asked = json.dumps(dict(words=words, env=dict(os.environ), cwd=os.getcwd(), ignored=ignored)).encode()
+def hand_on(number, frame):
+    try:
+        os.kill(int.from_bytes(pid, "big"), number)
+    except ProcessLookupError:  # it has just ended
+        pass
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     server.sendmsg([len(asked).to_bytes(8, "big")], files)
     server.sendall(asked)
     pid = server.recv(8)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: os.kill(int.from_bytes(pid, "big"), number))
+    for number in handed_on:  # also what is ignored here: the process may have a handler of its own
+        signal.signal(number, hand_on)
     code = int.from_bytes(server.recv(8) or bytes([0] * 7 + [70]), "big", signed=True)
 if code < 0:
     signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
@@ -61,9 +75,16 @@ os._exit(code)
 
 
 def serve(address: str) -> None:
-    """Fork what is asked for, until standard input ends, or the process that holds its other end."""
-    sys.path.insert(0, str(ROOT))  # this project, and not another one that is installed
-    import_all()
+    """Fork what is asked for, until standard input ends, or the process that holds its other end; then remove the folder."""
+    try:
+        sys.path.insert(0, str(ROOT))  # this project, and not another one that is installed
+        import_all()
+        _answer(address)
+    finally:
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
+
+
+def _answer(address: str) -> None:
     ended, wakeup = os.pipe()
     for end in (ended, wakeup):
         os.set_blocking(end, False)
@@ -85,11 +106,8 @@ def serve(address: str) -> None:
                     os.read(ended, 4096)
                     _tell_ends(callers, selector)
                 elif key.fileobj is listener:
-                    caller = listener.accept()[0]
-                    pid = _fork(caller)
-                    caller.sendall(pid.to_bytes(8, "big"))
-                    callers[pid] = caller
-                    selector.register(caller, selectors.EVENT_READ, pid)
+                    with contextlib.suppress(OSError):  # no more open files
+                        _serve_caller(listener.accept()[0], callers, selector)
                 elif key.data in callers:  # the caller is gone: it was killed
                     os.kill(key.data, signal.SIGKILL)
                     selector.unregister(key.fileobj)
@@ -114,6 +132,22 @@ def import_all() -> None:
     gc.freeze()  # or each child's first collection copies all of it
 
 
+def _serve_caller(caller: socket.socket, callers: dict[int, socket.socket], selector) -> None:
+    """Fork for a caller, which may be killed at any moment: then its process is too."""
+    try:
+        pid = _fork(caller)
+    except OSError:  # it is gone before it has asked, or there can be no more processes
+        caller.close()
+        return
+    callers[pid] = caller
+    try:
+        caller.sendall(pid.to_bytes(8, "big"))
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+    else:
+        selector.register(caller, selectors.EVENT_READ, pid)
+
+
 def _tell_ends(callers: dict[int, socket.socket], selector) -> None:
     while True:
         try:
@@ -131,29 +165,43 @@ def _tell_ends(callers: dict[int, socket.socket], selector) -> None:
 
 
 def _fork(caller: socket.socket) -> int:
+    """The process that a caller asks for; OSError where the caller is gone before it has asked."""
     length, rights, _, _ = caller.recvmsg(8, socket.CMSG_SPACE(12))
-    asked = b""
-    while len(asked) < int.from_bytes(length, "big"):
-        asked += caller.recv(1 << 20)
-    files = array.array("i", rights[0][2])
-    pid = os.fork()
-    if pid == 0:
-        code = 1
+    files = array.array("i", rights[0][2] if rights else b"")
+    try:
+        if not files:
+            raise ConnectionError
+        asked = b""
+        while len(asked) < int.from_bytes(length, "big"):
+            if not (more := caller.recv(1 << 20)):
+                raise ConnectionError
+            asked += more
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until the process ignores what its caller does
         try:
-            code = _become(files, **json.loads(asked))
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    code = _become(files, **json.loads(asked))
+                finally:
+                    os._exit(code)
         finally:
-            os._exit(code)
-    for file in files:
-        os.close(file)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
+    finally:
+        for file in files:
+            os.close(file)
     return pid
 
 
-def _become(files, words, env, cwd) -> int:
+def _become(files, words, env, cwd, ignored) -> int:
     """In the forked process: be what was asked for; returns the exit code."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the tests
     signal.set_wakeup_fd(-1)
-    for number, handler in ((signal.SIGCHLD, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in HANDED_ON:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in ignored else default)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     os.setsid()
     for wanted, file in enumerate(files):
         os.dup2(file, wanted)
@@ -166,6 +214,9 @@ def _become(files, words, env, cwd) -> int:
     os.chdir(cwd)
     if words[1].startswith("accelerate") or "FORKED_EXECUTABLE" in env:
         sys.executable = env["FORKED_PYTHON"]  # what a launcher starts
+    folders = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if custom := importlib.machinery.PathFinder.find_spec("sitecustomize", folders):
+        custom.loader.exec_module(importlib.util.module_from_spec(custom))
     if before:
         runpy.run_path(before[0])[before[1]](*before[2:])
     try:
@@ -202,22 +253,26 @@ def _ended(code: int) -> int:
 # --- the tests' side -------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def python() -> str:
-    """The program; its server is started at the first call, and ends with this process."""
+def start_server(*command) -> tuple[str, subprocess.Popen]:
+    """The program and its server, which `command` and an address start. It ends with this process or with its standard input."""
     folder = tempfile.mkdtemp(prefix="forked-")
     program, address = Path(folder) / "python", f"{folder}/socket"
     program.write_text(PROGRAM.format(python=sys.executable, address=address))
     program.chmod(0o755)
     server = subprocess.Popen(
-        [sys.executable, __file__, address], cwd=ROOT, env=SERVER_ENVIRONMENT | {"FORKED_PYTHON": str(program)},
+        [*command, address], cwd=ROOT, env=SERVER_ENVIRONMENT | {"FORKED_PYTHON": str(program)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    atexit.register(
-        lambda: (server.stdin.close(), server.wait(), [f.unlink() for f in Path(folder).iterdir()], os.rmdir(folder))
-    )
     assert "ready\n" in iter(server.stdout.readline, ""), "the server has not started"  # libraries print before it
-    return str(program)
+    return str(program), server
+
+
+@functools.cache
+def python() -> str:
+    """The program; its server is started at the first call, and ends with this process."""
+    program, server = start_server(sys.executable, __file__)
+    atexit.register(lambda: (server.stdin.close(), server.wait()))
+    return program
 
 
 def environment(**more) -> dict[str, str]:

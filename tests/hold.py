@@ -41,6 +41,16 @@ def wait(step: int) -> None:
         os.close(end)
 
 
+def put_into(module) -> None:
+    begin = module.CallbackHandler.on_step_begin
+
+    def on_step_begin(handler, args, state, control):
+        wait(state.global_step)
+        return begin(handler, args, state, control)
+
+    module.CallbackHandler.on_step_begin = on_step_begin
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Puts the waiting into transformers' callbacks when they are imported, and imports nothing itself."""
 
@@ -53,16 +63,13 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            begin = module.CallbackHandler.on_step_begin
-
-            def on_step_begin(handler, args, state, control):
-                wait(state.global_step)
-                return begin(handler, args, state, control)
-
-            module.CallbackHandler.on_step_begin = on_step_begin
+            put_into(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path.insert(0, Finder())
+if MODULE in sys.modules:  # in a process of tests/forked.py
+    put_into(sys.modules[MODULE])
+else:
+    sys.meta_path.insert(0, Finder())
