@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,17 @@ import pytest
 from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+SHARDED = ("zero2.yaml", "zero3.yaml", "fsdp2.yaml")
+
+
+def need(launch_file):
+    """Skip where this machine lacks what a launch file needs."""
+    if launch_file.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+        if shutil.which("g++") is None:
+            pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
 
 
 def launch(processes, *words, launch_file="ddp.yaml"):
@@ -29,14 +41,18 @@ def test_one_process(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
     assert "(1 process on cpu)" in launch(1, "sft", file, launch_file=launch_file)
 
 
-def test_python_itself_starts_them(recipe, tiny_llama, few_pairs, tmp_path):
-    """Nothing forked, as users start it; all other tests here fork (tests/forked.py)."""
-    file = recipe(
-        "sft", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "sft"), max_steps=1
-    )
-    command = [sys.executable, *forked.launch_command(2, "sft", file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+@pytest.mark.parametrize("launch_file", ["ddp.yaml", *(pytest.param(f, marks=pytest.mark.slow) for f in SHARDED)])
+def test_python_itself_starts_them(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
+    """Nothing forked, as users start it; all other tests here fork (tests/forked.py), and so share one hash seed."""
+    need(launch_file)
+    out = tmp_path / "dpo"
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), max_steps=2)
+    command = [sys.executable, *forked.launch_command(2, "dpo", file, launch_file=launch_file)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}  # unset: random in each rank
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=env)
     assert done.returncode == 0 and "(2 processes on cpu)" in done.stdout, done.stderr[-3000:]
+    assert json.loads((out / "complete.json").read_text())["steps"] == 2
+    assert read_metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_two_processes_train_what_one_does(recipe, tiny_llama, few_pairs, tmp_path):
@@ -62,10 +78,7 @@ def test_two_processes_train_what_one_does(recipe, tiny_llama, few_pairs, tmp_pa
 @pytest.mark.parametrize("launch_file", ["ddp.yaml", "zero2.yaml"])
 def test_two_machines(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
     """As README says: the same command on both, with accelerate's flags for several machines."""
-    if launch_file.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-        if shutil.which("g++") is None:
-            pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
+    need(launch_file)
     out = tmp_path / "dpo"
     file = recipe(
         "dpo", output_dir=str(out), model_name_or_path=tiny_llama, dataset_name=few_pairs, use_peft=True, lora_r=4
