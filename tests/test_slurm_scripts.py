@@ -36,7 +36,7 @@ def script(tmp_path):
                               capture_output=True, text=True, timeout=600)  # fmt: skip
         return done.returncode, done.stdout + done.stderr
 
-    run.calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    run.calls = lambda: (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     return run
 
 
@@ -69,7 +69,7 @@ def recipes(recipe, tmp_path, few_pairs):
 def test_mistakes_end_with_code_2_before_anything_starts(words, says, script, recipes):
     code, shown = script("train.sbatch", *words, **INSIDE, RLHF_CONTAINER_RUNTIME="apptainer")
     assert code == 2 and says in shown, shown
-    assert not any("node.sh" in call for call in script.calls()) if "no.sif" in words else True
+    assert not any("node.sh" in call for call in script.calls())
 
 
 def test_how_a_waiting_job_is_made_smaller():
