@@ -9,6 +9,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite is for CPUs; GPU 
 
 import functools
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -162,6 +163,23 @@ def forks(monkeypatch):
     for name, value in forked.environment(FORKED_EXECUTABLE="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "executable", forked.python())
+
+
+class Hold:
+    """hold(13): no run with `hold.pythonpath` as its PYTHONPATH goes past step 13 (tests/hold.py); hold(None): all go on."""
+
+    def __init__(self, folder):
+        shutil.copy(Path(__file__).with_name("hold.py"), folder / "sitecustomize.py")
+        self.file = folder / "hold"
+        self.pythonpath = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
+
+    def __call__(self, step):
+        self.file.write_text(str(step)) if step else self.file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def hold(tmp_path_factory):
+    return Hold(tmp_path_factory.mktemp("hold"))
 
 
 @pytest.fixture

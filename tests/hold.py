@@ -24,28 +24,24 @@ def held(step: int) -> bool:
         return False
 
 
-def wait(step: int) -> None:
-    if not held(step):
-        return
-    told, wakeup = os.pipe()
-    os.set_blocking(wakeup, False)
-    before = signal.set_wakeup_fd(wakeup)
+def wait(step: int, told: int) -> None:
+    """`told`: what can be read from once a signal has come, also if that was before this."""
     while held(step):
         asked = Path(os.environ.get("RLHF_STOP_FILE") or "/none").exists()
         if select.select([told], [], [], 0.1)[0] or asked:
             time.sleep(1.1 if asked else 0)  # a run looks for that file once a second
             with contextlib.suppress(OSError):
                 FILE.unlink()
-    signal.set_wakeup_fd(before)
-    for end in (told, wakeup):
-        os.close(end)
 
 
 def put_into(module) -> None:
     begin = module.CallbackHandler.on_step_begin
+    told, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
     def on_step_begin(handler, args, state, control):
-        wait(state.global_step)
+        wait(state.global_step, told)
         return begin(handler, args, state, control)
 
     module.CallbackHandler.on_step_begin = on_step_begin

@@ -310,15 +310,16 @@ def test_pods_of_the_training_operator(project):
 
 
 @pytest.mark.slow
-def test_one_pod_of_two_is_evicted(project):
+def test_one_pod_of_two_is_evicted(project, hold):
     """SIGTERM to one Pod: both save and end with 85, Kubernetes starts both anew, and the losses are as without a break."""
-    folder, whole = (project(name, max_steps=200, save_steps=50) for name in ("evicted", "whole"))
+    folder, whole = (project(name, max_steps=12, save_steps=4) for name in ("evicted", "whole"))
     runtime = of_kind("kubernetes.yaml", "TrainingRuntime")["spec"]["template"]["spec"]
     pods = runtime["replicatedJobs"][0]["template"]["spec"]
     policy = pods["podFailurePolicy"]["rules"][1]["onExitCodes"]
     command = pod_command(pods["template"]["spec"]["containers"][0])
     common = dict(STAGES="sft", LAUNCH="launch/ddp.yaml", RLHF_PREFLIGHT="no")
-    nodes = Nodes(folder, command, trainjob_variables(2, 1), **common)
+    hold(5)
+    nodes = Nodes(folder, command, trainjob_variables(2, 1), PYTHONPATH=hold.pythonpath, **common)
     end = time.monotonic() + 600
     while not (folder / "runs" / "tiny" / "sft").is_dir() or len(losses(folder, "sft")) < 5:
         assert time.monotonic() < end and nodes.processes[0].poll() is None, nodes.shown()[-3000:]
@@ -326,12 +327,12 @@ def test_one_pod_of_two_is_evicted(project):
     nodes.processes[1].send_signal(signal.SIGTERM)
     assert nodes.wait() == policy["values"] * 2, nodes.shown()[-3000:] + nodes.shown(1)[-3000:]
     stopped_at = json.loads((folder / "runs" / "tiny" / "sft" / "stopped.json").read_text())["step"]
-    assert 5 <= stopped_at < 200
+    assert 5 <= stopped_at < 12
     nodes = Nodes(folder, command, trainjob_variables(2, 1), **common)
     assert nodes.wait() == [0, 0], nodes.shown()[-3000:] + nodes.shown(1)[-3000:]
     nodes = Nodes(whole, command, trainjob_variables(2, 1), **common)
     assert nodes.wait() == [0, 0]
-    assert len(losses(whole, "sft")) == 200 and losses(folder, "sft") == losses(whole, "sft")
+    assert len(losses(whole, "sft")) == 12 and losses(folder, "sft") == losses(whole, "sft")
 
 
 @pytest.mark.parametrize(

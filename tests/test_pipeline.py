@@ -83,12 +83,12 @@ def test_a_stage_that_is_stopped_ends_it(recipes, launch):
     assert not (run / "reward").exists()
 
 
-def test_ctrl_c_reaches_the_launcher_too(recipes):
+def test_ctrl_c_reaches_the_launcher_too(recipes, hold):
     """A terminal signals all processes: the launcher ends with a traceback and code 1, although the run has saved."""
     for stage in ("reward", "dpo", "evaluate"):  # one is enough
         (recipes / f"{stage}.yaml").unlink()
     file = recipes / "sft.yaml"
-    file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 3000"))
+    file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 12"))
     out = recipes.parent / "runs" / "quickstart" / "sft"
     command = [
         str(ROOT / "launch" / "pipeline.sh"),
@@ -96,23 +96,24 @@ def test_ctrl_c_reaches_the_launcher_too(recipes):
         str(ROOT / "launch" / "ddp.yaml"),
         "--num_processes=2",
     ]
+    hold(3)
     started = subprocess.Popen(
-        command, cwd=recipes.parent, env=os.environ | {"PYTHON": sys.executable}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        command, cwd=recipes.parent, env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": hold.pythonpath},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     shown = []
     reader = threading.Thread(target=lambda: shown.append(started.stdout.read()))
     reader.start()
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while len(read_metrics(out)) < 3 and time.monotonic() < end and started.poll() is None:
             time.sleep(0.1)
         os.killpg(started.pid, signal.SIGINT)
-        code = started.wait(timeout=120)
+        code = started.wait(timeout=600)
     finally:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
-        reader.join(timeout=30)
+        reader.join(timeout=300)
     assert code == EXIT_STOPPED and "(SIGINT); saved as runs/quickstart/sft/checkpoint-" in shown[0], shown[0][-3000:]
     assert "Report" not in shown[0]
 
