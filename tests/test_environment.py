@@ -1,7 +1,10 @@
 """docs/environment.md names every environment variable that the project reads or sets, where it does, and no other."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,16 @@ def test_what_is_found_in_text():
     assert in_text("ARG A B= C=1\nENV D=1 E=2\nRUN if [ -n ${F:-} ]; then X; fi", "Dockerfile") == set("ABCDEF")
     assert in_text("a: 1\nargs:\n  A: ${B:-}\n- {name: C, value: 1}\nenvironment: {D: 1}", "yaml") == set("ABCD")
     assert in_text("A ?= 1\nb:\n\t$(or $(B),1) $${C-0}", "Makefile") == set("ABC")
+
+
+def test_the_tests_own_tools_leave_variables_alone_when_they_are_imported():
+    """Or all tests of the process would run with them."""
+    code = (
+        "import os; before = dict(os.environ); import faults, forked, fuzz, planted; assert dict(os.environ) == before"
+    )
+    folders = [str(ROOT / "tests" / folder) for folder in ("", "faults", "fuzz", "planted")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *folders])}
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM"):
+        env.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr

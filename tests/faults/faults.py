@@ -27,12 +27,18 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from forked import import_all  # noqa: E402
 
+# Of the runs, and of `main`: threads do not survive a fork
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
 LAUNCH = ("", "ddp.yaml", "zero2.yaml", "fsdp2.yaml")  # '': one process
 STEPS, SAVE_EVERY = 12, 3
 ATTEMPTS = 4  # a run must be complete after so many more starts
@@ -124,6 +130,10 @@ def _run(words, rank, processes, port, log, before, launch) -> None:
         with open(log, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        os.environ.update(ENVIRONMENT)
+        import torch
+
+        torch.set_num_threads(1)  # it was imported before the fork, perhaps with other variables
         if processes > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
@@ -455,6 +465,7 @@ def main() -> int:
     parser.add_argument("--model", help="a folder; default: a tiny Llama with random weights")
     parser.add_argument("--data", default="embedded:sample")
     args = parser.parse_args()
+    os.environ.update(ENVIRONMENT)  # before the libraries are imported
     sys.path.insert(0, str(ROOT / "bench"))
     from rlhf.console import quiet_libraries
 
