@@ -40,7 +40,7 @@ def at_a_terminal(words, env):
     except OSError:  # Linux's way to say that nobody is left on the other side
         pass
     os.close(ours)
-    return process.wait(60), shown.decode()
+    return process.wait(600), shown.decode()
 
 
 def test_a_person_is_asked_before_the_system_is_changed(machine):
@@ -65,7 +65,7 @@ def test_ci_is_not_asked(terminal, machine):
     asked, env = machine
     ours, theirs = pty.openpty()
     done = subprocess.run([str(ROOT / ".ci" / "run")], stdin=theirs if terminal else subprocess.DEVNULL, env=env,
-                          capture_output=True, timeout=60)  # fmt: skip
+                          capture_output=True, timeout=600)  # fmt: skip
     os.close(ours), os.close(theirs)
     assert done.returncode == 9 and "install" in asked.read_text()
 

@@ -23,7 +23,7 @@ SCRIPTS = [path for pattern in PATTERNS for path in ROOT.glob(pattern)]
 
 
 def bash(text, **options):
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=600, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -94,7 +94,7 @@ def test_signals_end_a_wait_but_not_what_is_waited_for(tmp_path):
     """
     text = f"set -euo pipefail; source {ROOT}/launch/common.sh\n{script}"
     process = subprocess.Popen(["bash", "-c", text])
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not (tmp_path / "waits").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -104,7 +104,7 @@ def test_signals_end_a_wait_but_not_what_is_waited_for(tmp_path):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
     (tmp_path / "go").touch()
-    assert process.wait(60) == 7
+    assert process.wait(600) == 7
 
 
 def test_words_of_running_processes(tmp_path):
@@ -182,12 +182,12 @@ def test_the_image_s_entrypoint_hands_a_stop_to_a_run(image, tmp_path):
     env = os.environ | {"RLHF_STOP_FILE": str(tmp_path / "stop"), "RLHF_EXIT_STOPPED": "85"}
     command = [image / "bin" / "rlhf-entrypoint", "bash", script, "sft"]
     process = subprocess.Popen(command, env=env, cwd="/", stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not (tmp_path / "runs").exists():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=600)[1]
     assert (process.returncode, error) == (85, "rlhf: got SIGTERM: the run saves and stops after this step\n")
 
 

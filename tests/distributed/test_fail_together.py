@@ -82,9 +82,11 @@ def test_no_collective_waits_for_the_main_rank():
     code = """
 import datetime, os, sys, time, torch
 from rlhf.distributed.processes import on_main, report_build_locks
-torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+torch.distributed.init_process_group("gloo")
 from accelerate import PartialState
 PartialState(cpu=True)
+torch.distributed.barrier()
+torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))  # only now: both have arrived
 on_main(lambda: time.sleep(3))
 on_main(lambda: time.sleep(3))
 print("both done")

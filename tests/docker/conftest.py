@@ -54,7 +54,7 @@ def daemon():
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     found = Docker(host)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while found("info", check=False).returncode != 0:
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
@@ -62,7 +62,7 @@ def daemon():
         time.sleep(0.2)
     yield found
     process.terminate()
-    process.wait(timeout=60)
+    process.wait(timeout=600)
     if not kept:
         shutil.rmtree(place, ignore_errors=True)
 

@@ -18,7 +18,7 @@ def say(text):
     print("SAID", repr(text), flush=True)
     if text == "wait":
         import time
-        time.sleep(60)
+        time.sleep(600)
 converse(Reader(True, {bracketed}), say, lambda line: print("COMMAND", line) or line != "/quit")
 print("LEFT", flush=True)
 """

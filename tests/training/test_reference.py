@@ -220,7 +220,7 @@ def test_one_run_builds_and_the_other_waits(tiny_llama, tmp_path, monkeypatch, c
     monkeypatch.setattr(reference, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(reference, "forward_logps", slow)
     ask(trainers[0])
-    second[0].join(60)
+    second[0].join(600)
     assert not second[0].is_alive() and calls and set(calls) == {trainers[0]}
     assert "7 pairs, 0 of them in the cache" in shown() and "7 pairs, 7 of them in the cache" in shown()
 
