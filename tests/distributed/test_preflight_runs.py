@@ -102,10 +102,10 @@ def test_rank_that_never_comes(dpo):
 
 
 def test_rank_that_starts_and_never_comes_under_accelerate(dpo):
-    done = run(*launch_command(3, dpo, "--timeout_s", "10", program=(WORKER,)), env={"TROUBLE": "never_comes"})
+    done = run(*launch_command(3, dpo, "--timeout_s", "20", program=(WORKER,)), env={"TROUBLE": "never_comes"})
     assert done.returncode == 1  # the launcher's own code for any failure
     assert (
-        f"rlhf: {socket.gethostname()} (rank 1) did not arrive within 10 s ('start'; 2 of 3 ranks did)" in done.stderr
+        f"rlhf: {socket.gethostname()} (rank 1) did not arrive within 20 s ('start'; 2 of 3 ranks did)" in done.stderr
     )
 
 
@@ -123,7 +123,7 @@ def test_name_that_cant_be_resolved(dpo):
 
 
 def test_all_reduce_that_hangs(dpo):
-    both = run_ranks(dpo, "--timeout_s", 10, trouble="hangs_in_all_reduce")
+    both = run_ranks(dpo, "--timeout_s", 20, trouble="hangs_in_all_reduce")
     assert [code for code, _, _ in both] == [2, 2]
     shown = both[0][1]
     assert row(shown, "all-reduce")[0] == "error"
