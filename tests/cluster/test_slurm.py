@@ -109,10 +109,8 @@ def test_signal_and_preemption_with_grace(cluster, recipe, uninterrupted, tmp_pa
     job = cluster.sbatch("--nodes=2", "--partition=patient", TRAIN, "dpo", file, QUICK)
     cluster.until(steps_are_past(out, 11), [job])
     cluster.run("scancel", "--signal=USR1", "--batch", job)
-    cluster.until(lambda: asked in cluster.log(job), [job])
-    time.sleep(1.1)  # the run looks for the stop file once a second
-    cluster.hold(None)
-    cluster.until((out / "stopped.json").exists, [job])
+    cluster.until((out / "stopped.json").exists, [job])  # the stop file has ended the holding (tests/hold.py)
+    assert asked in cluster.log(job)
     stopped = json.loads((out / "stopped.json").read_text())["step"]
     cluster.hold(stopped + 5)
     cluster.until(lambda: "attempt 2:" in cluster.log(job), [job])
@@ -198,15 +196,19 @@ def test_a_waiting_job_is_made_smaller(cluster, recipe):
 
 def test_cancelled_and_stopped_by_hand_stay_away(cluster, recipe, tmp_path):
     """Whoever cancels a job or makes the file `stop` does not want it back."""
-    file, out = recipe("sft", max_steps=400), tmp_path / "sft"
+    file, out = recipe("sft"), tmp_path / "sft"
+    cluster.hold(3)
     job = cluster.sbatch("--nodes=1", TRAIN, "sft", file, QUICK)
     cluster.until(steps_are_past(out, 3), [job])
     (out / "stop").touch()
+    time.sleep(1.1)  # the run looks for it once a second
+    cluster.hold(None)
     assert cluster.wait(job) == ("FAILED", 85)
     assert "stopped by hand" in cluster.log(job)
+    before = losses(out)[-1][0]
+    cluster.hold(before + 3)
     job = cluster.sbatch("--nodes=1", TRAIN, "sft", file, QUICK)
     cluster.until(lambda: "resuming from" in cluster.log(job), [job])
-    before = losses(out)[-1][0]
     cluster.until(steps_are_past(out, before + 3), [job])
     cluster.run("scancel", job)
     assert cluster.wait(job)[0] == "CANCELLED"
@@ -242,13 +244,18 @@ def test_pipeline(cluster, recipe, few_pairs, tmp_path):
         ROOT / "launch" / "ddp.yaml",
         QUICK,
     ]
+    cluster.hold(1)
     jobs = jobs_of(cluster.run(*pipeline))
     assert list(jobs) == ["sft", "reward", "dpo", "evaluate"]
     logs = tmp_path / "logs"
-    cluster.until(lambda: (logs / f"sft-recipes-{jobs['sft']}.out").exists())
-    cluster.run("scancel", "--signal=USR1", "--batch", jobs["sft"])  # before it trains: it stops after its first step
+    log = logs / f"sft-recipes-{jobs['sft']}.out"
+    # by then the script has set its traps, and the run is at its first step or before it
+    cluster.until(lambda: log.exists() and "attempt 1:" in log.read_text())
+    cluster.run("scancel", "--signal=USR1", "--batch", jobs["sft"])
+    cluster.until(lambda: "attempt 2:" in log.read_text())
+    cluster.hold(None)
     assert cluster.wait(*jobs.values()) == ("COMPLETED", 0)
-    assert "attempt 2:" in (logs / f"sft-recipes-{jobs['sft']}.out").read_text()
+    assert "it was told to stop (USR1): requeued (number 1 of" in log.read_text()
     assert json.loads((tmp_path / "evaluation" / "results.json").read_text())
     shown = cluster.run(*pipeline)  # again
     assert shown.count(": complete") == 4 and "All stages of" in shown and not jobs_of(shown)
