@@ -17,7 +17,7 @@ main() {
   touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
   for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
   case ${1:-} in
-    sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | fetch | -*) set -- rlhf "$@" ;;
+    sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | merge | fetch | -*) set -- rlhf "$@" ;;
   esac
   case "$*" in
     rlhf | rlhf\ * | python\ -m\ rlhf\ * | bash | sh) exec "$@" ;;

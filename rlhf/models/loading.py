@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.distributed.sharding import loading_unsharded, unsharded_shape, writable
+from rlhf.distributed.sharding import unsharded_shape, writable
 from rlhf.models.folder import is_adapter
 
 
-def load_policy(name: str, tokenizer, model_args, trust_remote_code: bool = False, continue_adapter: bool = True):
+def load_policy(
+    name: str, tokenizer, model_args, trust_remote_code: bool = False, continue_adapter: bool = True,
+    merged: Path | None = None,
+):  # fmt: skip
     """Load a causal language model for training.
+
+    Args:
+        merged: where an adapter that is not trained further is merged into its base, on disk.
 
     Returns:
         A PreTrainedModel; or, for an adapter folder with `continue_adapter`, a PeftModel with a trainable adapter.
     """
     options = _load_options(model_args, trust_remote_code)
-    if not is_adapter(name):
-        model = AutoModelForCausalLM.from_pretrained(name, revision=_revision(name, model_args), **options)
+    if not is_adapter(name) or not continue_adapter:
+        revision = _revision(name, model_args)
+        name = _merged(name, merged, options)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
         return fit_tokenizer(keep_4bit_layout(model), tokenizer)
     from peft import PeftConfig, PeftModel
 
     base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    with contextlib.nullcontext() if continue_adapter else loading_unsharded():
-        base = AutoModelForCausalLM.from_pretrained(base_name, **options)
-        base = fit_tokenizer(keep_4bit_layout(base), tokenizer)
-        adapted: Any = PeftModel.from_pretrained(base, name, is_trainable=continue_adapter)
-        return adapted if continue_adapter else adapted.merge_and_unload().requires_grad_(True)  # PEFT froze it
+    base = AutoModelForCausalLM.from_pretrained(base_name, **options)
+    return PeftModel.from_pretrained(fit_tokenizer(keep_4bit_layout(base), tokenizer), name, is_trainable=True)
 
 
-def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False):
+def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False, merged: Path | None = None):
     """Load a sequence classifier with one output, on the backbone of any model (policy, adapter or encoder).
+
+    Args:
+        merged: where an adapter is merged into its base, on disk.
 
     Returns:
         (model, names of the newly initialised modules, which must be fully trained and saved)
     """
     options = _load_options(model_args, trust_remote_code) | {"num_labels": 1, "output_loading_info": True}
+    options["revision"] = _revision(name, model_args)
+    return _load_classifier(_merged(name, merged, options), tokenizer, options)
+
+
+def _merged(name: str, folder: Path | None, options: dict[str, Any]) -> str:
+    """The model itself; of an adapter the folder where it is merged, which loads, and is sharded, as any model."""
     if not is_adapter(name):
-        options["revision"] = _revision(name, model_args)
-        return _load_classifier(name, tokenizer, options)
-    policy = load_policy(name, tokenizer, model_args, trust_remote_code, continue_adapter=False)
-    with loading_unsharded():
-        model, new = _load_classifier(policy.config._name_or_path, tokenizer, options)
-    model.base_model.load_state_dict(policy.base_model.state_dict())
-    return model, new
+        return name
+    from rlhf.models.merge import merge_for_training
+
+    assert folder is not None  # the callers that may meet an adapter have a run folder
+    dtype = options["dtype"] if isinstance(options["dtype"], torch.dtype) else None
+    return merge_for_training(name, folder, dtype, options["trust_remote_code"])
 
 
 def _load_classifier(name: str, tokenizer, options: dict[str, Any]):

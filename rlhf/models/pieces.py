@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
+Read = Callable[[str], torch.Tensor]
 ADAPTER = "default"  # PEFT's name of the one that is trained
 
 
@@ -36,22 +37,23 @@ class Piece(NamedTuple):
     fetch: Callable[[bool], Tensors | None]
 
 
-def list_pieces(model, dtype: torch.dtype) -> list[Piece]:
+def list_pieces(model, dtype: torch.dtype, read: Read | None = None) -> list[Piece]:
     """The pieces of a model, in the order of its parameters, in the names and layout of its checkpoint's format.
 
     Args:
         model: a PreTrainedModel, or a PeftModel whose LoRA adapter is to be merged.
         dtype: of the finished floating-point tensors.
+        read: returns a parameter's value by its name, where it has only a place-holder (models/merge.py).
     """
     base = base_model(model)
-    return in_file_format(base, [*_parameters(base, dtype), *_buffers(base, dtype)])
+    return in_file_format(base, [*_parameters(base, dtype, read), *_buffers(base, dtype)])
 
 
 def base_model(model) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _parameters(base, dtype: torch.dtype) -> Iterator[Piece]:
+def _parameters(base, dtype: torch.dtype, read: Read | None) -> Iterator[Piece]:
     from peft.tuners.lora import LoraLayer
 
     layers = {f"{name}.": module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
@@ -66,13 +68,13 @@ def _parameters(base, dtype: torch.dtype) -> Iterator[Piece]:
         if (prefix := _layer_of(name, layers)) is not None:
             if prefix not in merged:  # all of its base's parameters at once
                 merged.add(prefix)
-                yield _merged_layer(prefix, layers[prefix], dtype)
+                yield _merged_layer(prefix, layers[prefix], dtype, read)
         elif final is None or _ignored(base, final):
             continue
         elif count[id(parameter)] > 1 and (final in tied or id(parameter) in seen):
             continue  # transformers ties it again when it loads
         else:
-            yield _one(final, parameter, base.get_submodule(name.rpartition(".")[0]), dtype)
+            yield _one(final, parameter, base.get_submodule(name.rpartition(".")[0]), dtype, read)
         seen.add(id(parameter))
 
 
@@ -111,7 +113,7 @@ def _buffers(base, dtype: torch.dtype) -> Iterator[Piece]:
             yield _one(name, buffer, None, dtype)
 
 
-def _one(name: str, tensor: torch.Tensor, module, dtype: torch.dtype) -> Piece:
+def _one(name: str, tensor: torch.Tensor, module, dtype: torch.dtype, read: Read | None = None) -> Piece:
     from peft.utils.integrations import dequantize_module_weight
 
     quantised = getattr(tensor, "quant_state", None) is not None or hasattr(tensor, "CB")
@@ -122,7 +124,7 @@ def _one(name: str, tensor: torch.Tensor, module, dtype: torch.dtype) -> Piece:
         if quantised:  # every rank has all of it
             return {name: _to_host(dequantize_module_weight(module), dtype)} if keep else None
         with unsharded(tensor) as full:
-            return {name: _to_host(full, dtype)} if keep else None
+            return {name: _to_host(_real(full, name, read), dtype)} if keep else None
 
     return Piece({name: torch.empty(shape, dtype=dtype, device="meta")}, fetch)
 
@@ -132,11 +134,15 @@ def _shape(tensor) -> tuple[int, ...]:
     return tuple(state.shape) if state is not None else unsharded_shape(tensor)
 
 
+def _real(tensor: torch.Tensor, name: str, read: Read | None) -> torch.Tensor:
+    return read(name) if read is not None and tensor.untyped_storage().nbytes() < tensor.nbytes else tensor
+
+
 def _to_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.detach().to("cpu", dtype).contiguous()
 
 
-def _merged_layer(prefix: str, layer: Any, dtype: torch.dtype) -> Piece:
+def _merged_layer(prefix: str, layer: Any, dtype: torch.dtype, read: Read | None) -> Piece:
     """An adapted layer: its base's parameters with the adapter added in float32, then rounded once."""
     module = layer.get_base_layer()
     own = {name: p for name, p in layer.named_parameters() if name.startswith("base_layer.") or f".{ADAPTER}" in name}
@@ -149,7 +155,9 @@ def _merged_layer(prefix: str, layer: Any, dtype: torch.dtype) -> Piece:
             if not keep:
                 return None
             values = {
-                name: tensor.detach().to("cpu", torch.float32, copy=True)
+                name: _real(tensor, prefix + name.removeprefix("base_layer."), read)
+                .detach()
+                .to("cpu", torch.float32, copy=True)
                 for name, tensor in full.items()
                 if not (quantised and name == "base_layer.weight")
             }

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -15,14 +13,23 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.distributed.processes import is_main, on_main
 from rlhf.distributed.sharding import is_sharded, loading_unsharded, reshard, unsharded
 from rlhf.errors import RunFailed
-from rlhf.files import is_disk_error, sha256_of
+from rlhf.files import sha256_of
 from rlhf.models.finished import is_quantised, probe_logits
 from rlhf.models.loading import fit_tokenizer
 from rlhf.models.pieces import ADAPTER, Tensors, base_model, list_pieces
 from rlhf.models.precision import compute_dtype
-from rlhf.models.writing import File, digest_of, split_files, take_notes, write_files, write_index
-
-PARTIAL = ".partial-model"
+from rlhf.models.writing import (
+    PARTIAL,
+    File,
+    digest_of,
+    place,
+    raise_failure,
+    split_files,
+    take_notes,
+    write_configs,
+    write_files,
+    write_index,
+)
 
 
 class Saved(NamedTuple):
@@ -95,7 +102,7 @@ def save_finished(
                 _compare(difference, expected, exact and not is_quantised(model), partial)
             digest = sha256_of(partial / "adapter_model.safetensors")
             held = next(iter(kept.values())).dtype
-            saved.append(_place(partial, folder, digest, held, expected, difference, None))
+            saved.append(_saved(place(partial, folder), digest, held, expected, difference, None))
 
         on_main(finish_adapter)
         return saved[0] if saved else None
@@ -106,9 +113,7 @@ def save_finished(
     failure = write_files(files, partial, made_from and f"{made_from} {dtype} {len(files)}")
 
     def finish_model() -> None:
-        if failure:  # a full disk is told as everywhere
-            error = OSError(f"{partial}: {failure}")
-            raise error if is_disk_error(error) else RunFailed(f"the model could not be written: {failure}")
+        raise_failure(failure, partial)
         write_configs(model, tokenizer, partial, dtype)
         write_index(partial, files)
         found = offloaded_logits(partial, probe, reward, next(model.parameters()).device)
@@ -116,7 +121,7 @@ def save_finished(
         _compare(difference, expected, exact and dtype == torch.float32, partial)
         before = model.get_memory_footprint() if is_quantised(model) else None
         digest = digest_of(take_notes(partial, files))
-        saved.append(_place(partial, folder, digest, dtype, expected, difference, before))
+        saved.append(_saved(place(partial, folder), digest, dtype, expected, difference, before))
 
     on_main(finish_model)
     return saved[0] if saved else None
@@ -133,37 +138,12 @@ def _clear(partial: Path, files: list[File]) -> None:
             path.unlink()
 
 
-def _place(partial, folder, digest, dtype, expected, difference, before) -> Saved:
-    """Move the files into place, the index and the configs last."""
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only their owner can read
-    for name in sorted(sizes, key=lambda name: (not name.endswith(".safetensors"), name)):
-        (partial / name).chmod(mode)
-        os.replace(partial / name, folder / name)
-    partial.rmdir()
+def _saved(files, digest, dtype, expected, difference, before) -> Saved:
     largest = float(torch.stack([logits.abs().max() for logits in expected]).max())
-    return Saved(sizes, digest, str(dtype).removeprefix("torch."), largest, difference, before)
+    return Saved(files, digest, str(dtype).removeprefix("torch."), largest, difference, before)
 
 
 # --- full models -----------------------------------------------------------------------------------------------------
-
-
-def write_configs(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """What stands beside the weights: config, generation config, tokenizer, and the code of a custom architecture."""
-    base = base_model(model)
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [type(base).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
-    if base.is_remote_code():
-        from transformers.dynamic_module_utils import custom_object_save
-
-        custom_object_save(base, str(folder), config=cast(Any, config))  # it is annotated as a dict, and takes a config
-    config.save_pretrained(folder)
-    if base.can_generate():
-        base.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def offloaded_logits(folder: Path, probe: list[list[int]], reward: bool, device) -> list[torch.Tensor]:

@@ -7,20 +7,22 @@ from the same checkpoint, after reading them again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import struct
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 
 from rlhf.distributed.processes import rank, world_size
 from rlhf.errors import RunFailed
-from rlhf.files import read_json, sha256_of, write_file
-from rlhf.models.pieces import Piece
+from rlhf.files import is_disk_error, read_json, sha256_of, write_file
+from rlhf.models.pieces import Piece, base_model
 
+PARTIAL = ".partial-model"  # where a model is written, inside its folder
 MAX_FILE_BYTES = 5_000_000_000  # what the hub and transformers use
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -206,3 +208,44 @@ def digest_of(digests: dict[str, str]) -> str:
         return next(iter(digests.values()))
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write_configs(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """What stands beside the weights: config, generation config, tokenizer, and the code of a custom architecture."""
+    base = base_model(model)
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(base).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
+    if base.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(base, str(folder), config=cast(Any, config))  # it is annotated as a dict, and takes a config
+    config.save_pretrained(folder)
+    if base.can_generate():
+        base.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def raise_failure(failure: str, partial: Path) -> None:
+    """Raise what `write_files` reports: a full disk is told as everywhere."""
+    if failure:
+        error = OSError(f"{partial}: {failure}")
+        raise error if is_disk_error(error) else RunFailed(f"the model could not be written: {failure}")
+
+
+def place(partial: Path, folder: Path) -> dict[str, int]:
+    """Move the files into place, weights first and config.json last, without which nobody takes it for a model.
+
+    Returns:
+        Their bytes by name.
+    """
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only their owner can read
+    configs = ("config.json", "adapter_config.json")
+    for name in sorted(sizes, key=lambda name: (not name.endswith(".safetensors"), name in configs, name)):
+        (partial / name).chmod(mode)
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
+    return sizes

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +26,15 @@ import yaml
 from rlhf.config.defaults import describe, effective
 from rlhf.config.recipe import HARMLESS, Recipe
 from rlhf.errors import UserError, quote
-from rlhf.files import read_json, write_file
+from rlhf.files import free_bytes, read_json, write_file
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.command import command_of, launcher_of, shell_line
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_complete, read_recipe
 
 # Allowed in an otherwise empty folder.
-OURS = re.compile(r"\.lock|stop|stopped\.json|\.partial|\.rlhf-preflight-.*")
+MERGED_START = ".merged-start"  # the adapter that a run starts from, merged into its base, until the run ends
+OURS = re.compile(r"\.lock|stop|stopped\.json|\.partial|\.merged-start|\.rlhf-preflight-.*")
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,7 @@ def _check_writable(folder: Path, where: str) -> None:
 
 def check_disk(folder: Path, needed_bytes: int, what: str) -> None:
     """Raise UserError if the disk under `folder` has less than `needed_bytes` free."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise UserError(
             f"{folder} has {free / 1e9:.2f} GB free, but {what} needs about {needed_bytes / 1e9:.2f} GB; "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf.config.recipe import Recipe
 from rlhf.errors import UserError, pip_install
-from rlhf.models.folder import check_model_folder
+from rlhf.models.folder import base_of, check_model_folder
 from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.records import read_complete
 
@@ -58,19 +58,23 @@ def on_cpu(recipe: Recipe) -> bool:
     return not torch.cuda.is_available()
 
 
-def bytes_needed(model_name: str, use_peft: bool, merge: bool, resume_from: str | None) -> int:
-    """Disk space for a checkpoint and for the finished model (an adapter is small).
+def bytes_needed(
+    model_name: str, use_peft: bool, merge: bool, resume_from: str | None, merges_start: bool = False
+) -> int:
+    """Disk space for a checkpoint, the finished model (an adapter is small) and the merged model that the run starts from.
 
     The checkpoint is taken to be as large as the last one; without one, as for full fine-tuning: the weights twice and
     Adam's moments.
     """
-    files = Path(model_name).glob("*.safetensors") if os.path.isdir(model_name) else []
+    folder = base_of(model_name)
+    files = Path(folder).glob("*.safetensors") if os.path.isdir(folder) else []
     weights = sum(
         f.stat().st_size for f in files if f.is_file()
     )  # a dangling link is rejected when the model is loaded
     finished = 0 if use_peft and not merge else 1.2 * weights
+    start = weights if merges_start else 0
     if resume_from:
         checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())
     else:
         checkpoint = 0 if use_peft else 4 * weights
-    return int(finished + checkpoint) + 20_000_000
+    return int(start + finished + checkpoint) + 20_000_000

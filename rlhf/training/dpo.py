@@ -50,7 +50,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     reference = None
     if not model_args.use_peft and plan.reference == "online":
         reference = load_policy(
-            plan.model_name, loaded.tokenizer, model_args, args.trust_remote_code, continue_adapter=False
+            plan.model_name, loaded.tokenizer, model_args, args.trust_remote_code, False, merged=plan.merged_start
         )
     elif plan.reference == "nf4":
         reference = load_nf4(reference_name(plan), loaded.tokenizer, loaded.model.dtype, args.trust_remote_code)

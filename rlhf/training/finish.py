@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from rlhf.distributed.processes import on_main, say
@@ -47,6 +48,8 @@ def finish(stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, s
         write_card(run.folder, summary)
         finish_run(run, summary)
         announce_finished(stage, run, summary)
+        if plan.merged_start is not None:
+            shutil.rmtree(plan.merged_start, ignore_errors=True)
 
     on_main(complete)
     trainer.accelerator.end_training()

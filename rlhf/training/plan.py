@@ -20,8 +20,8 @@ from rlhf.data.sources import Source
 from rlhf.distributed.processes import prepare_processes, say
 from rlhf.distributed.topology import Topology, check_devices, check_topology
 from rlhf.models.embedded import is_fetched
-from rlhf.models.folder import check_model_folder
-from rlhf.runs.folder import RunFolder, open_run
+from rlhf.models.folder import check_model_folder, is_adapter
+from rlhf.runs.folder import MERGED_START, RunFolder, open_run
 from rlhf.runs.lineage import maker_of, starting_model, waits_for
 from rlhf.runs.provenance import model_digest
 from rlhf.training.checks import check_extras
@@ -112,10 +112,11 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     reference = decide_reference(stage_args, topology, args.use_cpu)
     if stage.name == "dpo":
         args.precompute_ref_log_probs = reference == "cached"
+    continues = continues_adapter(stage.name, model_name, stage_args, model_args.use_peft)
+    merged_start = inputs.run.folder / MERGED_START if is_adapter(model_name) and not continues else None
     plan = Plan(
         recipe, args, model_args, stage_args, topology, inputs.data, model_name, commit, reference,
-        continues_adapter=continues_adapter(stage.name, model_name, stage_args, model_args.use_peft),
-        merge=merges(stage_args, recipe.is_quantised),
+        continues_adapter=continues, merge=merges(stage_args, recipe.is_quantised), merged_start=merged_start,
         portable=saves_portably(stage_args, model_args.use_peft), packing_mode=stage.packing_mode if stage_args.packing else None,
     )  # fmt: skip
     for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
@@ -153,8 +154,6 @@ def decide_reference(stage_args: StageConfig, topology: Topology, on_cpu: bool) 
 
 def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:
     """Whether the input model is an adapter that is trained further; the reward stage merges it first."""
-    from rlhf.models.folder import is_adapter
-
     return stage != "reward" and is_adapter(model_name) and stage_args.continue_adapter and use_peft
 
 

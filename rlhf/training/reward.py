@@ -25,7 +25,9 @@ def load(plan: Plan) -> Loaded:
     args, model_args = plan.args, plan.model_args
     tokenizer = load_tokenizer(plan.model_name, plan.stage_args.chat_template, args.trust_remote_code, encoder=True)
     set_seed(args.seed)  # loading initialises the new head: the same seed must give the same weights
-    model, new_modules = load_reward_model(plan.model_name, tokenizer, model_args, args.trust_remote_code)
+    model, new_modules = load_reward_model(
+        plan.model_name, tokenizer, model_args, args.trust_remote_code, plan.merged_start
+    )
     adapter: Any = get_peft_config(model_args)  # a LoraConfig; TRL annotates what all methods of PEFT share
     if adapter is not None:
         adapter.task_type = "SEQ_CLS"

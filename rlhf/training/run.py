@@ -136,7 +136,9 @@ def open_folder(plan: Plan, run: RunFolder) -> Iterator[RunFolder]:
 
 
 def check_room(plan: Plan, run: RunFolder) -> None:
-    needed = bytes_needed(plan.model_name, plan.model_args.use_peft, plan.merge, run.resume_from)
+    needed = bytes_needed(
+        plan.model_name, plan.model_args.use_peft, plan.merge, run.resume_from, plan.merged_start is not None
+    )
     check_disk(run.folder, needed, "the rest of the run (a checkpoint beside the last one, and the finished model)")
 
 

@@ -22,7 +22,9 @@ def load(plan: Plan) -> Loaded:
 
     trust = plan.args.trust_remote_code
     tokenizer = load_tokenizer(plan.model_name, plan.stage_args.chat_template, trust)
-    model = load_policy(plan.model_name, tokenizer, plan.model_args, trust, continue_adapter=plan.continues_adapter)
+    model = load_policy(
+        plan.model_name, tokenizer, plan.model_args, trust, plan.continues_adapter, merged=plan.merged_start
+    )
     return Loaded(model, tokenizer, None if plan.continues_adapter else get_peft_config(plan.model_args))
 
 

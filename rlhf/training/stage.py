@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from rlhf.config.recipe import Recipe
@@ -41,6 +42,8 @@ class Plan:
         reference: where DPO's reference log-probabilities come from.
         continues_adapter: the input model is an adapter that is trained further.
         merge: the finished model is written merged.
+        merged_start: where the adapter that the run starts from is merged into its base; None if it starts from no adapter,
+            or trains it further.
         portable: checkpoints hold their state unsharded, so that they can be resumed with any launch file.
         packing_mode: how batches are packed if the model supports it (packing/layout.py): rows, or pairs that share a
             prompt; None: padded.
@@ -57,6 +60,7 @@ class Plan:
     reference: Literal["cached", "online", "nf4"]
     continues_adapter: bool
     merge: bool
+    merged_start: Path | None
     portable: bool
     packing_mode: Literal["pairs", "rows"] | None
 

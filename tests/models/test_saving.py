@@ -8,11 +8,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.errors import RunFailed
+from rlhf.__main__ import main
+from rlhf.errors import RunFailed, UserError
 from rlhf.models.finished import load_finished, probe_logits
+from rlhf.models.merge import Checkpoint, merge
 from rlhf.models.pieces import list_pieces
-from rlhf.models.saving import PARTIAL, offloaded_logits, save_finished
-from rlhf.models.writing import Writer, split_files, write_files, write_index
+from rlhf.models.saving import offloaded_logits, save_finished
+from rlhf.models.writing import PARTIAL, Writer, split_files, write_files, write_index
 
 PROBE = [[3, 4, 5], [6, 7]]
 
@@ -225,3 +227,68 @@ def test_an_interrupted_call_is_continued(model, tmp_path, monkeypatch):
     opened.clear()
     save_finished(*model, tmp_path / "other", **call | {"made_from": "checkpoint 6"})
     assert opened[0] == before[0]
+
+
+# --- merging from disk to disk ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "dora", "head"])
+def test_an_adapter_is_merged_from_disk_to_disk(kind, tiny_llama, tmp_path):
+    """As PEFT merges it; what is in no adapted layer is copied, and the base is not loaded."""
+    model = adapted(tiny_llama, ADAPTERS[kind])
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    found = merge(str(tmp_path / "adapter"), tmp_path / "out")
+    ours, theirs = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        saved(model.merge_and_unload(), tmp_path / "theirs"),
+    )
+    assert ours.keys() == theirs.keys() and found.dtype == "float32"
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+    again, _ = load_finished(str(tmp_path / "out"), reward=kind == "head")
+    expected = probe_logits(model.base_model.model, PROBE)
+    torch.testing.assert_close(probe_logits(again, PROBE)[0], expected[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="is not empty"):
+        merge(str(tmp_path / "adapter"), tmp_path / "out")
+    with pytest.raises(UserError, match="holds no adapter"):
+        merge(tiny_llama, tmp_path / "out2")
+
+
+def test_the_command(tiny_llama, tmp_path, capsys):
+    adapted(tiny_llama, {}).save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    out = str(tmp_path / "out")
+    assert main(["merge", str(tmp_path / "adapter"), out, "--dtype", "bfloat16"]) == 0
+    assert f"is merged into {tiny_llama}: {out} (0.00 GB in bfloat16, read again and equal)" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    for words, told in (
+        (["merge", str(tmp_path / "adapter"), out], "is not empty"),
+        (["merge", tiny_llama, str(tmp_path / "new")], "holds no adapter"),
+        (["merge", str(tmp_path / "nowhere"), str(tmp_path / "new")], "holds no adapter"),
+    ):
+        assert main(words) == 2 and told in capsys.readouterr().err
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "new")]) == 2
+    assert "adapter_model.safetensors is truncated or not a safetensors file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_experts_are_not_merged_file_by_file(tiny_llama, tmp_path):
+    """transformers joins them when it loads."""
+    mixtral().save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="hold no model.layers.0.mlp"):
+        merge(str(tmp_path / "adapter"), tmp_path / "out")
+
+
+def test_rows_of_a_tensor(tiny_llama):
+    checkpoint = Checkpoint(tiny_llama)
+    whole = load_file(f"{tiny_llama}/model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(checkpoint.read_rows("model.embed_tokens.weight", 3, 9), whole[3:9])
+    assert checkpoint.dtype == torch.float32 and checkpoint.key("lm_head.weight") is None
+    assert torch.equal(checkpoint.read("embed_tokens.weight"), whole)
