@@ -141,6 +141,15 @@ TRANSFORMERS = [
     *_of("transformers.modeling_utils", "PreTrainedModel", "models/pieces.py", {
         "all_tied_weights_keys": "writing tied weights once",
     }, in_code=True),
+    *_of("transformers.modeling_utils", "", "models/on_disk.py", {
+        "accelerate_dispatch model hf_quantizer device_map offload_folder offload_index": "loading a model in shards under FSDP2",
+    }),
+    *_of("transformers.core_model_loading", "", "models/on_disk.py", {
+        "spawn_materialize thread_pool tensor": "loading a model in shards under FSDP2",
+    }),
+    *_of("transformers.conversion_mapping", "", "models/on_disk.py", {
+        "get_model_conversion_mapping model": "loading a model in shards under FSDP2",
+    }),
     *_of("transformers.core_model_loading", "", "models/pieces.py", {
         "revert_weight_conversion model state_dict": "writing mixtures of experts in the layout of their files",
     }),
@@ -177,6 +186,7 @@ TRL = [
         "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns
         "ld_alpha": "the key of the reference cache",
     }, in_code=True, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"prepare_fsdp model accelerator": "an online reference sharded by layer"}, only="dpo"),
     *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"hash_module": "skipping TRL's hash of all weights"}, only="dpo"),
     *_of("trl.trainer.base_trainer", "_BaseTrainer", "runs/checkpointing.py", {
         "create_model_card model_name dataset_name tags": "continuing without a checkpoint when the disk is full",
@@ -206,6 +216,11 @@ ACCELERATE_AND_PEFT = [
     *_of("accelerate.state", "AcceleratorState", "training/trainer.py", {
         "fsdp_plugin": "fp32 gradients and log-probabilities under FSDP2 with bf16",
     }, in_code=True),
+    *_of("accelerate.utils.fsdp_utils", "", "models/on_disk.py", {
+        name: "loading a model in shards under FSDP2" for name in ("fsdp2_load_full_state_dict accelerator model full_sd", "fsdp2_prepare_model accelerator model", "fsdp2_apply_ac accelerator model")
+    }),
+    *_of("accelerate", "Accelerator", "training/trainer.py", {"prepare_optimizer optimizer": "training a model that is sharded already"}),
+    *_of("accelerate.accelerator", "Accelerator", "training/trainer.py", {"_models": "training a model that is sharded already"}, in_code=True),
     *_of("accelerate", "PartialState", "distributed/processes.py", {"distributed_type": "FSDP2 on CPUs"}, in_code=True),
     *_of("peft.tuners.tuners_utils", "", "training/reference.py", {"BaseTunerLayer": "the key of the reference cache"}),
     *_of("peft.utils.other", "", "training/reference.py", {"AuxiliaryTrainingWrapper": "the key of the reference cache"}),
@@ -231,6 +246,13 @@ TORCH_AND_PYTHON = [
     }, in_code=True),
     *_of("torch.distributed.distributed_c10d", "", "distributed/processes.py", {
         "_get_default_store": "waiting for the main rank without a collective's time-out",
+    }),
+    *_of("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState", "models/on_disk.py", {
+        "_lazy_init": "fp32 gradients of LoRA under FSDP2 with bf16",
+    }),
+    *_of("torch.distributed.fsdp", "FSDPModule", "models/on_disk.py", {"_get_fsdp_state": "fp32 gradients of LoRA under FSDP2 with bf16"}),
+    *_of("torch.distributed.tensor._utils", "", "models/on_disk.py", {
+        "compute_local_shape_and_global_offset global_shape mesh placements": "loading a model in shards under FSDP2",
     }),
     *_of("torch.distributed.tensor", "DTensor", "distributed/sharding.py", {"full_tensor": "the unsharded model under FSDP2"}),
     *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "training/trainer.py", {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,12 @@ def load_policy(
     if not is_adapter(name) or not continue_adapter:
         revision = _revision(name, model_args)
         name = _merged(name, merged, options)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
-        return fit_tokenizer(keep_4bit_layout(model), tokenizer)
+        return _load(AutoModelForCausalLM, name, tokenizer, model_args, options | {"revision": revision})[0]
     from peft import PeftConfig, PeftModel
 
     base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    base = AutoModelForCausalLM.from_pretrained(base_name, **options)
-    return PeftModel.from_pretrained(fit_tokenizer(keep_4bit_layout(base), tokenizer), name, is_trainable=True)
+    base, _ = _load(AutoModelForCausalLM, base_name, tokenizer, model_args, options)
+    return PeftModel.from_pretrained(base, name, is_trainable=True)
 
 
 def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool = False, merged: Path | None = None):
@@ -46,9 +46,9 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
     Returns:
         (model, names of the newly initialised modules, which must be fully trained and saved)
     """
-    options = _load_options(model_args, trust_remote_code) | {"num_labels": 1, "output_loading_info": True}
-    options["revision"] = _revision(name, model_args)
-    return _load_classifier(_merged(name, merged, options), tokenizer, options)
+    options = _load_options(model_args, trust_remote_code)
+    options |= {"num_labels": 1, "revision": _revision(name, model_args)}
+    return _load(AutoModelForSequenceClassification, _merged(name, merged, options), tokenizer, model_args, options)
 
 
 def _merged(name: str, folder: Path | None, options: dict[str, Any]) -> str:
@@ -62,17 +62,29 @@ def _merged(name: str, folder: Path | None, options: dict[str, Any]) -> str:
     return merge_for_training(name, folder, dtype, options["trust_remote_code"])
 
 
-def _load_classifier(name: str, tokenizer, options: dict[str, Any]):
+def _load(auto, name: str, tokenizer, model_args, options: dict[str, Any]) -> tuple[Any, list[str]]:
+    """(model, names of its newly initialised modules); under FSDP2 its weights stay on disk until it is sharded."""
     from transformers.utils import logging
 
+    from rlhf.models import on_disk
+
+    # DoRA computes its first magnitudes from the weights
+    lazy = not model_args.use_dora and on_disk.stays_on_disk(name, auto, options)
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": we do
+    if auto is AutoModelForSequenceClassification:
+        logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": we do
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        reading: Any = on_disk.leaving_weights_on_disk() if lazy else contextlib.nullcontext({})
+        with reading as more:
+            model, info = auto.from_pretrained(name, output_loading_info=True, **options, **more)
     finally:
         logging.set_verbosity(before)
-    model = fit_tokenizer(keep_4bit_layout(model), tokenizer)
-    return model, sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
+    if lazy:
+        on_disk.place_holders(model)
+        if len(tokenizer) > len(model.get_input_embeddings().weight):
+            on_disk.read_embeddings(model)
+    new = {key.rsplit(".", 1)[0] for key in info["missing_keys"] if key not in (model.all_tied_weights_keys or ())}
+    return fit_tokenizer(keep_4bit_layout(model), tokenizer), sorted(new)
 
 
 def load_nf4(name: str, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False):

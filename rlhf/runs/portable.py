@@ -152,7 +152,7 @@ class PortableState:
         return self._place[key].get_tensor(key) if key in self._place else None
 
     def restore_weights(self, model) -> None:
-        """Copy the trained weights into a model that no engine has wrapped yet.
+        """Copy the trained weights into a model that no engine has wrapped yet, or FSDP2 has sharded.
 
         Raises:
             UserError: the model trains other parameters than the saved ones.
@@ -166,7 +166,7 @@ class PortableState:
         for name, parameter in trained.items():
             with writable(parameter), torch.no_grad():
                 if not parameter.is_meta and parameter.numel():
-                    parameter.copy_(self.get("weight", name))
+                    parameter.copy_(shard_like(self.get("weight", name), parameter))
 
     def restore_optimizer(self, trainer) -> None:
         """Copy optimizer state, master weights and learning rates to where the current engine keeps them."""

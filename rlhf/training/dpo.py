@@ -78,12 +78,15 @@ def check_bias(trainer: DPOTrainer, plan: Plan, tokenizer: PreTrainedTokenizerBa
     from trl.trainer.utils import add_fused_lm_head
 
     from rlhf.models.loading import load_policy
+    from rlhf.models.on_disk import shard_model
     from rlhf.training.reference import measure_bias
 
     args, stage_args, recipe = cast("DPOConfig", plan.args), plan.stage_args, plan.recipe
     exact: Any = trainer.model
     if stage_args.reference_model:
         exact = load_policy(reference_name(plan), tokenizer, plan.model_args, args.trust_remote_code, False)
+        if trainer.is_fsdp_enabled:
+            shard_model(exact, trainer.accelerator)
         exact = exact.to(args.device).eval()
         add_fused_lm_head(exact)  # as TRL's trainer calls it
     small = trainer.accelerator.unwrap_model(trainer.ref_model).get_memory_footprint() / 1e6
@@ -175,7 +178,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
         reference_seconds = 0.0  # time spent on the cached reference, for bench/
 
         def __init__(self, **kwargs):
-            with without_hashing():
+            with without_hashing(), sharding_by_layer():
                 super().__init__(**kwargs)
             self._make_ready()
 
@@ -183,6 +186,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             """Pack once, as soon as the model exists: TRL's constructor computes the reference before it returns."""
             if not hasattr(self, "is_packed"):
                 make_ref_adapter_equal(self.model)
+                self.shard()
                 self.is_packed = pack(self, plan)
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -222,6 +226,25 @@ def without_hashing():
         yield
     finally:
         dpo_trainer.hash_module = hash_module
+
+
+@contextlib.contextmanager
+def sharding_by_layer():
+    """Under FSDP2: shard a reference model layer by layer, as a policy. TRL 1.16 would gather all of it in each pass."""
+    from trl.trainer import dpo_trainer
+
+    from rlhf.models.on_disk import shard_model
+
+    def prepare_fsdp(model, accelerator):
+        shard_model(model, accelerator)
+        return model.eval()
+
+    before = dpo_trainer.prepare_fsdp
+    dpo_trainer.prepare_fsdp = prepare_fsdp
+    try:
+        yield
+    finally:
+        dpo_trainer.prepare_fsdp = before
 
 
 def make_ref_adapter_equal(model) -> None:

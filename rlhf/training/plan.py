@@ -109,7 +109,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
         inputs.starts_from, recipe.where("model_name_or_path"), "" if inputs.waits else inputs.maker, say
     )
     args.max_length, commit = decide_max_length(recipe, args, model_name)
-    reference = decide_reference(stage_args, topology, args.use_cpu)
+    reference = cast(Reference, stage_args.reference)
     if stage.name == "dpo":
         args.precompute_ref_log_probs = reference == "cached"
     continues = continues_adapter(stage.name, model_name, stage_args, model_args.use_peft)
@@ -138,18 +138,6 @@ def unknown_yet(inputs: Inputs) -> str:
 
 
 Reference = Literal["cached", "online", "nf4"]
-
-
-def decide_reference(stage_args: StageConfig, topology: Topology, on_cpu: bool) -> Reference:
-    """The recipe's choice, except `online` in place of `cached` under FSDP on GPUs.
-
-    There the trainer shards the model, and so moves it to the GPU, only when training starts: the cached pass before
-    that would run on the CPU.
-    """
-    if stage_args.reference == "cached" and topology.engine == "FSDP" and not on_cpu:
-        say("note: under FSDP the reference's forward pass runs in every step (`reference: online`), it is not cached")
-        return "online"
-    return cast(Reference, stage_args.reference)
 
 
 def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_peft: bool) -> bool:

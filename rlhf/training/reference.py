@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from rlhf.distributed.processes import is_main, say
-from rlhf.distributed.sharding import unsharded
+from rlhf.distributed.sharding import reshard, unsharded
 from rlhf.files import lock_file, write_file
 from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
@@ -303,7 +303,10 @@ def callable_model(trainer: DPOTrainer, model):
     (deepspeed 0.19).
     """
     if model is trainer.ref_model or not trainer.is_deepspeed_enabled:
-        yield model
+        try:
+            yield model
+        finally:
+            reshard(model)  # or FSDP2 leaves the last layers unsharded, and the optimizer would be made from those
         return
     from trl.models import prepare_deepspeed
 

@@ -48,6 +48,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     trainer = Trainer(**trainer_arguments(plan, load(plan)))
     if plan.args.bf16 or plan.args.fp16:  # autocast feeds it in 16 bits
         train_head_in_float32(trainer.model)
+    trainer.shard()
     use_global_batches(trainer, plan, pack(trainer, plan))
     return trainer
 

@@ -42,6 +42,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     if plan.args.use_cpu:
         lm_head.install()
     trainer = Trainer(**trainer_arguments(plan, load(plan)))
+    trainer.shard()
     use_global_batches(trainer, plan, pack(trainer, plan))
     return trainer
 

@@ -143,6 +143,38 @@ class GlobalBatches(CheckpointMixin):
             exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = exact
 
+    def shard(self) -> None:
+        """Under FSDP2: shard the model now. TRL and transformers would only when training starts, after the reference pass."""
+        from torch.distributed.fsdp import FSDPModule
+
+        from rlhf.models.on_disk import shard_model
+
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            shard_model(self.model, self.accelerator)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        with self._prepared_already():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    @contextlib.contextmanager
+    def _prepared_already(self):
+        """A sharded model is not wrapped again: its optimizer was made from the shards."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if not isinstance(self.model, FSDPModule):
+            yield
+            return
+
+        def prepare(model, optimizer):
+            self.accelerator._models.append(model)
+            return model, self.accelerator.prepare_optimizer(optimizer)
+
+        vars(self.accelerator)["prepare"] = prepare
+        try:
+            yield
+        finally:
+            del vars(self.accelerator)["prepare"]
+
     # --- data
 
     def get_train_dataloader(self):

@@ -1,0 +1,180 @@
+"""Models whose weights stay on disk until FSDP2 has sharded them: then each rank reads its own part of every tensor.
+
+transformers 5.23 reads the whole model on every rank, and accelerate sends rank 0's to the others. Here the parameters are
+place-holders of one element each while the trainer is built (LoRA, packing, the head), and accelerate's hand-over is replaced
+by reading slices of the safetensors files. No rank holds more than its shards and the tensor that it is reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from rlhf.distributed.processes import say
+from rlhf.distributed.sharding import is_sharded, loading_unsharded
+from rlhf.models.pieces import ADAPTER, base_model
+
+INDEX = "weights_on_disk"  # the attribute of a model: parameter name -> {"safetensors_file", "weight_name", "dtype"}
+
+
+def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
+    """Whether a model's weights are read when it is sharded; says why if they can't be.
+
+    Args:
+        auto: `AutoModelForCausalLM`, ...
+        options: for its `from_pretrained`.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or "quantization_config" in options:
+        return False  # 4-bit weights are packed when they load, on every rank
+    from transformers import AutoConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
+    with loading_unsharded(), torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=options["trust_remote_code"])
+    converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
+    if converted or hasattr(config, "quantization_config"):
+        say(
+            f"note: each process holds all of {name} while it loads: transformers converts the tensors of this architecture"
+        )
+    return not converted and not hasattr(config, "quantization_config")
+
+
+@contextlib.contextmanager
+def leaving_weights_on_disk() -> Iterator[dict[str, Any]]:
+    """Inside the block `from_pretrained(**options)` reads no weights, for the yielded options.
+
+    It is transformers' loading with every module on `disk`, without the hooks that would read a module when it computes.
+    Parameters that are not in the files, such as a new head, are initialised as ever.
+    """
+    from transformers import core_model_loading, modeling_utils
+
+    def read_nothing(thread_pool, tensor, *args, **options):
+        return lambda: torch.empty(tensor.get_shape(), device="meta")
+
+    def keep_index(model, hf_quantizer, device_map, offload_folder, offload_index, offload_buffers) -> None:
+        setattr(model, INDEX, offload_index)
+
+    before = modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize
+    modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = keep_index, read_nothing
+    with loading_unsharded(), tempfile.TemporaryDirectory() as unused:
+        try:
+            yield {"device_map": {"": "disk"}, "offload_folder": unused}
+        finally:
+            modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = before
+
+
+def place_holders(model) -> None:
+    """Give each parameter on the meta device one element of memory: PEFT moves adapters to the device of their base."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                tensor = torch.zeros((1,) * parameter.dim(), dtype=parameter.dtype).expand(parameter.shape)
+                made[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+
+
+def read_embeddings(model) -> None:
+    """Read the embeddings and the LM head, which a new token will resize."""
+    index = getattr(model, INDEX)
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in index}
+    made: dict[int, torch.nn.Parameter] = {}
+    for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        key = id(layer.weight)
+        if key not in made:
+            made[key] = torch.nn.Parameter(_read(index[names[key]], None).to(layer.weight.dtype))
+        layer.weight = made[key]
+
+
+def is_place_holder(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and not is_sharded(tensor) and tensor.untyped_storage().nbytes() < tensor.nbytes
+
+
+def shard_model(model, accelerator) -> None:
+    """Shard a model by accelerate's FSDP2 plugin, layer by layer; weights that are on disk are read as shards.
+
+    A collective that all ranks must call.
+    """
+    from accelerate.utils import fsdp_utils
+
+    plugin = accelerator.state.fsdp_plugin
+    index = getattr(base_model(model), INDEX, None)
+    if index is not None:
+        plugin.cpu_ram_efficient_loading = True  # the path that shards on the meta device
+    if plugin.activation_checkpointing:
+        plugin.set_auto_wrap_policy(model)
+        fsdp_utils.fsdp2_apply_ac(accelerator, model)
+    before = fsdp_utils.fsdp2_load_full_state_dict
+    fsdp_utils.fsdp2_load_full_state_dict = lambda accelerator, model, values, cpu_offload=False: _load_shards(
+        accelerator, model, values, index or {}, cpu_offload
+    )
+    try:
+        fsdp_utils.fsdp2_prepare_model(accelerator, model)
+    finally:
+        fsdp_utils.fsdp2_load_full_state_dict = before
+    # torch notes the dtypes of trained parameters in the first forward pass: a reference's has LoRA switched off
+    model._get_fsdp_state()._lazy_init()
+
+
+def _load_shards(accelerator, model, values: dict[str, Any], index: dict[str, Any], cpu_offload: bool) -> None:
+    """In place of accelerate's `fsdp2_load_full_state_dict`, which sends rank 0's `values` to all.
+
+    Args:
+        values: by name, the same on all ranks, or place-holders for what is on disk.
+    """
+    loaded = {}
+    for name, parameter in model.state_dict().items():
+        value, device = values[name], "cpu" if cpu_offload else accelerator.device
+        if not is_sharded(parameter):
+            loaded[name] = value.to(device)
+        elif is_place_holder(value):
+            loaded[name] = _shard(parameter, device, functools.partial(_read, index[_name_on_disk(name)]))
+        else:
+            loaded[name] = _shard(parameter, device, value.__getitem__)
+    model.load_state_dict(loaded, assign=True)
+
+
+def _name_on_disk(name: str) -> str:
+    """A parameter's name without what PEFT and activation checkpointing put into it."""
+    name = (
+        name.replace("_checkpoint_wrapped_module.", "").removeprefix("base_model.model.").replace(".base_layer.", ".")
+    )
+    return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+
+
+def _shard(parameter, device, part_of: Callable[[tuple[slice, ...]], torch.Tensor]):
+    """This rank's shard of a tensor, in the place of a DTensor on the meta device.
+
+    Args:
+        part_of: returns a part of the unsharded tensor.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    local = part_of(part) if all(shape) else torch.empty(shape)
+    local = local.to(device, parameter.dtype, copy=True).contiguous()  # a view would keep the whole tensor alive
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _read(entry: dict[str, str], part: tuple[slice, ...] | None) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(entry["safetensors_file"], "pt") as file:
+        if part is None or not part:
+            return file.get_tensor(entry["weight_name"])
+        return file.get_slice(entry["weight_name"])[part]
