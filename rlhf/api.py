@@ -95,6 +95,7 @@ def _pack_backbones(trainer: DPOTrainer | RewardTrainer | SFTTrainer, mode: str)
 
 def _cache_reference(trainer: DPOTrainer, folder: Path | None) -> str:
     """Give the rows of a DPOTrainer their reference log-probabilities; returns '' or why not."""
+    from rlhf.models.digests import weights_in_memory
     from rlhf.packing import packing_mode
     from rlhf.training.reference import add_reference_logps
 
@@ -102,10 +103,11 @@ def _cache_reference(trainer: DPOTrainer, folder: Path | None) -> str:
         return f"the reference is asked in every step: {reason}"
     model = cast("PreTrainedModel", trainer.model)
     path = "packed" if packing_mode(model) else str(model.config._attn_implementation)
+    source = weights_in_memory(trainer.accelerator.unwrap_model(trainer.ref_model or model))
 
     def add(dataset: Dataset, name: str = "", batch_size: int = 0) -> Dataset:
         known = [c for c in ("ref_chosen_logps", "ref_rejected_logps") if c in dataset.column_names]  # TRL ignored them
-        return add_reference_logps(trainer, dataset.remove_columns(known), path, folder)
+        return add_reference_logps(trainer, dataset.remove_columns(known), source, path, folder)
 
     trainer.train_dataset = add(trainer.train_dataset)
     if isinstance(trainer.eval_dataset, dict):

@@ -222,13 +222,10 @@ ACCELERATE_AND_PEFT = [
     *_of("accelerate", "Accelerator", "training/trainer.py", {"prepare_optimizer optimizer": "training a model that is sharded already"}),
     *_of("accelerate.accelerator", "Accelerator", "training/trainer.py", {"_models": "training a model that is sharded already"}, in_code=True),
     *_of("accelerate", "PartialState", "distributed/processes.py", {"distributed_type": "FSDP2 on CPUs"}, in_code=True),
-    *_of("peft.tuners.tuners_utils", "", "training/reference.py", {"BaseTunerLayer": "the key of the reference cache"}),
-    *_of("peft.utils.other", "", "training/reference.py", {"AuxiliaryTrainingWrapper": "the key of the reference cache"}),
     *_of("peft.tuners.lora.layer", "Linear", "models/pieces.py", {
         "get_delta_weight adapter": "merging into a 4-bit base", "merge safe_merge adapter_names": "merging adapters",
     }),
     *_of("peft.utils.integrations", "", "models/pieces.py", {"dequantize_module_weight module": "merging into a 4-bit base"}),
-    *_of("peft.tuners.lora.layer", "LoraLayer", "training/reference.py", {"base_layer": "the key of the reference cache"}, in_code=True),
     *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
 ]  # fmt: skip
 

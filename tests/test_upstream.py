@@ -23,7 +23,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((R
 PRIVATE = re.compile(r"_[a-zA-Z]")
 TRAINER_METHODS = set().union(*(dir(getattr(trl, name)) for name in TRAINERS.values()))
 # What we hang on objects of other libraries ourselves.
-HUNG_ON = {"_packing_mode", "_reference_key", "_plain_in_files", "_reported_at"}
+HUNG_ON = {"_packing_mode", "_plain_in_files", "_reported_at"}
 PUBLIC = {"_asdict"}  # of a named tuple
 
 

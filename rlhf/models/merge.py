@@ -18,6 +18,7 @@ from rlhf.distributed.processes import on_main
 from rlhf.distributed.sharding import loading_unsharded
 from rlhf.errors import UserError
 from rlhf.files import free_bytes, read_json, sha256_of
+from rlhf.models.digests import local_folder
 from rlhf.models.folder import base_of, is_adapter, is_reward_model
 from rlhf.models.pieces import base_model, list_pieces
 from rlhf.models.tokenizer import load_tokenizer
@@ -185,7 +186,7 @@ class Checkpoint:
 
     def __init__(self, name: str):
         self.name = name
-        folder = Path(name) if os.path.isdir(name) else _from_hub(name)
+        folder = local_folder(name)
         index = read_json(folder / "model.safetensors.index.json")
         files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
         opened = [safe_open(folder / file, "pt") for file in files]
@@ -212,9 +213,3 @@ class Checkpoint:
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))

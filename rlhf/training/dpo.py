@@ -169,12 +169,14 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
     """A DPOTrainer on packed rows, with the cached reference, that runs `check_start` before its first step."""
     from trl import DPOTrainer
 
+    from rlhf.models.digests import weights_digest
     from rlhf.training.reference import add_reference_logps
     from rlhf.training.start_check import check_start
     from rlhf.training.trainer import GlobalBatches, pack
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
+        _source = ""  # the digest of the reference's files, for training and held-out rows
         reference_seconds = 0.0  # time spent on the cached reference, for bench/
 
         def __init__(self, **kwargs):
@@ -194,7 +196,8 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             path = "packed" if self.is_packed else str(self.model.config._attn_implementation)
             folder = plan.stage_args.reference_cache
             started = time.perf_counter()
-            found = add_reference_logps(self, dataset, path, Path(folder) if folder else None, stopper)
+            self._source = self._source or weights_digest(str(plan.merged_start or plan.model_name), plan.model_commit)
+            found = add_reference_logps(self, dataset, self._source, path, Path(folder) if folder else None, stopper)
             self.reference_seconds += time.perf_counter() - started
             return found
 

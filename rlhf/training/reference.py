@@ -5,7 +5,7 @@ at that point gives the log-probabilities exactly. They are cached in
 
     <cache>/reference/<key of the reference>/<sha256 of the file>.safetensors
 
-where the key covers the reference's weights and adapter, dtypes, quantisation, config, the attention path and `ld_alpha`,
+where the key covers the files of the reference's weights and adapter, dtypes, quantisation, config, the attention path and `ld_alpha`,
 and the key of each entry its pair's token ids. So runs with another seed, LoRA rank, beta, learning rate or loss reuse
 the cache; of changed data only the changed pairs are computed again; after a change of weights or dtype everything is.
 Files are named by their checksum and written atomically: a damaged one doesn't match its name, is removed and computed
@@ -19,16 +19,15 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 
 from rlhf.distributed.processes import is_main, say
-from rlhf.distributed.sharding import reshard, unsharded
+from rlhf.distributed.sharding import reshard
 from rlhf.files import lock_file, write_file
+from rlhf.models.counts import is_added
 from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-FORMAT = 2  # part of every key: increment it when the computation changes
+FORMAT = 3  # part of every key: increment it when the computation changes
 MAX_TOKENS = 4096  # maximum per forward pass
 SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs or seconds
 WAIT_SECONDS = 2  # polling interval while another run builds the reference
@@ -114,26 +113,23 @@ def pair_key(row: dict[str, list[int]], max_length: int | None, truncation_mode:
     return digest.digest()[:16]
 
 
-def reference_key(model, path: str, **more: Any) -> str:
+def reference_key(model, source: str, path: str, **more: Any) -> str:
     """32 hex digits that identify the reference.
 
     Args:
-        model: the policy before its first update, as TRL's trainer holds it. Of a PEFT model the key covers the base
-            and the adapter `ref`, if there is one: a new adapter is disabled for the reference.
+        model: the policy before its first update, as TRL's trainer holds it: its config and dtypes count, and those of the
+            adapter `ref` if it is trained further. A new adapter is disabled for the reference.
+        source: identifies the files that its weights were read from (`weights_digest`).
         path: how attention is computed (`packed`, `sdpa`, ...).
         more: whatever else changes the values (autocast dtype, device type, ld_alpha).
     """
-    digest = hashlib.sha256(json.dumps([FORMAT, path, more], sort_keys=True, default=str).encode())
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_MATTER and not k.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    dtypes = sorted({str(p.dtype) for name, p in model.named_parameters() if not is_added(name)})
+    adapter: dict[str, Any] = {}
     if "ref" in getattr(model, "peft_config", {}):
-        adapter = model.peft_config["ref"].to_dict()
-        digest.update(json.dumps({k: adapter[k] for k in sorted(adapter) if k in _ADAPTER_KEYS}, default=str).encode())
-    for name, tensor in reference_tensors(model):
-        tensor = tensor.detach().contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
+        adapter = {k: v for k, v in sorted(model.peft_config["ref"].to_dict().items()) if k in _ADAPTER_KEYS}
+    parts = [FORMAT, source, path, more, config, dtypes, adapter]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 _NO_MATTER = frozenset("transformers_version use_cache architectures torch_dtype dtype pad_token_id".split())
@@ -142,42 +138,18 @@ _ADAPTER_KEYS = frozenset(
 )
 
 
-def reference_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name without PEFT's additions, unsharded tensor) of all weights and buffers of the reference, in fixed order."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    layers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, layers))
-    base = ("base_layer.", "original_module.")
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        inside = [name.removeprefix(prefix) for prefix in wrapped if name.startswith(prefix)]
-        if ".ref." in name or all(rest.startswith(base) for rest in inside):
-            short = name.removeprefix("base_model.model.")
-            tensors[short.replace(".base_layer.", ".").replace(".original_module.", ".")] = (name, tensor)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    seen = set()  # embeddings tied to the LM head
-    for short, (name, tensor) in sorted(tensors.items()):
-        parameter = parameters.get(name)
-        if parameter is None or id(parameter) not in seen:
-            with unsharded(parameter) as full:
-                yield short, tensor if full is parameter else full
-        seen.add(id(parameter))
-
-
 # --- computing -------------------------------------------------------------------------------------------------------
 
 
 def add_reference_logps(
-    trainer: DPOTrainer, dataset, path: str, folder: Path | None = None, stopper: Stopper | None = None
+    trainer: DPOTrainer, dataset, source: str, path: str, folder: Path | None = None, stopper: Stopper | None = None
 ):
     """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer reads.
 
     Args:
         trainer: TRL's DPOTrainer before its first update, packed or not.
         dataset: its tokenised rows (`prompt_ids`, `chosen_ids`, `rejected_ids`).
-        path: how attention is computed, for the key.
+        source, path: for the key: the files of the weights, and how attention is computed.
         folder: the cache; default: `reference` in the user's cache folder of this project.
         stopper: checked after each batch; on a stop the finished pairs are in the cache.
 
@@ -187,13 +159,10 @@ def add_reference_logps(
     A collective: all ranks share the computation, the main one reads and writes files.
     """
     args = cast("DPOConfig", trainer.args)
-    key = getattr(trainer, "_reference_key", "")
-    if not key:  # the weights are hashed once, for training and held-out rows
-        key = reference_key(
-            trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model), path,
-            autocast=trainer.accelerator.mixed_precision, device=args.device.type, ld_alpha=trainer.ld_alpha,
-        )  # fmt: skip
-        trainer._reference_key = key  # type: ignore[attr-defined]  # ours
+    key = reference_key(
+        trainer.accelerator.unwrap_model(trainer.ref_model or trainer.model), source, path,
+        autocast=trainer.accelerator.mixed_precision, device=args.device.type, ld_alpha=trainer.ld_alpha,
+    )  # fmt: skip
     shards = Shards((folder or cache_dir() / "reference") / key)
     rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     keys = [pair_key(row, args.max_length, args.truncation_mode) for row in rows]

@@ -57,7 +57,7 @@ if packed == "packed":
         pack_backbone(trainer.accelerator.unwrap_model(each), "pairs")
     if stage == "dpo":  # the cached reference, shared by the processes
         trainer.train_dataset = add_reference_logps(
-            trainer, trainer.train_dataset, "packed", Path(out).parent / "cache"
+            trainer, trainer.train_dataset, "files", "packed", Path(out).parent / "cache"
         )
         trainer.precompute_ref_logps = True
 trainer.train()

@@ -1,8 +1,11 @@
 """Cached reference log-probabilities: what they are, when they are found again, and what happens to damaged files."""
 
 import contextlib
+import hashlib
 import json
 import math
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -19,6 +22,9 @@ from trl import DPOConfig, DPOTrainer
 
 from rlhf.__main__ import main
 from rlhf.data.sources import SAMPLE_DIR
+from rlhf.files import sha256_of
+from rlhf.models import digests
+from rlhf.models.digests import weights_digest
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training import reference
@@ -160,13 +166,13 @@ def test_values_are_trls_own_in_the_order_of_the_rows(lora, values, tiny_llama, 
     forward, sizes = reference.forward_logps, []
     monkeypatch.setattr(reference, "forward_logps", lambda *a: (sizes.append(len(a[3])), forward(*a))[1])
     trainer = make_trainer(tiny_llama, tmp_path / "out", lora, **values)
-    found = add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    found = add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")
     assert sizes == [3, 3, 1]  # several batches of several pairs
     for row in found:
         chosen, rejected = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
         assert row["ref_chosen_logps"] == pytest.approx(chosen.item(), rel=1e-5)
         assert row["ref_rejected_logps"] == pytest.approx(rejected.item(), rel=1e-5)
-    again = add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    again = add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")
     for side in ("ref_chosen_logps", "ref_rejected_logps"):
         assert again[side] == found[side]
 
@@ -193,10 +199,10 @@ def test_an_interrupted_build_goes_on(tiny_llama, tmp_path, monkeypatch):
     trainer = make_trainer(tiny_llama, tmp_path / "out")
     monkeypatch.setattr(reference, "forward_logps", breaking)
     with pytest.raises(KeyboardInterrupt):
-        add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+        add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")
     rest = []
     monkeypatch.setattr(reference, "forward_logps", lambda *a: (rest.append(a[3]), forward(*a))[1])
-    add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
+    add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")
     assert len(calls) == 3 and len(rest) == 4 and not {k[0] for k in calls} & {k[0] for k in rest}
 
 
@@ -204,7 +210,7 @@ def test_one_run_builds_and_the_other_waits(tiny_llama, tmp_path, monkeypatch, c
     """The second comes while the first is at work: it waits, and then computes nothing."""
     forward, calls, second = reference.forward_logps, [], []
     trainers = [make_trainer(tiny_llama, tmp_path / name) for name in ("first", "second")]
-    ask = lambda trainer: add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")  # noqa: E731
+    ask = lambda trainer: add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")  # noqa: E731
 
     def slow(trainer, *rest):
         calls.append(trainer)
@@ -243,62 +249,110 @@ def test_a_wait_for_a_reference_ends_when_asked_to_stop(tiny_llama, tmp_path, mo
 def key_of(model, lora=None, dtype=torch.float32, path="packed", change=None, **more):
     from peft import get_peft_model
 
+    source = weights_digest(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     if change:
         change(model)
     if lora:
-        torch.manual_seed(more.pop("seed", 0))
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-    return reference_key(model, path, **more)
+    return reference_key(model, source, path, **more)
 
 
-def test_reference_key_is_what_the_reference_is(tiny_llama, tiny_gpt2):
+@pytest.fixture
+def one_bit(tiny_llama, tmp_path):
+    """The same model but for one bit of one weight."""
+    shutil.copytree(tiny_llama, tmp_path / "bit")
+    file = tmp_path / "bit" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    return str(tmp_path / "bit")
+
+
+def test_reference_key_is_what_the_reference_is(tiny_llama, tiny_gpt2, one_bit, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "digests"))
     key = key_of(tiny_llama)
     assert len(key) == 32
     same = [
         key_of(tiny_llama, {"r": 4, "target_modules": "all-linear"}),
-        key_of(tiny_llama, {"r": 16, "target_modules": "all-linear"}, seed=5),
-        key_of(tiny_llama, {"r": 4, "target_modules": ["q_proj"]}),
+        key_of(tiny_llama, {"r": 16, "target_modules": "all-linear"}),
         key_of(tiny_llama, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["gate_proj"]}),
     ]
     assert set(same) == {key}  # a new adapter is not part of the reference
-    one_bit = lambda m: m.model.layers[1].mlp.up_proj.weight.data[0, 0].mul_(1 + 2**-22)  # noqa: E731
     rope = lambda m: setattr(m.config, "rope_parameters", {"rope_type": "default", "rope_theta": 5e5})  # noqa: E731
     others = [
-        key_of(tiny_gpt2), key_of(tiny_llama, change=one_bit), key_of(tiny_llama, change=rope),
+        key_of(tiny_gpt2), key_of(one_bit), key_of(tiny_llama, change=rope),
         key_of(tiny_llama, dtype=torch.bfloat16), key_of(tiny_llama, path="sdpa"), key_of(tiny_llama, ld_alpha=0.5),
         key_of(tiny_llama, autocast="bf16"), key_of(tiny_llama, device="cuda"),
     ]  # fmt: skip
     assert len({key, *others}) == 1 + len(others)
 
 
-def test_what_else_decides_the_values_is_in_the_key(tiny_llama, tmp_path):
-    """The stage hands it on: precision, and the loss's option that leaves tokens out."""
-    keys = set()
-    for name, values in {"plain": {}, "autocast": {"bf16": True}, "part": {"ld_alpha": 0.5}}.items():
-        trainer = make_trainer(tiny_llama, tmp_path / name, **values)
-        add_reference_logps(trainer, trainer.train_dataset, "sdpa", tmp_path / "cache")
-        keys.add(trainer._reference_key)
-    assert len(keys) == len(list((tmp_path / "cache").iterdir())) == 3
-
-
-def test_reference_key_of_an_adapter_that_goes_on(tiny_llama):
-    """Its frozen copy `ref` is the reference: its weights and its scale count, those of the trained one don't."""
+def test_weights_in_memory(tiny_llama):
+    """Of a trainer that Python code has built: the same with any new adapter, another after one bit."""
     from peft import get_peft_model
 
-    def key(alpha=8, reference=0.1, trained=0.0):
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(tiny_llama),
-            LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-        )
-        model.add_adapter("ref", model.peft_config["default"])
+    from rlhf.models.digests import weights_in_memory
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=4, target_modules=["q_proj"])
+    )
+    key = weights_in_memory(adapted)
+    again = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert weights_in_memory(again) == key
+    again.base_model.model.model.norm.weight.data[0] *= 1 + 2**-22
+    assert len({key, weights_in_memory(again), weights_in_memory(model)}) == 3
+
+
+def test_a_file_is_read_once_until_it_changes(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    read = []
+    monkeypatch.setattr(digests, "sha256_of", lambda path: (read.append(path), sha256_of(path))[1])
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    first = weights_digest(str(folder))
+    assert weights_digest(str(folder)) == first and len(read) == 1
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    before = (folder / "model.safetensors").stat()
+    (folder / "model.safetensors").write_bytes(content)  # in place, with the old time: the change's own time tells
+    os.utime(folder / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights_digest(str(folder)) != first and len(read) == 2
+
+    name = hashlib.sha256(content).hexdigest()  # the hub's cache: a link to a file that is named by its sha256
+    (tmp_path / "blobs").mkdir()
+    (folder / "model.safetensors").rename(tmp_path / "blobs" / name)
+    (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
+    assert digests.file_digest(folder / "model.safetensors") == name and len(read) == 2
+
+
+def test_what_else_decides_the_values_is_in_the_key(tiny_llama, tmp_path):
+    """The stage hands it on: precision, and the loss's option that leaves tokens out."""
+    for name, values in {"plain": {}, "autocast": {"bf16": True}, "part": {"ld_alpha": 0.5}}.items():
+        trainer = make_trainer(tiny_llama, tmp_path / name, **values)
+        add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_reference_key_of_an_adapter_that_goes_on(tiny_llama, tmp_path):
+    """Its frozen copy `ref` is the reference: the adapter's file, its base's and its scale count."""
+    from peft import PeftModel, get_peft_model
+
+    def key(alpha=8, value=0.1, base=tiny_llama, copied=True):
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data.fill_(reference if ".ref." in name else trained)
-        return reference_key(model, "packed")
+                parameter.data.fill_(value)
+        folder = tmp_path / f"{alpha} {value}"
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        if copied:  # as TRL does where it is trained further
+            again.add_adapter("ref", again.peft_config["default"])
+        return reference_key(again, weights_digest(str(folder)), "packed")
 
-    assert key() == key(trained=1.0)
-    assert len({key(), key(reference=0.2), key(alpha=16)}) == 3
+    assert key() == key()
+    assert len({key(), key(value=0.2), key(alpha=16), key(copied=False)}) == 4
 
 
 def test_4_bit_weights_have_a_key_of_their_own(llama_64):
@@ -307,7 +361,9 @@ def test_4_bit_weights_have_a_key_of_their_own(llama_64):
 
     def key(**options):
         config = BitsAndBytesConfig(load_in_4bit=True, **options)
-        return reference_key(AutoModelForCausalLM.from_pretrained(llama_64, quantization_config=config), "packed")
+        return reference_key(
+            AutoModelForCausalLM.from_pretrained(llama_64, quantization_config=config), "files", "packed"
+        )
 
     nf4 = key(bnb_4bit_quant_type="nf4")
     assert nf4 == key(bnb_4bit_quant_type="nf4")

@@ -1,0 +1,75 @@
+"""The sha256 of a model's weight files, each read once per machine: by its own hub's name, or kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from rlhf.distributed.processes import rank, world_size
+from rlhf.files import sha256_of, write_file
+from rlhf.models.counts import is_added
+from rlhf.models.embedded import cache_dir
+from rlhf.models.folder import base_of, is_adapter
+
+
+def weights_digest(name: str, revision: str | None = None) -> str:
+    """A sha256 that changes with any weight of a model; of an adapter with its base's too.
+
+    The files are shared out over the ranks: a collective that all ranks must call.
+
+    Args:
+        name: a local folder, or a hub id.
+        revision: of the hub.
+    """
+    folders = [local_folder(base_of(name), None if is_adapter(name) else revision)]
+    folders += [Path(name)] if is_adapter(name) else []
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    mine = {n: file_digest(file) for n, file in enumerate(files) if n % world_size() == rank()}
+    if world_size() > 1:
+        from accelerate.utils import gather_object
+
+        mine = dict(pair for part in gather_object([list(mine.items())]) for pair in part)
+    lines = "".join(f"{mine[n]}  {file.name}\n" for n, file in enumerate(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weights_in_memory(model) -> str:
+    """The same of a model that somebody has built, from its tensors: without new adapters, with a frozen one (`ref`)."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not is_added(name) or ".ref." in name:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's files: itself, or where the hub's are kept."""
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file. The hub's cache names large files by it; others are read when their inode or times change."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
+        return real.name
+    stat = real.stat()
+    seen = f"{real} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    kept = cache_dir() / "digests" / hashlib.sha256(seen.encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", found := kept.read_text(encoding="ascii")):
+            return found
+    digest = sha256_of(real)
+    with contextlib.suppress(OSError):  # without a cache it is read again the next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, digest)
+    return digest
