@@ -145,7 +145,7 @@ class EvaluateConfig:
     num_shown: int = field(
         default=3, metadata={"help": "Number of prompts with answers of base, SFT and DPO side by side."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch, or pairs per scored batch."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch."})
     dtype: str | None = field(
         default=None,
         metadata={

@@ -219,7 +219,7 @@ class Chat:
 
     def _score(self, turn: Turn, answer: str) -> None:
         if self.judge and answer:
-            from rlhf.inference.generate import score
+            from rlhf.inference.score import score
 
             system = [{"role": "system", "content": self.system}] if self.system else []
             model, tokenizer = self.judge

@@ -443,9 +443,9 @@ DATA = (
     ),
     Defect(
         "logps-one-late", "an evaluation scores each answer's tokens by the position after the right one",
-        "rlhf/inference/generate.py",
-        "logits_to_keep=longest - prompt + 1, use_cache=False\n        ).logits[:, :-1]",
-        "logits_to_keep=longest - prompt + 1, use_cache=False\n        ).logits[:, 1:]",
+        "rlhf/inference/score.py",
+        "logits_to_keep=keep, use_cache=False).logits[:, :-1]",
+        "logits_to_keep=keep, use_cache=False).logits[:, 1:]",
         ("tests/models/test_models.py::test_log_probabilities_by_hand",),
     ),
     Defect(
