@@ -227,8 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return exit_code_stopped()
     except KeyboardInterrupt:
-        resumes = options.command in ("sft", "reward", "dpo")
-        again = "; run the same command to resume from the last checkpoint" if resumes else ""
+        kept = "batch that was measured" if options.command == "evaluate" else "checkpoint"
+        resumes = options.command in ("sft", "reward", "dpo", "evaluate")
+        again = f"; run the same command to resume from the last {kept}" if resumes else ""
         print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `rlhf … | head`: the reader has exited
