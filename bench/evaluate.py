@@ -21,7 +21,7 @@ from rlhf.data.sources import Source
 from rlhf.inference.generate import encode_prompt, generate, prompt_batches
 from rlhf.inference.score import SIDES, encode_pair, pack, pair_batches, pair_logps
 from rlhf.models.embedded import fetch
-from rlhf.models.finished import load_finished
+from rlhf.models.inference import load_finished
 
 
 def read_pairs(path: str, num: int) -> list[dict]:

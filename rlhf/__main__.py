@@ -142,6 +142,9 @@ def _add_chat(commands) -> None:
     chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
     chat.add_argument("--compare", metavar="MODEL_DIR", help="also print the answers of a second model")
     chat.add_argument(
+        "--load_in_4bit", action="store_true", help="quantise the models, or the base of an adapter, to 4 bits"
+    )
+    chat.add_argument(
         "--max_new_tokens",
         type=number(int, 1, 1e6),
         default=256,

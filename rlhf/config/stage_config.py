@@ -153,5 +153,11 @@ class EvaluateConfig:
             "help": "What the models are loaded in; default: their checkpoints' dtype on a GPU, float32 on a CPU.",
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantise the models (an adapter's base) to 4 bits: as in training for the output of a QLoRA run, else NF4."
+        },
+    )
     use_cpu: bool = False
     seed: int = 42

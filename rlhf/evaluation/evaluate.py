@@ -27,7 +27,7 @@ from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
-from rlhf.evaluation.measure import measure, prepare
+from rlhf.evaluation.measure import check_room, measure, prepare
 from rlhf.evaluation.overlap import describe as describe_overlap
 from rlhf.evaluation.overlap import find_overlap, heading
 from rlhf.evaluation.partial import Measured, key_of
@@ -117,6 +117,7 @@ def run_evaluation(
     names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in given.items()}
     device = PartialState(cpu=on_cpu(recipe) or None).device  # else accelerate starts unconnected processes on CPUs
     begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.reading))
+    check_room(names, config)
     key = key_of(vars(config) | {"output_dir": None}, inputs, data.rows, device.type)
     with Stopper(run.folder) as stopper:
         subjects = prepare(data.rows, names, config)

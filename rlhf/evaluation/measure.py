@@ -136,18 +136,35 @@ def measure_rewards(subject: Subject, config: EvaluateConfig, measured: Measured
 
 
 def _load(name: str, config: EvaluateConfig, reward: bool):
-    """A finished model on this process's device, packed if it can be."""
+    """A finished model on this process's device or devices, packed if it can be."""
     from accelerate import PartialState
 
     from rlhf.inference.score import pack
-    from rlhf.models.finished import load_finished
+    from rlhf.models.inference import load_finished
 
     device = PartialState().device
     model, _ = load_finished(
-        name, reward=reward, dtype=config.dtype or (None if device.type == "cuda" else "float32"), device=device
+        name, reward=reward, dtype=_dtype(config, device), device=device, load_in_4bit=config.load_in_4bit
     )
     pack(model)
     return model
+
+
+def check_room(names: dict[str, str], config: EvaluateConfig) -> None:
+    """Raise UserError if one of the models does not fit on this process's GPUs: before the first one is measured."""
+    from accelerate import PartialState
+
+    from rlhf.models.inference import check_bitsandbytes, placement
+
+    if config.load_in_4bit:
+        check_bitsandbytes()
+    device = PartialState().device
+    for name in names.values():
+        placement(name, _dtype(config, device), device, config.load_in_4bit)
+
+
+def _dtype(config: EvaluateConfig, device) -> str | None:
+    return config.dtype or (None if device.type == "cuda" else "float32")
 
 
 def free_memory() -> None:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.errors import UserError
 from rlhf.inference.generate import encode_prompt, generate
 from rlhf.inference.score import encode_pair, pair_logps, score
-from rlhf.models.finished import load_finished
 from rlhf.models.folder import is_reward_model
+from rlhf.models.inference import load_finished
 from rlhf.models.tokenizer import load_tokenizer, read_template, tokenize_pair
 
 CHAT = [
