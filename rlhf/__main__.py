@@ -142,6 +142,9 @@ def _add_chat(commands) -> None:
     chat.add_argument("--reward", metavar="MODEL_DIR", help="show this reward model's score beside each answer")
     chat.add_argument("--compare", metavar="MODEL_DIR", help="also print the answers of a second model")
     chat.add_argument(
+        "--load_in_4bit", action="store_true", help="quantise the models, or the base of an adapter, to 4 bits"
+    )
+    chat.add_argument(
         "--max_new_tokens",
         type=number(int, 1, 1e6),
         default=256,
@@ -227,8 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return exit_code_stopped()
     except KeyboardInterrupt:
-        resumes = options.command in ("sft", "reward", "dpo")
-        again = "; run the same command to resume from the last checkpoint" if resumes else ""
+        kept = "batch that was measured" if options.command == "evaluate" else "checkpoint"
+        resumes = options.command in ("sft", "reward", "dpo", "evaluate")
+        again = f"; run the same command to resume from the last {kept}" if resumes else ""
         print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `rlhf … | head`: the reader has exited

@@ -40,6 +40,28 @@ def test_bench(stage, words, forks, smollm2, tiny_llama, few_pairs):
     assert all(re.fullmatch(r"[\d.]+x", row[head.index("ratio")]) for row in rows)
 
 
+def test_bench_of_an_evaluation(forks, tiny_llama, few_pairs):
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "evaluate.py"),
+        "--model",
+        tiny_llama,
+        "--data",
+        few_pairs,
+        "--answers",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = re.findall(
+        r"^(one pair.*padded|one pair.*packed|packed batches) .*x  largest relative difference (\S+)$",
+        done.stdout,
+        re.M,
+    )
+    assert len(rows) == 3 and max(float(off) for _, off in rows) < 1e-5
+    assert "0 of 2 differ between 1 and 16 per batch" in done.stdout
+
+
 def bench_module(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module(name)

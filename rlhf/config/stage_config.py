@@ -145,12 +145,18 @@ class EvaluateConfig:
     num_shown: int = field(
         default=3, metadata={"help": "Number of prompts with answers of base, SFT and DPO side by side."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch, or pairs per scored batch."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch."})
     dtype: str | None = field(
         default=None,
         metadata={
             "choices": ["float32", "bfloat16", "float16"],
             "help": "What the models are loaded in; default: their checkpoints' dtype on a GPU, float32 on a CPU.",
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantise the models (an adapter's base) to 4 bits: as in training for the output of a QLoRA run, else NF4."
         },
     )
     use_cpu: bool = False

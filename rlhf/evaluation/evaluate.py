@@ -1,14 +1,18 @@
 """Held-out evaluation of all stages of a run: losses, accuracies, win rate and answers side by side.
 
 Every number is a sum over pairs or prompts whose terms are also written (pairs.jsonl, answers.jsonl), so that it can be
-recomputed by hand. Each rank takes every n-th row and rank 0 gathers them, so results don't depend on the world size.
+recomputed by hand. Each rank takes every n-th batch, and the batches are made of all rows, whatever the world size: so
+results don't depend on it. What is measured is kept batch by batch: see rlhf/evaluation/partial.py.
 """
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import functools
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,20 @@ from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
+from rlhf.evaluation.measure import check_room, measure, prepare
 from rlhf.evaluation.overlap import describe as describe_overlap
 from rlhf.evaluation.overlap import find_overlap, heading
+from rlhf.evaluation.partial import Measured, key_of
 from rlhf.evaluation.statistics import summarise
-from rlhf.files import read_json, read_json_lines
-from rlhf.inference.generate import SIDES, bar, generate, pair_logps, score
+from rlhf.files import read_json, read_json_lines, write_file
 from rlhf.runs.card import refresh_cards
-from rlhf.runs.folder import finish_run, open_run, start_run
+from rlhf.runs.folder import RunFolder, finish_run, open_run, start_run
 from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
+from rlhf.runs.resume import lock_folder
+from rlhf.runs.stop import Stopper
+from rlhf.training.checks import on_cpu
 from rlhf.training.plan_checks import check_finished_models
 
 MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
@@ -77,28 +85,86 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
         return None
     quiet_libraries(len(rows))
+    return run_evaluation(run, recipe, config, Data(rows, reading, summary.record(), overlap.record()), inputs)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The pairs to evaluate on, and what is recorded about them."""
+
+    rows: list[dict]
+    reading: Reading
+    summary: dict[str, Any]
+    overlap: dict[str, Any]
+
+
+def run_evaluation(
+    run: RunFolder, recipe: Recipe, config: EvaluateConfig, data: Data, inputs: dict[str, str]
+) -> dict[str, Any] | None:
+    """Measure the models, or what an earlier start has left of them; write and print the results.
+
+    Returns:
+        The results on the main rank, None on the others.
+
+    Raises:
+        Stopped: a stop was requested; the same command resumes.
+    """
+    from accelerate import PartialState
+
     from rlhf.models.folder import locate
 
-    models = describe_models(names, inputs)
-    names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in names.items()}
-    pairs, answers = measure(rows, names, config)
-    if not is_main():
-        return None
-    results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
-    results |= {"models": models, "max_new_tokens": config.max_new_tokens}
-    results["overlap"] = overlap.record()
-    results["changes"] = [row._asdict() for row in table_rows(results)]
-    start_run(run, recipe, inputs, vars(config) | {"data": summary.record()})
-    write_skipped(run.folder, reading.skipped)
-    for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (run.folder / name).write_text(text, encoding="utf-8")
-    (run.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    finish_run(run, {"stage": "evaluate", "pairs": len(pairs)})
-    for reason in refresh_cards({key: getattr(config, key) for key in names}, inputs, results, run.folder):
+    given = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
+    names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in given.items()}
+    device = PartialState(cpu=on_cpu(recipe) or None).device  # else accelerate starts unconnected processes on CPUs
+    begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.reading))
+    check_room(names, config)
+    key = key_of(vars(config) | {"output_dir": None}, inputs, data.rows, device.type)
+    with Stopper(run.folder) as stopper:
+        subjects = prepare(data.rows, names, config)
+        with locked(run.folder, recipe), Measured(run.folder, key, stopper, begin) as measured:
+            pairs, answers = measure(data.rows, subjects, config, measured)
+            if not is_main():
+                return None
+            begin()
+            results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
+            results |= {"models": describe_models(given, inputs), "max_new_tokens": config.max_new_tokens}
+            results |= {"overlap": data.overlap, "changes": [row._asdict() for row in table_rows(results)]}
+            write_results(run.folder, pairs, answers, results)
+            finish_run(run, {"stage": "evaluate", "pairs": len(pairs)})
+            measured.remove()
+    for reason in refresh_cards(given, inputs, results, run.folder):
         say(f"note: the results were not added to {reason}")
     show(results, answers)
     return results
+
+
+@contextlib.contextmanager
+def locked(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """Hold the lock of the run folder; a folder that is still empty in the end is removed.
+
+    Raises:
+        UserError: another evaluation writes there.
+    """
+    lock = lock_folder(folder, recipe.where("output_dir"))
+    try:
+        if lock:
+            (folder / "stopped.json").unlink(missing_ok=True)
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def _start(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], reading: Reading) -> None:
+    start_run(run, recipe, inputs, arguments)
+    write_skipped(run.folder, reading.skipped)
+
+
+def write_results(folder: Path, pairs: list[dict], answers: list[dict], results: dict[str, Any]) -> None:
+    """Write pairs.jsonl, answers.jsonl and results.json."""
+    for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
+        write_file(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict], Reading]:
@@ -162,73 +228,6 @@ def _is_answer(answer: dict[str, Any]) -> bool:
         and all(isinstance(text, str) for text in texts)
         and all(isinstance(reward, (int, float)) for reward in rewards)
     )
-
-
-def measure(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> tuple[list[dict], list[dict]]:
-    """Score the pairs and answer the prompts with every model, one model in memory at a time.
-
-    Returns:
-        (pairs, answers), in the order of `rows`: log-probabilities and rewards of both answers per pair, and each
-        policy's own answer to each prompt with its reward. Complete on the main process only.
-    """
-    from accelerate import PartialState
-    from transformers import set_seed
-
-    from rlhf.packing import pack_backbone, why_not
-
-    state = PartialState(cpu=config.use_cpu or None)
-    set_seed(config.seed)
-    mine = list(range(len(rows)))[state.process_index :: state.num_processes]
-    pairs: dict[int, dict] = {i: {"row": i, "prompt": rows[i]["prompt"]} for i in mine}
-    answers: dict[int, dict] = {i: {"row": i, "prompt": rows[i]["prompt"]} for i in mine}
-    for key in ("base_model", "sft_model", "dpo_model"):
-        if key in names:
-            short = key.removesuffix("_model")
-            model, tokenizer = _load(names[key], config, state, reward=False)
-            if why_not(model) is None:
-                pack_backbone(model, "pairs")  # a pair shares one copy of its prompt
-            for i in bar(mine, f"{short}: pairs"):
-                pairs[i][short] = pair_logps(model, tokenizer, rows[i], config.max_length)
-            asked = [i for i in mine if short != "base" or i < config.num_shown]
-            given = generate(model, tokenizer, [rows[i]["prompt"] for i in asked], config, short)
-            for i, (text, is_cut) in zip(asked, given, strict=True):
-                answers[i] |= {short: text, f"{short}_cut": is_cut}
-            _free(model)
-            del model
-    if "reward_model" in names:
-        model, tokenizer = _load(names["reward_model"], config, state, reward=True)
-        for i in bar(mine, "reward model: pairs"):
-            pairs[i]["reward"] = {
-                s: score(model, tokenizer, rows[i]["prompt"], rows[i][s][0]["content"]) for s in SIDES
-            }
-        for i in bar(mine, "reward model: answers"):
-            for short in ("base", "sft", "dpo"):
-                if answers[i].get(short):
-                    answers[i][f"{short}_reward"] = score(model, tokenizer, rows[i]["prompt"], answers[i][short])
-        _free(model)
-    if state.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        gathered = gather_object([(pairs, answers)])
-        pairs = {i: p for part, _ in gathered for i, p in part.items()}
-        answers = {i: a for _, part in gathered for i, a in part.items()}
-    return [pairs[i] for i in sorted(pairs)], [answers[i] for i in sorted(answers)]
-
-
-def _load(name: str, config: EvaluateConfig, state, reward: bool):
-    from rlhf.models.finished import load_finished
-
-    dtype = config.dtype or (None if state.device.type == "cuda" else "float32")
-    return load_finished(name, reward=reward, dtype=dtype, device=state.device)
-
-
-def _free(model) -> None:
-    import torch
-
-    model.cpu()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def shown_answers(answers: list[dict]) -> list[dict]:

@@ -46,7 +46,7 @@ class Speaker:
 
     def __init__(self, name: str, options, beside: str = ""):
         self.options = options
-        self.name, self.model, self.tokenizer = _load(name, reward=False, beside=beside)
+        self.name, self.model, self.tokenizer = _load(name, options.load_in_4bit, reward=False, beside=beside)
         self.messages: list[dict[str, str]] = []
 
     def prepare(self, text: str, system: str | None) -> Turn:
@@ -157,13 +157,13 @@ def look_for_network(seconds: float = 1.5) -> None:
         constants.HF_HUB_OFFLINE = True  # the variable was read at import
 
 
-def _load(name: str, reward: bool, beside: str = ""):
+def _load(name: str, load_in_4bit: bool, reward: bool, beside: str = ""):
     name = find(name, beside)  # before torch is imported, which takes seconds
     import torch
 
     from rlhf.console import quiet_libraries
-    from rlhf.models.finished import load_finished
     from rlhf.models.folder import is_reward_model, locate
+    from rlhf.models.inference import load_finished
 
     quiet_libraries()
     if not name.startswith("embedded:") and not Path(name).expanduser().is_dir():
@@ -178,7 +178,8 @@ def _load(name: str, reward: bool, beside: str = ""):
             f"{name} is a reward model, which scores and can't generate; chat with a policy and add --reward {name}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_finished(path, reward=reward, device=device, dtype=None if device == "cuda" else "float32")
+    dtype = None if device == "cuda" else "float32"
+    model, tokenizer = load_finished(path, reward=reward, device=device, dtype=dtype, load_in_4bit=load_in_4bit)
     return name, model, tokenizer
 
 
@@ -189,7 +190,7 @@ class Chat:
         self.options = options
         self.system = options.system
         self.speakers = [Speaker(options.model, options)]
-        self.judge = _load(options.reward, reward=True)[1:] if options.reward else None
+        self.judge = _load(options.reward, options.load_in_4bit, reward=True)[1:] if options.reward else None
         if options.compare:
             self.speakers.append(Speaker(options.compare, options, beside=self.speakers[0].name))
 
@@ -219,7 +220,7 @@ class Chat:
 
     def _score(self, turn: Turn, answer: str) -> None:
         if self.judge and answer:
-            from rlhf.inference.generate import score
+            from rlhf.inference.score import score
 
             system = [{"role": "system", "content": self.system}] if self.system else []
             model, tokenizer = self.judge

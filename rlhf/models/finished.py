@@ -1,46 +1,8 @@
-"""Finished models: load them for inference."""
+"""Compare models by their logits."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from rlhf.models.folder import is_adapter
-from rlhf.models.loading import fit_tokenizer, keep_4bit_layout
-from rlhf.models.tokenizer import load_tokenizer
-
-
-def load_finished(
-    name: str,
-    reward: bool = False,
-    dtype: str | None = None,
-    device: str | torch.device = "cpu",
-    quantization_config=None,
-):
-    """Load a finished model for inference: a full model, or an adapter merged into its base.
-
-    With `quantization_config` an adapter is not merged, and its base is quantised as in training.
-
-    Returns:
-        (model in eval mode on `device`, tokenizer)
-    """
-    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto", "use_safetensors": True}
-    if is_adapter(name):
-        from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-
-        peft_auto = AutoPeftModelForSequenceClassification if reward else AutoPeftModelForCausalLM
-        extra: dict[str, Any] = {"num_labels": 1} if reward else {}
-        if quantization_config is not None:
-            extra["quantization_config"] = quantization_config
-        model = peft_auto.from_pretrained(name, **options, **extra)
-        model = model if quantization_config is not None else model.merge_and_unload()
-    else:
-        model = auto.from_pretrained(name, **options)
-    tokenizer = load_tokenizer(name, encoder=reward)
-    return fit_tokenizer(keep_4bit_layout(model), tokenizer).to(device).eval(), tokenizer
 
 
 def probe_logits(model, token_ids: list[list[int]], device=None) -> list[torch.Tensor]:

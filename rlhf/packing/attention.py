@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import torch
@@ -42,6 +42,15 @@ class Segments:
 
     lengths: list[tuple[int, int, int]]
     device: torch.device
+    _copies: dict[torch.device, Segments] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Segments:
+        """These segments on a device, made once for all its layers: a model may be spread over several."""
+        if device == self.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Segments(self.lengths, device)
+        return self._copies[device]
 
     @cached_property
     def masks(self) -> list[torch.Tensor]:
@@ -106,6 +115,7 @@ def attention_forward(
             f"packing: {type(module).__name__} uses {', '.join(found) or 'attention that is not causal'}, which "
             "packed attention doesn't support; switch packing off"
         )
+    packed_segments = packed_segments.on(query.device)
     kernel = varlen_kernel(query.device)
     if kernel is not None:
         query, key, value = (_to_autocast(x) for x in (query, key, value))

@@ -130,6 +130,7 @@ def unpack(values_TH: torch.Tensor, layout: Layout, num_rows: int, length: int) 
 
     Differentiable; the gradient of a shared token is the sum over its two copies.
     """
+    padded_index, packed_index = (x.to(values_TH.device) for x in (layout.padded_index_N, layout.packed_index_N))
     padded = values_TH.new_zeros(num_rows * length, *values_TH.shape[1:])
-    padded = padded.index_copy(0, layout.padded_index_N, values_TH.index_select(0, layout.packed_index_N))
+    padded = padded.index_copy(0, padded_index, values_TH.index_select(0, packed_index))
     return padded.view(num_rows, length, *values_TH.shape[1:])

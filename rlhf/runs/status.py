@@ -53,6 +53,8 @@ class Status:
             return self.by
         if self.kind in (COMPLETE, NOT_STARTED):
             return ""
+        if self.stage == "evaluate":  # it has no checkpoints: rlhf/evaluation/partial.py
+            return "the same command resumes after the last batch that was measured"
         if not self.saved:
             return "no checkpoint yet: the same command starts from scratch"
         lost = self.step - self.saved

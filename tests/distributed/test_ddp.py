@@ -99,7 +99,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(recipe, tiny_llam
         out = tmp_path / f"evaluation{processes}"
         file = recipe("evaluate", name=f"evaluate{processes}", sft_model=tiny_llama, dpo_model=tiny_llama,
                       dataset_name="embedded:sample", dataset_test_split="heldout", max_eval_examples=7, max_new_tokens=4,
-                      batch_size=1, output_dir=str(out))  # fmt: skip
+                      batch_size=2, output_dir=str(out))  # fmt: skip
         launch(processes, "evaluate", file)
         results[processes] = [(out / name).read_text() for name in ("results.json", "pairs.jsonl", "answers.jsonl")]
     assert results[1] == results[3]

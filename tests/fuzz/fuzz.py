@@ -73,7 +73,6 @@ def import_all() -> None:
     import rlhf.evaluation.evaluate
     import rlhf.evaluation.report
     import rlhf.evaluation.statistics
-    import rlhf.inference.generate
     import rlhf.runs.status
     import rlhf.training.dpo
     import rlhf.training.reward

@@ -38,7 +38,14 @@ def test_a_conversation_over_a_pipe(tiny_llama, tiny_gpt2):
 
 def options(model, compare=None, max_new_tokens=3):
     return SimpleNamespace(
-        model=model, system=None, reward=None, compare=compare, max_new_tokens=max_new_tokens, temperature=0.0, top_p=1
+        model=model,
+        system=None,
+        reward=None,
+        load_in_4bit=False,
+        compare=compare,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        top_p=1,
     )
 
 

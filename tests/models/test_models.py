@@ -9,9 +9,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
-from rlhf.inference.generate import pair_logps, score
-from rlhf.models.finished import load_finished
+from rlhf.inference.generate import encode_prompt, generate
+from rlhf.inference.score import encode_pair, pair_logps, score
 from rlhf.models.folder import is_reward_model
+from rlhf.models.inference import load_finished
 from rlhf.models.tokenizer import load_tokenizer, read_template, tokenize_pair
 
 CHAT = [
@@ -138,7 +139,7 @@ def test_tokens_and_log_probabilities_are_trls(model, request, rows, tmp_path):
     chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
     finished, again = load_finished(folder)
     for i in range(3):
-        ours = pair_logps(finished, again, rows[i], 256)
+        ours = pair_logps(finished, [encode_pair(again, rows[i], 256)])[0]
         assert ours["chosen"] == pytest.approx(float(chosen[i]), rel=1e-4)
         assert ours["rejected"] == pytest.approx(float(rejected[i]), rel=1e-4)
         tokens = trainer.train_dataset[i]
@@ -155,7 +156,9 @@ def test_log_probabilities_by_hand(tiny_llama, rows):
         logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     for position in range(len(pair["prompt_ids"]), len(ids)):
         expected += float(logps[position - 1, ids[position]])
-    assert pair_logps(model, tokenizer, rows[0], 1024)["rejected"] == pytest.approx(expected, rel=1e-4)
+    assert pair_logps(model, [encode_pair(tokenizer, rows[0], 1024)])[0]["rejected"] == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_the_score_is_read_at_eos_and_padding_does_not_move_it(tiny_llama, recipe, few_pairs, tmp_path):
@@ -180,10 +183,9 @@ def test_the_score_is_read_at_eos_and_padding_does_not_move_it(tiny_llama, recip
 def test_answers_do_not_depend_on_their_batch(tiny_llama):
     """Prompts of uneven lengths, together and one at a time."""
     from rlhf.config.stage_config import EvaluateConfig
-    from rlhf.inference.generate import generate
 
     model, tokenizer = load_finished(tiny_llama)
-    prompts = [[{"role": "user", "content": "Why? " * times}] for times in (1, 9, 3)]
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "Why? " * times}]) for times in (1, 9, 3)]
     alone = [generate(model, tokenizer, [prompt], EvaluateConfig(max_new_tokens=8))[0] for prompt in prompts]
     assert generate(model, tokenizer, prompts, EvaluateConfig(max_new_tokens=8)) == alone
     assert len(set(alone)) == 3
@@ -191,10 +193,9 @@ def test_answers_do_not_depend_on_their_batch(tiny_llama):
 
 def test_smollm2_is_a_real_model_that_answers(smollm2):
     from rlhf.config.stage_config import EvaluateConfig
-    from rlhf.inference.generate import generate
 
     model, tokenizer = load_finished(smollm2)
-    answer = generate(model, tokenizer, [[{"role": "user", "content": "What is the capital of France?"}]],
-                      EvaluateConfig(max_new_tokens=12))  # fmt: skip
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+    answer = generate(model, tokenizer, [prompt], EvaluateConfig(max_new_tokens=12))
     text, is_cut = answer[0]
     assert "Paris" in text and not is_cut

@@ -128,7 +128,7 @@ def test_a_4_bit_reference_that_is_far_off_stops_the_run(model, allowed, request
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from rlhf.inference.generate import pair_logps
+    from rlhf.inference.score import encode_pair, pair_logps
 
     model = request.getfixturevalue(model)
     file = recipe("dpo", model_name_or_path=model, dataset_name=few_pairs, output_dir=str(tmp_path / "out"), **FULL)
@@ -144,7 +144,7 @@ def test_a_4_bit_reference_that_is_far_off_stops_the_run(model, allowed, request
     for options in ({}, {"quantization_config": config}):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
         loaded.train()  # the exact kernels
-        found.append([pair_logps(loaded, tokenizer, row, 256) for row in rows])
+        found.append([pair_logps(loaded, [encode_pair(tokenizer, row, 256)])[0] for row in rows])
     off = [abs(a[side] - b[side]) for a, b in zip(*found, strict=True) for side in ("chosen", "rejected")]
     assert float(told[1]) == pytest.approx(sum(off) / len(off), rel=0.02)
 

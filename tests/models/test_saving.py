@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.__main__ import main
 from rlhf.errors import RunFailed, UserError
-from rlhf.models.finished import load_finished, probe_logits
+from rlhf.models.finished import probe_logits
+from rlhf.models.inference import load_finished
 from rlhf.models.merge import Checkpoint, merge
 from rlhf.models.pieces import list_pieces
 from rlhf.models.saving import offloaded_logits, save_finished

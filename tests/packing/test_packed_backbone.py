@@ -116,6 +116,21 @@ def test_verified_types(model_type):
     assert calls.tokens == [19]  # 6 + 8 + 7 + 3 real tokens, less the shared 5 6 7 and 11 12
 
 
+@pytest.mark.parametrize("model_type", sorted(packing.VERIFIED))
+def test_verified_types_score_pairs(model_type):
+    """An evaluation hands them the packed row itself, and takes the logits of the answers only."""
+    from rlhf.inference.score import Pair, pair_logps
+
+    model = tiny_model(model_type).eval()
+    pairs = [Pair([5, 6, 7], [8, 9, 10], [20, 21, 22, 23]), Pair([11, 12], [13, 14], [24])]
+    expected = pair_logps(model, pairs)
+    pack_backbone(model, "pairs")
+    calls = Calls(model)
+    for value, want in zip(pair_logps(model, pairs), expected, strict=True):
+        assert value == pytest.approx(want, rel=1e-5)
+    assert calls.tokens == [15]
+
+
 @pytest.mark.parametrize("mode", packing.MODES)
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "phi"])

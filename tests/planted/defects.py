@@ -341,11 +341,11 @@ RUNS = (
         ("tests/runs/test_checkpoint.py::test_changed_data_is_noticed",),
     ),
     Defect(
-        "adapter-not-merged", "a merged model is the base without its adapter",
-        "rlhf/models/finished.py",
-        "model = model if quantization_config is not None else model.merge_and_unload()",
-        "model = model if quantization_config is not None else model.unload()",
-        ("tests/training/test_stages.py::test_sft_adapter_is_small_and_loads_with_peft",),
+        "adapter-left-out", "an adapter is evaluated, and chats, as its base",
+        "rlhf/models/inference.py",
+        "    if is_adapter(name):\n        from peft import PeftModel",
+        "    if not name:\n        from peft import PeftModel",
+        ("tests/models/test_inference.py::test_an_adapter_stays_on_its_base",),
     ),
     Defect(
         "wrong-exit-code", "a run that was stopped ends with exit code 0, as if it were complete",
@@ -443,9 +443,9 @@ DATA = (
     ),
     Defect(
         "logps-one-late", "an evaluation scores each answer's tokens by the position after the right one",
-        "rlhf/inference/generate.py",
-        "logits_to_keep=longest - prompt + 1, use_cache=False\n        ).logits[:, :-1]",
-        "logits_to_keep=longest - prompt + 1, use_cache=False\n        ).logits[:, 1:]",
+        "rlhf/inference/score.py",
+        "logits_to_keep=keep, use_cache=False).logits[:, :-1]",
+        "logits_to_keep=keep, use_cache=False).logits[:, 1:]",
         ("tests/models/test_models.py::test_log_probabilities_by_hand",),
     ),
     Defect(

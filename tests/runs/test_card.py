@@ -66,8 +66,8 @@ def test_the_usage_runs_as_it_is_printed(kind, runs, monkeypatch):
 
 
 def test_the_reward_model_scores_as_here(runs, monkeypatch):
-    from rlhf.inference.generate import score
-    from rlhf.models.finished import load_finished
+    from rlhf.inference.score import score
+    from rlhf.models.inference import load_finished
 
     for kind in ("reward", "reward adapter"):
         monkeypatch.chdir(runs[kind])

@@ -149,13 +149,14 @@ def test_dpo_starts_at_ln2_from_exactly_the_sft_policy(way, policies, recipe, fe
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     # the logged log-probabilities of step 1 are the SFT policy's own, not the base model's
-    from rlhf.inference.generate import pair_logps
-    from rlhf.models.finished import load_finished
+    from rlhf.inference.score import encode_pair, pair_logps
+    from rlhf.models.inference import load_finished
 
     sft, tokenizer = load_finished(policy)
     rows = [json.loads(line) for line in Path(few_pairs).read_text().splitlines()]
     order = first_batch_rows(tmp_path / "dpo.yaml", rows, tokenizer)
-    expected = sum(pair_logps(sft, tokenizer, rows[i], 256)["chosen"] for i in order) / len(order)
+    logps = pair_logps(sft, [encode_pair(tokenizer, rows[i], 256) for i in order])
+    expected = sum(pair["chosen"] for pair in logps) / len(order)
     assert metrics[0]["logps/chosen"] == pytest.approx(expected, rel=1e-4)
     AutoModelForCausalLM.from_pretrained(out)
     assert abs(metrics[-1]["loss"] - math.log(2)) > 1e-4  # it has moved since
@@ -249,7 +250,7 @@ def test_reward_model_on_the_real_minilm(minilm, recipe, few_pairs, tmp_path):
 
 
 def test_pickled_weights_are_not_read(sft_model, sft_adapter, recipe, few_pairs, tmp_path, capsys):
-    from rlhf.models.finished import load_finished
+    from rlhf.models.inference import load_finished
 
     weights = Path(sft_adapter) / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
