@@ -315,13 +315,13 @@ RUNS = (
     Defect(
         "complete-before-verified", "complete.json is written before the model was loaded again and compared",
         "rlhf/training/finish.py",
-        'say("Writing the model, reloading it and comparing ...")',
+        'say("Writing the model, reading it again and comparing ...")',
         'finish_run(run, {"stage": stage.name, "steps": trainer.state.global_step})',
         ("tests/training/test_stages.py::test_a_model_that_reads_back_otherwise_is_not_complete",),
     ),
     Defect(
         "not-a-number-is-equal", "a written model whose logits are NaN is taken for the trained one",
-        "rlhf/models/finished.py",
+        "rlhf/models/saving.py",
         "    if not difference <= tolerance:",
         "    if difference > tolerance:",
         ("tests/training/test_stages.py::test_a_model_that_reads_back_otherwise_is_not_complete",),
