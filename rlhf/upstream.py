@@ -77,6 +77,7 @@ TRANSFORMERS = [
         "_get_grad_norm model grad_norm": "gradient-spike guard",
         "_get_output_dir trial": "atomic checkpoints",
         "_save_checkpoint model trial": "atomic checkpoints",
+        "save_model output_dir _internal_call": "checkpoints of ZeRO that hold the weights once",
         "_save output_dir state_dict": "continuing without a checkpoint when the disk is full",
         "_save_optimizer_and_scheduler output_dir": "checkpoints that any engine can read",
         "_prepare_for_training max_steps train_dataloader resume_from_checkpoint": "resuming under another engine",

@@ -72,14 +72,17 @@ def leaving_weights_on_disk() -> Iterator[dict[str, Any]]:
 
 
 def place_holders(model) -> None:
-    """Give each parameter on the meta device one element of memory: PEFT moves adapters to the device of their base."""
+    """Give each parameter on the meta device one element of memory: PEFT moves adapters to the device of their base.
+
+    It is NaN, so that what is computed from it by mistake can't pass for a value.
+    """
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                tensor = torch.zeros((1,) * parameter.dim(), dtype=parameter.dtype).expand(parameter.shape)
+                tensor = torch.full((1,) * parameter.dim(), float("nan"), dtype=parameter.dtype).expand(parameter.shape)
                 made[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
 
@@ -97,7 +100,12 @@ def read_embeddings(model) -> None:
 
 
 def is_place_holder(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and not is_sharded(tensor) and tensor.untyped_storage().nbytes() < tensor.nbytes
+    """Also a copy of one, which has all its memory: PEFT copies modules that are to be trained in full."""
+    if tensor.is_meta or is_sharded(tensor) or not tensor.numel():
+        return False
+    return tensor.untyped_storage().nbytes() < tensor.nbytes or bool(
+        tensor.flatten()[0].isnan() and tensor.isnan().all()
+    )
 
 
 def shard_model(model, accelerator) -> None:
@@ -132,15 +140,18 @@ def _load_shards(accelerator, model, values: dict[str, Any], index: dict[str, An
     Args:
         values: by name, the same on all ranks, or place-holders for what is on disk.
     """
-    loaded = {}
+    loaded, tied = {}, dict[int, Any]()  # by the storage of the value
     for name, parameter in model.state_dict().items():
         value, device = values[name], "cpu" if cpu_offload else accelerator.device
         if not is_sharded(parameter):
             loaded[name] = value.to(device)
-        elif is_place_holder(value):
-            loaded[name] = _shard(parameter, device, functools.partial(_read, index[_name_on_disk(name)]))
+        elif (storage := value.untyped_storage().data_ptr()) in tied:
+            loaded[name] = tied[storage]
+        elif (entry := index.get(_name_on_disk(name))) and is_place_holder(value):
+            loaded[name] = _shard(parameter, device, functools.partial(_read, entry))
         else:
             loaded[name] = _shard(parameter, device, value.__getitem__)
+        tied[value.untyped_storage().data_ptr()] = loaded[name]
     model.load_state_dict(loaded, assign=True)
 
 

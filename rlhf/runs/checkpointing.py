@@ -187,6 +187,18 @@ class CheckpointMixin(Trainer):
             with self._defer_disk_errors():
                 write_card(self.fault_tolerance.folder)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """In a checkpoint of full fine-tuning under DeepSpeed: no weights, which its own files or the unsharded state hold.
+
+        transformers 5.23 would copy all of them on each rank (ZeRO-1 and 2), or write the whole checkpoint twice (ZeRO-3).
+        """
+        writing = self.fault_tolerance is not None and self.fault_tolerance.saving_to is not None
+        if not (writing and self.is_deepspeed_enabled) or hasattr(self.model, "peft_config"):
+            return super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._save(output_dir, state_dict={})
+            (Path(output_dir) / "model.safetensors").unlink(missing_ok=True)
+
     def _save(self, output_dir=None, state_dict=None) -> None:
         with self._defer_disk_errors():
             super()._save(output_dir, state_dict)

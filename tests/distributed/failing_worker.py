@@ -6,6 +6,8 @@ that is read again; `provenance` makes the first file of the run unwritable; `ma
 """
 
 import contextlib
+import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -55,6 +57,17 @@ def many_files(killed_at=0):
         print(f"opens {path.name}", flush=True)
         init(self, path, pieces)
 
+    if importlib.util.find_spec("deepspeed"):
+        from deepspeed import DeepSpeedEngine
+
+        save = DeepSpeedEngine.save_checkpoint
+
+        @functools.wraps(save)
+        def told(self, *args, **options):
+            print("writes the engine's state", flush=True)
+            return save(self, *args, **options)
+
+        DeepSpeedEngine.save_checkpoint = told
     rlhf.models.saving.split_files = lambda pieces: split(pieces, 20_000)
     rlhf.models.writing.Writer.__init__ = counted
 
