@@ -74,6 +74,7 @@ def topology_of_environment() -> Topology:
             for size, kind in NOT_SUPPORTED.items()
             if _from_environment(f"PARALLELISM_CONFIG_{size.upper()}", 1) > 1
         )
+        _check_mesh()
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
         if file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
             return Topology("DeepSpeed", *read_deepspeed_json(file, "the launch file's deepspeed_config_file"), **more)
@@ -85,6 +86,18 @@ def topology_of_environment() -> Topology:
         more["wraps_layers"] = env.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
         return Topology("FSDP", 0, env.get("FSDP_OFFLOAD_PARAMS") == "true", version, **more)
     return Topology("DDP" if _from_environment("WORLD_SIZE", 1) > 1 else "one process", **more)
+
+
+def _check_mesh() -> None:
+    """Reject a hybrid-sharded launch file that was written for another number of processes."""
+    copies, shards = (_from_environment(f"PARALLELISM_CONFIG_DP_{what}_SIZE", 1) for what in ("REPLICATE", "SHARD"))
+    if copies * shards not in (1, world_size()):
+        raise UserError(
+            f"the launch file sets {copies} copies of the model with {shards} shards each (dp_replicate_size and "
+            f"dp_shard_size of its parallelism_config), but there are {world_size()} processes; pass "
+            "--parallelism_config_dp_replicate_size and --parallelism_config_dp_shard_size to accelerate launch so that "
+            "their product is the number of processes"
+        )
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -48,7 +48,7 @@ def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zer
     assert topology_of_file(path) == Topology(engine, zero_stage, offload, fsdp_version, path)
     for name, value in environment_of(path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", "1" if engine == "one process" else "2")
+    monkeypatch.setenv("WORLD_SIZE", {"one process": "1"}.get(engine, "4" if file == "fsdp2_hsdp" else "2"))
     assert topology_of_environment() == Topology(engine, zero_stage, offload, fsdp_version, started=True)
 
 
@@ -105,6 +105,16 @@ def test_mixed_precision_beside_a_deepspeed_config_file(tmp_path):
     path.write_text(path.read_text() + "mixed_precision: bf16\n")
     with pytest.raises(UserError, match=r"launch.yaml:\d+: mixed_precision is not read beside deepspeed_config_file"):
         topology_of_file(str(path))
+
+
+def test_hybrid_sharding_of_another_number_of_processes(monkeypatch):
+    for name, value in environment_of(ROOT / "launch" / "fsdp2_hsdp.yaml").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(
+        UserError, match="sets 2 copies of the model with 2 shards each .* but there are 8 processes; pass"
+    ):
+        topology_of_environment()
 
 
 def test_activation_checkpointing_of_fsdp_is_found(tmp_path, monkeypatch):
