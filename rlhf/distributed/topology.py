@@ -90,7 +90,8 @@ def topology_of_environment() -> Topology:
 
 def _check_mesh() -> None:
     """Reject a hybrid-sharded launch file that was written for another number of processes."""
-    copies, shards = (_from_environment(f"PARALLELISM_CONFIG_DP_{what}_SIZE", 1) for what in ("REPLICATE", "SHARD"))
+    copies = _from_environment("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1)
+    shards = _from_environment("PARALLELISM_CONFIG_DP_SHARD_SIZE", 1)
     if copies * shards not in (1, world_size()):
         raise UserError(
             f"the launch file sets {copies} copies of the model with {shards} shards each (dp_replicate_size and "
