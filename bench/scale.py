@@ -194,8 +194,12 @@ def sent(sizes: dict[str, float], processes: int) -> float:
     return sum(ring_bytes(collective, size, processes) for collective, size in sizes.items())
 
 
-def make_model(folder: Path) -> str:
-    """A Llama of 4 layers with random weights; its matrices are above ZeRO-3's threshold of 100,000 elements."""
+def make_model(folder: Path, **shape: int) -> str:
+    """A Llama of 4 layers with random weights; its matrices are above ZeRO-3's threshold of 100,000 elements.
+
+    Args:
+        shape: values of LlamaConfig instead of those here.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -214,10 +218,11 @@ def make_model(folder: Path) -> str:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     tokenizer.chat_template = read_template("chatml")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    config = LlamaConfig(**{
+        "vocab_size": len(tokenizer), "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "bos_token_id": 1,
+        "eos_token_id": 2, **shape,
+    })  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

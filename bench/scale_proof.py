@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LAUNCH = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+HYBRID = "fsdp2_hsdp"  # two copies of the model, each sharded over half of 4 or more processes: --launch fsdp2_hsdp --processes 4
 STAGES = ("sft", "reward", "dpo", "dpo-qlora", "dpo-full", "dpo-nf4")  # nf4: full, against a 4-bit reference
 LOSS, GRADIENT = 5e-6, 1e-5  # largest allowed difference: absolute, and relative
 LOSS_BF16, GRADIENT_BF16 = (
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--model", help="a folder; default: a tiny Llama with random weights")
     parser.add_argument("--data", default="embedded:sample", help="preference pairs")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--launch", nargs="+", choices=LAUNCH, default=list(LAUNCH))
+    parser.add_argument("--launch", nargs="+", choices=(*LAUNCH, HYBRID), default=list(LAUNCH))
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--global-batch-size", type=int, default=5)
     parser.add_argument("--examples", type=int, default=13, help="rows, so that an epoch ends in a smaller batch")
@@ -124,7 +125,11 @@ def train(args, folder: Path, model: str, stage: str, launch: str, processes: in
         "--config_file",
         str(ROOT / "launch" / f"{launch}.yaml"),
     ]
-    command += ["--num_processes", str(processes), "-m", "rlhf", recipe["stage"], str(file)]
+    command += ["--num_processes", str(processes)]
+    if launch == HYBRID:
+        command += ["--parallelism_config_dp_replicate_size", "2"]
+        command += ["--parallelism_config_dp_shard_size", str(processes // 2)]
+    command += ["-m", "rlhf", recipe["stage"], str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode or not (out / "complete.json").is_file():

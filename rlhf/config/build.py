@@ -38,6 +38,8 @@ def build_configs(recipe: Recipe):
         args, model_args = config_class(**training), ModelConfig(**groups["ModelConfig"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{recipe.path}: {' '.join(str(error).split())}") from error
+    if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
+        complete_deepspeed(plugin.deepspeed_config)
     if dtype := default_dtype(recipe, on_cpu=bool(args.use_cpu), bf16=bool(args.bf16)):
         model_args.dtype = dtype
     named = recipe.get("lora_target_modules")
@@ -48,6 +50,21 @@ def build_configs(recipe: Recipe):
     if is_flash(model_args.attn_implementation):
         model_args.attn_implementation = _flash_or_packed(recipe, bool(args.use_cpu))
     return args, model_args, recipe.ours
+
+
+def complete_deepspeed(config: dict[str, Any]) -> None:
+    """Set what accelerate's launch files can't say in a DeepSpeed config, unless a deepspeed_config_file says it.
+
+    - Gradients are accumulated and reduced in fp32, as under DDP and FSDP2. DeepSpeed's default is the model's dtype: in
+      bf16 the sum would be rounded with each micro-batch and rank. ZeRO-1 accumulates in the model's dtype, because fp32
+      selects another optimizer there, without the state that portable checkpoints read.
+    - Gradients are reduced in buckets of 0.2 GB instead of 2 GB: a rank holds one or two beside its share of the model.
+    """
+    zero = config["zero_optimization"]
+    config.setdefault("communication_data_type", "fp32")
+    if zero.get("stage") != 1:
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    zero.setdefault("reduce_bucket_size", 50_000_000)
 
 
 def default_dtype(recipe: Recipe, on_cpu: bool, bf16: bool) -> str | None:

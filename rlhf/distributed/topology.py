@@ -1,8 +1,9 @@
-"""What a launch file sets up, and which recipes can't be trained with it. Reads YAML and the environment, no torch."""
+"""What a launch file sets up, and which recipes can't be trained with it. Reads YAML, JSON and the environment, no torch."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from rlhf.config.build import check_precision
 from rlhf.config.recipe import Recipe
-from rlhf.config.yaml_reader import quote_path, read_flat
+from rlhf.config.yaml_reader import quote_path, read_flat, read_text
 from rlhf.distributed.processes import world_size
 from rlhf.errors import UserError, pip_install, quote
 
@@ -19,6 +20,11 @@ KINDS = frozenset(
 )
 # Parallelism within layers or sequences, which accelerate has, but packing and TRL's losses don't support.
 NOT_SUPPORTED = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+# What accelerate refuses beside `deepspeed_config_file`, once the processes have started.
+NOT_BESIDE_JSON = (
+    "zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path",
+    "offload_param_nvme_path", "zero3_save_16bit_model", "gradient_accumulation_steps", "gradient_clipping",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Topology:
         name: the launch file, as named in messages.
         mixed_precision: the file's value; `no` leaves it to the recipe.
         parallel: kinds of parallelism that the file sets and that are not supported here.
+        wraps_layers: FSDP's own activation checkpointing is on.
         started: True if this process was launched with it, False if read from a file for a later launch.
     """
 
@@ -43,6 +50,7 @@ class Topology:
     name: str = "the launch file"
     mixed_precision: str = "no"
     parallel: tuple[str, ...] = ()
+    wraps_layers: bool = False
     started: bool = False
 
     def record(self, processes: int) -> dict[str, Any]:
@@ -66,14 +74,31 @@ def topology_of_environment() -> Topology:
             for size, kind in NOT_SUPPORTED.items()
             if _from_environment(f"PARALLELISM_CONFIG_{size.upper()}", 1) > 1
         )
+        _check_mesh()
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            return Topology("DeepSpeed", *read_deepspeed_json(file, "the launch file's deepspeed_config_file"), **more)
         devices = {env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")}
         stage = _from_environment("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)
         return Topology("DeepSpeed", stage, bool(devices - {"none"}), **more)
     if env.get("ACCELERATE_USE_FSDP") == "true":
         version = _from_environment("FSDP_VERSION", 1)
+        more["wraps_layers"] = env.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
         return Topology("FSDP", 0, env.get("FSDP_OFFLOAD_PARAMS") == "true", version, **more)
     return Topology("DDP" if _from_environment("WORLD_SIZE", 1) > 1 else "one process", **more)
+
+
+def _check_mesh() -> None:
+    """Reject a hybrid-sharded launch file that was written for another number of processes."""
+    copies = _from_environment("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1)
+    shards = _from_environment("PARALLELISM_CONFIG_DP_SHARD_SIZE", 1)
+    if copies * shards not in (1, world_size()):
+        raise UserError(
+            f"the launch file sets {copies} copies of the model with {shards} shards each (dp_replicate_size and "
+            f"dp_shard_size of its parallelism_config), but there are {world_size()} processes; pass "
+            "--parallelism_config_dp_replicate_size and --parallelism_config_dp_shard_size to accelerate launch so that "
+            "their product is the number of processes"
+        )
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -111,14 +136,56 @@ def topology_of_file(path: str) -> Topology:
     }  # fmt: skip
     if kind == "DEEPSPEED":
         config = file.section("deepspeed_config")
+        if config.get("deepspeed_config_file") is not None:
+            return Topology("DeepSpeed", *file.deepspeed_json(config), **more)
         devices = {config.get(f"offload_{what}_device") or "none" for what in ("optimizer", "param")}
         stage = file.number("deepspeed_config", config, "zero_stage", 0, 0, 3)
         return Topology("DeepSpeed", stage, bool(devices - {"none"}), **more)
     if kind == "FSDP":
         config = file.section("fsdp_config")
         version = file.number("fsdp_config", config, "fsdp_version", 1, 1, 2)
+        more["wraps_layers"] = bool(config.get("fsdp_activation_checkpointing"))
         return Topology("FSDP", 0, bool(config.get("fsdp_offload_params")), version, **more)
     return Topology("one process" if str(kind) in ("NO", "False") else "DDP", **more)
+
+
+def read_deepspeed_json(path: str, where: str) -> tuple[int, bool]:
+    """(ZeRO stage, whether it offloads) of a DeepSpeed config file.
+
+    Args:
+        path: absolute, or from the current folder, as DeepSpeed's own config files are found.
+        where: what names the file, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is not a DeepSpeed config; with its line where it has one.
+    """
+    try:
+        text = read_text(path, "DeepSpeed config")
+    except UserError as error:
+        raise UserError(f"{where}: {error} (paths in it start from the current folder)") from None
+    name = quote_path(path)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{name}{line}: not valid JSON ({error})") from None
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(f"{name}: not a DeepSpeed config with a section `zero_optimization`, which accelerate needs")
+    stage = zero.get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
+        raise UserError(
+            f"{name}{_line_of(text, 'stage')}: zero_optimization.stage is {quote(stage)}; expected an integer from 0 to 3"
+        )
+    parts = [zero.get(f"offload_{what}") for what in ("optimizer", "param")]
+    devices = {part.get("device") or "none" for part in parts if isinstance(part, dict)}
+    return stage, bool(devices - {"none"})
+
+
+def _line_of(text: str, key: str) -> str:
+    """`:LINE` of a key's first place in a JSON text."""
+    before, found, _ = text.partition(f'"{key}"')
+    return f":{before.count(chr(10)) + 1}" if found else ""
 
 
 @dataclass(frozen=True)
@@ -151,6 +218,19 @@ class _File:
                 f"{self.name}:{self.lines[key]}: {key}.{inner} is {quote(value)}; expected an integer from {low} to {high}"
             )
         return value
+
+    def deepspeed_json(self, section: dict[str, Any]) -> tuple[int, bool]:
+        """`read_deepspeed_json` of the file that the section names."""
+        where, path = f"{self.name}:{self.lines['deepspeed_config']}", section["deepspeed_config_file"]
+        if not isinstance(path, str):
+            raise UserError(f"{where}: deepspeed_config.deepspeed_config_file is {quote(path)}; expected a path")
+        twice = [key for key in NOT_BESIDE_JSON if key in section]
+        if twice or "mixed_precision" in self.values:
+            where = where if twice else f"{self.name}:{self.lines['mixed_precision']}"
+            raise UserError(
+                f"{where}: {(twice or ['mixed_precision'])[0]} is not read beside deepspeed_config_file; set it in {quote_path(path)}"
+            )
+        return read_deepspeed_json(path, f"{where}: deepspeed_config_file")
 
     def precision(self) -> str:
         value = self.values.get("mixed_precision")
@@ -185,6 +265,11 @@ def check_topology(recipe: Recipe, topology: Topology, on_cpu: bool) -> None:
         raise UserError(
             f"{topology.name} sets FSDP {topology.fsdp_version}, whose flattened parameters can't be saved as a model; "
             "set `fsdp_version: 2`, or use launch/fsdp2.yaml"
+        )
+    if topology.wraps_layers:
+        raise UserError(
+            f"{topology.name} sets `fsdp_activation_checkpointing`, which renames the model's parameters (PyTorch's checkpoint "
+            "wrapper), so that the trained model couldn't be saved; remove it, and set `gradient_checkpointing: true` in the recipe"
         )
     if topology.engine == "FSDP" and topology.offload and on_cpu:
         raise UserError(

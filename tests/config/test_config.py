@@ -1,6 +1,7 @@
 """Recipes: what is accepted, and the exact sentence for everything that is not."""
 
 import ast
+import copy
 import dataclasses
 import enum
 import importlib.util
@@ -15,7 +16,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config.build import build_configs, default_dtype
+from rlhf.config.build import build_configs, complete_deepspeed, default_dtype
 from rlhf.config.key_effects import REFUSED
 from rlhf.config.keys import LATE_CHOICES
 from rlhf.config.recipe import HARMLESS, Recipe, allowed_keys, load_recipe
@@ -537,6 +538,22 @@ def test_each_key_reaches_the_class_that_owns_it(tmp_path):
 def test_cpu_trains_in_full_precision(tmp_path):
     training, _, _ = build_configs(load(tmp_path, "use_cpu: true\n"))
     assert (training.bf16, training.fp16, training.dataloader_pin_memory) == (False, False, False)
+
+
+def test_deepspeed_sums_in_fp32_unless_its_config_says_otherwise():
+    filled = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    for stage in (2, 3):
+        config = {"zero_optimization": {"stage": stage}}
+        complete_deepspeed(config)
+        assert config == filled | {"zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000}}
+    config = {"zero_optimization": {"stage": 1}}
+    complete_deepspeed(config)
+    assert "data_types" not in config
+    given = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}, "communication_data_type": "bf16",
+             "data_types": {"grad_accum_dtype": "bf16"}}  # fmt: skip
+    config = copy.deepcopy(given)
+    complete_deepspeed(config)
+    assert config == given
 
 
 def test_what_trl_refuses_names_the_recipe(tmp_path):

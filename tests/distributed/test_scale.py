@@ -15,7 +15,7 @@ CASES = [
     pytest.param(["--stages", "dpo-qlora", "--processes", "2", "--steps", "3", "--launch", "ddp", "zero2", "zero3", "fsdp2"], 4, marks=pytest.mark.slow),
     pytest.param(["--stages", "dpo-full", "--processes", "2", "--steps", "3", "--launch", "zero3_offload"], 1, marks=pytest.mark.slow),
     pytest.param(["--stages", "dpo-nf4", "--processes", "2", "--steps", "3", "--launch", "ddp", "zero1", "zero2", "zero3", "fsdp2"], 5, marks=pytest.mark.slow),
-    pytest.param(["--stages", "dpo-full", "--processes", "4", "--launch", "ddp", "zero2", "zero3", "fsdp2"], 4, marks=pytest.mark.slow),
+    pytest.param(["--stages", "dpo-full", "--processes", "4", "--launch", "ddp", "zero2", "zero3", "fsdp2", "fsdp2_hsdp"], 5, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

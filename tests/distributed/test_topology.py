@@ -1,6 +1,7 @@
 """Launch files and the environment they make are understood; what can't work under them is refused with a way out."""
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -39,6 +40,7 @@ def recipe_with(**values):
         ("zero3", "DeepSpeed", 3, False, 0),
         ("zero3_offload", "DeepSpeed", 3, True, 0),
         ("fsdp2", "FSDP", 0, False, 2),
+        ("fsdp2_hsdp", "FSDP", 0, False, 2),
     ],
 )
 def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zero_stage, offload, fsdp_version, monkeypatch):  # fmt: skip
@@ -46,8 +48,81 @@ def test_the_file_and_what_accelerate_makes_of_it_say_the_same(file, engine, zer
     assert topology_of_file(path) == Topology(engine, zero_stage, offload, fsdp_version, path)
     for name, value in environment_of(path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", "1" if engine == "one process" else "2")
+    monkeypatch.setenv("WORLD_SIZE", {"one process": "1"}.get(engine, "4" if file == "fsdp2_hsdp" else "2"))
     assert topology_of_environment() == Topology(engine, zero_stage, offload, fsdp_version, started=True)
+
+
+def launch_file(folder, engine, *lines):
+    """A copy of launch/zero3.yaml or fsdp2.yaml with other lines in its section."""
+    text = (ROOT / "launch" / f"{engine}.yaml").read_text()
+    section = {"zero3": "  zero_stage: 3\n", "fsdp2": "  fsdp_reshard_after_forward: true\n"}[engine]
+    assert section in text
+    path = folder / "launch.yaml"
+    path.write_text(text.replace(section, "".join(f"  {line}\n" for line in lines)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("zero", "found"),
+    [
+        ({"stage": 2}, (2, False)),
+        ({"stage": 3, "zero_hpz_partition_size": 8, "offload_param": {"device": "none"}}, (3, False)),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, (3, True)),
+        ({}, (0, False)),
+    ],
+)
+def test_a_deepspeed_config_file_and_what_accelerate_makes_of_it(zero, found, tmp_path, monkeypatch):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    path = launch_file(tmp_path, "zero3", f"deepspeed_config_file: {file}")
+    assert topology_of_file(path) == Topology("DeepSpeed", *found, name=path)
+    for name, value in environment_of(path).items():
+        monkeypatch.setenv(name, value)
+    assert topology_of_environment() == Topology("DeepSpeed", *found, started=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "sentence"),
+    [
+        (None, (), r"launch.yaml:5: deepspeed_config_file: no DeepSpeed config at .*deepspeed.json.* \(paths in it start from the current folder\)"),
+        ('{\n"zero_optimization": }', (), r"deepspeed.json:2: not valid JSON"),
+        ("[]", (), "deepspeed.json: not a DeepSpeed config with a section `zero_optimization`"),
+        ('{\n"zero_optimization": {\n"stage": "three"}}', (), "deepspeed.json:3: zero_optimization.stage is 'three'; expected an integer from 0 to 3"),
+        ("{}", ("zero_stage: 3",), "launch.yaml:5: zero_stage is not read beside deepspeed_config_file; set it in .*deepspeed.json"),
+    ],
+)  # fmt: skip
+def test_wrong_deepspeed_config_files(text, lines, sentence, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    if text is not None:
+        file.write_text(text)
+    path = launch_file(tmp_path, "zero3", f"deepspeed_config_file: {file}", *lines)
+    with pytest.raises(UserError, match=sentence):
+        topology_of_file(path)
+
+
+def test_mixed_precision_beside_a_deepspeed_config_file(tmp_path):
+    path = Path(launch_file(tmp_path, "zero3", "deepspeed_config_file: d.json"))
+    path.write_text(path.read_text() + "mixed_precision: bf16\n")
+    with pytest.raises(UserError, match=r"launch.yaml:\d+: mixed_precision is not read beside deepspeed_config_file"):
+        topology_of_file(str(path))
+
+
+def test_hybrid_sharding_of_another_number_of_processes(monkeypatch):
+    for name, value in environment_of(ROOT / "launch" / "fsdp2_hsdp.yaml").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(
+        UserError, match="sets 2 copies of the model with 2 shards each .* but there are 8 processes; pass"
+    ):
+        topology_of_environment()
+
+
+def test_activation_checkpointing_of_fsdp_is_found(tmp_path, monkeypatch):
+    path = launch_file(tmp_path, "fsdp2", "fsdp_activation_checkpointing: true")
+    assert topology_of_file(path).wraps_layers
+    for name, value in environment_of(path).items():
+        monkeypatch.setenv(name, value)
+    assert topology_of_environment().wraps_layers
 
 
 @pytest.mark.parametrize(
@@ -71,6 +146,7 @@ def test_files_that_are_none(text, sentence, tmp_path):
     ("topology", "values", "cpu", "sentence"),
     [
         (Topology("FSDP", fsdp_version=1), {}, False, "`fsdp_version: 2`, or use launch/fsdp2.yaml"),
+        (Topology("FSDP", fsdp_version=2, wraps_layers=True), {}, False, "sets `fsdp_activation_checkpointing`, which renames .* set `gradient_checkpointing: true` in the recipe"),
         (Topology("FSDP", fsdp_version=2, offload=True), {}, True, "already on the CPU; use launch/fsdp2.yaml"),
         (Topology("FSDP", fsdp_version=2), {"load_in_8bit": True}, False, r"r.yaml:1: FSDP can't shard 8-bit weights; use `load_in_4bit: true`, or launch/ddp.yaml"),
         (Topology("DeepSpeed", 3, True), {"optim": "paged_adamw_8bit"}, False, "replace `optim: paged_adamw_8bit` by DeepSpeed's Adam; remove `optim`, or use launch/zero3.yaml"),
