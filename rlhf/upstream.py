@@ -187,7 +187,10 @@ TRL = [
         "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns
         "ld_alpha": "the key of the reference cache",
     }, in_code=True, only="dpo"),
-    *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"prepare_fsdp model accelerator": "an online reference sharded by layer"}, only="dpo"),
+    *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {
+        "prepare_fsdp model accelerator": "an online reference sharded by layer",
+        "create_model_from_path model_id": "a cached reference without a second model under FSDP2",
+    }, only="dpo"),
     *_of("trl.trainer.dpo_trainer", "", "training/dpo.py", {"hash_module": "skipping TRL's hash of all weights"}, only="dpo"),
     *_of("trl.trainer.base_trainer", "_BaseTrainer", "runs/checkpointing.py", {
         "create_model_card model_name dataset_name tags": "continuing without a checkpoint when the disk is full",

@@ -233,7 +233,11 @@ def without_hashing():
 
 @contextlib.contextmanager
 def sharding_by_layer():
-    """Under FSDP2: shard a reference model layer by layer, as a policy. TRL 1.16 would gather all of it in each pass."""
+    """Under FSDP2: shard a reference model layer by layer, as a policy, and make none for the cached reference.
+
+    TRL 1.16 would load one whole on each rank for that, since its policy is not sharded yet, and gather all of an online
+    reference in each pass.
+    """
     from trl.trainer import dpo_trainer
 
     from rlhf.models.on_disk import shard_model
@@ -242,12 +246,12 @@ def sharding_by_layer():
         shard_model(model, accelerator)
         return model.eval()
 
-    before = dpo_trainer.prepare_fsdp
-    dpo_trainer.prepare_fsdp = prepare_fsdp
+    before = dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path
+    dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path = prepare_fsdp, lambda *args, **options: None
     try:
         yield
     finally:
-        dpo_trainer.prepare_fsdp = before
+        dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path = before
 
 
 def make_ref_adapter_equal(model) -> None:
