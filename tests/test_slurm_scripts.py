@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,7 +26,11 @@ def script(tmp_path):
         (tools / name).chmod(0o755)
 
     tool("scontrol", '[ "$2" != hostnames ] || printf "n1\\nn2\\n"')
-    tool("srun", 'case "$*" in --help) echo --container-image ;; *--status) echo "dpo: not started"; exit 3 ;; esac')
+    tool(
+        "srun",
+        'case "$*" in --help) echo --container-image ;; *--status) echo "dpo: not started"; exit 3 ;; '
+        '*node.sh*) eval "${TRAINS:-}" ;; esac',
+    )
     tool("sbatch", "echo 41")
 
     def run(name, *words, **env):
@@ -100,6 +105,42 @@ def test_pyxis(script, recipes, tmp_path):
     assert main.endswith(f"python dpo {recipes}/dpo.yaml --beta 0.2")
     code, shown = script("train.sbatch", *words[:-3], "--container", "x.sif", **INSIDE, RLHF_CONTAINER_RUNTIME="pyxis")
     assert code == 2 and "pyxis can't run x.sif" in shown
+
+
+TORCH = "E1125 13:00:00.000 71 torch/distributed/elastic/multiprocessing/api.py:1003] failed (exitcode: {}) local_rank: 0 (pid: 9) of binary: /p"  # fmt: skip
+SIMPLE = "subprocess.CalledProcessError: Command '['/p', '-m', 'rlhf', 'dpo']' {}."
+
+
+@pytest.mark.parametrize(
+    ("srun", "logs", "code"),
+    [
+        (1, [TORCH.format(2)], 2),
+        (137, [TORCH.format(2), ""], 2),  # srun has killed the node that was slow to end
+        (137, ["", TORCH.format(2)], 2),
+        (137, [TORCH.format(2), TORCH.format(1)], 2),
+        (137, [TORCH.format(1), TORCH.format(2)], 2),
+        (143, [TORCH.format(1), TORCH.format(-6)], 1),
+        (137, [TORCH.format(-9), TORCH.format(1)], 137),  # out of memory there, and here the connection was lost
+        (1, [TORCH.format(1), TORCH.format(-9)], 137),
+        (9, [TORCH.format(-9), ""], 137),
+        (9, ["", ""], 9),
+        (137, ["", ""], 137),
+        (127, [TORCH.format(1), ""], 127),  # node.sh's own: a program is not there
+        (2, [TORCH.format(1), ""], 2),
+        (0, ["", ""], 1),  # the launcher has ended well, and the run is not complete
+        (1, [SIMPLE.format("returned non-zero exit status 2")], 2),
+        (1, [SIMPLE.format("died with <Signals.SIGKILL: 9>")], 137),
+    ],
+)
+def test_a_failed_run_ends_with_the_code_of_its_own_error(srun, logs, code, script, recipes):
+    """Whatever srun's code is when it ends the other nodes; and with the code of what was killed, where that was it."""
+    trains = "cd $RLHF_LOGS/rlhf-7\n" + "".join(
+        f"cat > attempt-1-n{number + 1}.log <<< {shlex.quote(line)}\n" for number, line in enumerate(logs)
+    )
+    found, shown = script("train.sbatch", "dpo", recipes / "dpo.yaml", "--container", "x.sqsh", "--skip-preflight",
+                          **INSIDE, RLHF_CONTAINER_RUNTIME="pyxis", TRAINS=f"{trains}exit {srun}")  # fmt: skip
+    killed = ", killed, as a rule for lack of memory" if code in (9, 137) else ""
+    assert found == code and f"failed by its own error (code {code}{killed}); not requeued" in shown, shown
 
 
 def test_pipeline_submits_what_it_shows(script, recipes, tmp_path):
