@@ -13,6 +13,7 @@ set -euo pipefail
 source "$(dirname "$(realpath "$0")")/../launch/common.sh"
 
 main() {
+  refuse_old_names " ${RLHF_RENAMED:-} ${RLHF_RENAMED_GPUS:-} "
   # the health check counts from here
   touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
   for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
@@ -23,6 +24,19 @@ main() {
     rlhf | rlhf\ * | python\ -m\ rlhf\ * | bash | sh) exec "$@" ;;
     *) watch_over "$@" ;;
   esac
+}
+
+refuse_old_names() {   # compose tells what the shell has set: the variables of its files had names without RLHF_ once
+  local old wrong=''
+  for old in PROCESSES NODE_0_GPUS NODE_1_GPUS TENSORBOARD_PORT STAGE GPU; do
+    # of both names the new one holds, and the old one is somebody else's
+    [[ $1 == *" $old="[^\ ]* && $1 != *" RLHF_$old="[^\ ]* ]] || continue
+    case $old in
+      STAGE | GPU) echo "rlhf: $old is set and not read; if it is meant for docker/compose*.yaml: RLHF_$old" >&2 ;;
+      *) wrong=2; echo "rlhf: docker/compose*.yaml reads RLHF_$old in place of $old; set that, or unset $old" >&2 ;;
+    esac
+  done
+  [ -z "$wrong" ] || exit "$wrong"
 }
 
 warn_unless_writable() {

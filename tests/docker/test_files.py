@@ -55,6 +55,39 @@ def test_compose_gives_gpus():
         assert (name == "tensorboard") == (reserved == [])
 
 
+GPUS = ("compose.yaml", "compose.gpu.yaml")
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "refused", "warned"),
+    [
+        (GPUS, {"PROCESSES": "8"}, {"train": "PROCESSES", "node-0": "PROCESSES", "node-1": "PROCESSES"}, {}),
+        (GPUS, {"PROCESSES": "8", "RLHF_PROCESSES": "4"}, {}, {}),
+        (GPUS, {"NODE_0_GPUS": "0,1"}, {"node-0": "NODE_0_GPUS"}, {}),
+        (GPUS, {"NODE_1_GPUS": "2,3"}, {"node-1": "NODE_1_GPUS"}, {}),
+        (GPUS, {"TENSORBOARD_PORT": "7007"}, {"tensorboard": "TENSORBOARD_PORT"}, {}),
+        (GPUS, {"STAGE": "production", "GPU": "1"}, {}, {"node-0": "STAGE", "node-1": "STAGE", "quickstart": "GPU"}),
+        (GPUS[:1], {"NODE_0_GPUS": "0,1", "GPU": "1"}, {}, {}),  # without GPUs they never had an effect
+    ],
+)
+def test_variables_under_their_old_names(files, variables, refused, warned, tmp_path):
+    """What the services' containers say first; for two names that may be anybody's it is a warning."""
+    old = {name: "" for name in ("PROCESSES", "NODE_0_GPUS", "NODE_1_GPUS", "TENSORBOARD_PORT", "STAGE", "GPU")}
+    blank = old | {f"RLHF_{name}": "" for name in old}
+    for name, service in settings(*files, **blank | variables).items():
+        env = {key: value for key, value in os.environ.items() if not key.startswith("RLHF_")}
+        env |= {key: value for key, value in service["environment"].items() if value} | {"TMPDIR": str(tmp_path)}
+        done = subprocess.run([str(DOCKER / "entrypoint.sh"), "bash", "-c", "exit 7"], env=env, cwd=tmp_path,
+                              capture_output=True, text=True)  # fmt: skip
+        lines = []
+        if name in refused:
+            lines = [f"docker/compose*.yaml reads RLHF_{refused[name]} in place of {refused[name]}; set that, or unset {refused[name]}"]  # fmt: skip
+        elif name in warned:
+            lines = [f"{warned[name]} is set and not read; if it is meant for docker/compose*.yaml: RLHF_{warned[name]}"]  # fmt: skip
+        assert done.stderr == "".join(f"rlhf: {line}\n" for line in lines), name
+        assert done.returncode == (2 if name in refused else 7), name
+
+
 def test_what_the_files_call_is_there():
     """Recipes, launch files and commands that the documentation names."""
     for text in [(DOCKER / name).read_text() for name in ("README.md", "compose.yaml", "Dockerfile", "apptainer.def")]:
