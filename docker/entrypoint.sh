@@ -12,10 +12,13 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../launch/common.sh
 source "$(dirname "$(realpath "$0")")/../launch/common.sh"
 
+temporary=${TMPDIR:-/tmp}
+
 main() {
   refuse_old_names " ${RLHF_RENAMED:-} ${RLHF_RENAMED_GPUS:-} "
   # the health check counts from here
-  touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
+  touch "$temporary/rlhf-started" ||
+    { echo "rlhf: $temporary can't be written; with --read-only give --tmpfs $temporary" >&2; exit 2; }
   for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
   case ${1:-} in
     sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | merge | fetch | -*) set -- rlhf "$@" ;;
@@ -46,7 +49,7 @@ warn_unless_writable() {
 watch_over() {
   local code=0 code_when_stopped=${RLHF_EXIT_STOPPED:-85}
   asked='' child=''
-  export RLHF_STOP_FILE=${RLHF_STOP_FILE:-/tmp/rlhf-stop}
+  export RLHF_STOP_FILE=${RLHF_STOP_FILE:-$temporary/rlhf-stop}
   rm -f "$RLHF_STOP_FILE" "$RLHF_STOP_FILE.done"   # of before a restart
   export PET_SIGNALS_TO_HANDLE=SIGHUP   # torch's launcher: leave the others to this script
   case $1 in

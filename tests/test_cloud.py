@@ -202,7 +202,7 @@ class Nodes:
             port = str(free.getsockname()[1])
         engine = re.compile(r"SKYPILOT_|PET_|RLHF_|(RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|VIRTUAL_ENV)$")
         blank = {key: value for key, value in forked.environment().items() if not engine.match(key)}
-        blank |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        blank |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}
         blank |= {"RLHF_CACHE": str(folder / "cache")} if "RLHF_STORE" not in more else {}
         self.outputs, self.processes = [], []
         for i, own in enumerate(variables):
