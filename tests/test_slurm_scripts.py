@@ -159,6 +159,29 @@ def test_pipeline_submits_what_it_shows(script, recipes, tmp_path):
     assert script.calls()[0] == f"sbatch {first.strip().removeprefix('sbatch ')}"
 
 
+@pytest.mark.parametrize("called", ["linked/slurm/pipeline.sh", "pipe", "other/pipe"])
+def test_paths_are_those_by_which_a_folder_was_called(called, script, recipes, tmp_path):
+    """A folder that is a link is not resolved: it may lead elsewhere on another node. A link to the script is."""
+    (tmp_path / "linked").symlink_to(ROOT)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "pipe").symlink_to(tmp_path / "linked" / "slurm" / "pipeline.sh")
+    (tmp_path / "other" / "pipe").symlink_to("../linked/slurm/pipeline.sh")
+    code, shown = script(tmp_path / called, recipes, "--nodes", "2", "--dry-run")
+    assert code == 0 and shown.count(f" {tmp_path}/linked/slurm/train.sbatch ") == 2, shown
+
+
+@pytest.mark.parametrize("logs", ["linked/logs", "/linked/logs", ""])
+def test_logs_are_where_they_were_asked_for(logs, script, recipes, tmp_path):
+    """Likewise: all nodes write there, and look for the stop file."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    asked = f"{tmp_path}{logs}" if logs.startswith("/") else logs
+    words = ["dpo", recipes / "dpo.yaml", "--container", "x.sqsh", "--skip-preflight"]
+    script("train.sbatch", *words, **INSIDE, RLHF_CONTAINER_RUNTIME="pyxis", RLHF_LOGS=asked)
+    main = next(call for call in script.calls() if "node.sh" in call)
+    assert f"node.sh {tmp_path}/{logs.lstrip('/') or 'logs'}/rlhf-7/attempt-1 " in main
+
+
 def test_pipeline_submits_nothing_where_a_recipe_is_wrong(script, recipes, tmp_path):
     with open(recipes / "dpo.yaml", "a", encoding="utf-8") as file:
         file.write("learing_rate: 1\n")
