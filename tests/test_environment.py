@@ -18,7 +18,7 @@ HOMES = {
     "slurm": ["slurm/*.sh", "slurm/*.sbatch", COMMON],
     "docker": ["docker/Dockerfile", "docker/*.sh", "docker/*.yaml"],
     "launch/cloud": ["launch/cloud/*.sh", "launch/cloud/*.yaml", COMMON],
-    "development": ["Makefile", ".ci/run", "bench/*.py", "tests/docker/conftest.py"],
+    "development": ["Makefile", ".ci/run", "bench/*.py", "tests/needed.py", "tests/docker/conftest.py"],
 }
 EVERYBODYS = {"BASH_SOURCE", "HOME", "IFS", "PATH", "PWD", "USER"}
 NAME = r"[A-Z][A-Z0-9_]*"
