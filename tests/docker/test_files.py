@@ -96,6 +96,20 @@ def test_what_the_files_call_is_there():
                 assert (ROOT / path).exists(), path
 
 
+def test_the_tests_that_the_image_runs_need_nothing_that_is_not_in_it():
+    text = (DOCKER / "Dockerfile").read_text()
+    copied = {name for names in re.findall(r"^COPY ((?:[\w.]+ )+)(?:\./|\w+/)$", text, re.M) for name in names.split()}
+    assert {"rlhf", "launch", "configs", "tests", "LICENSE"} <= copied and not copied & {"slurm", "docker", "docs"}
+    command = json.loads(re.search(r'CMD (\["python", "-m", "pytest"[^]]*\])', text)[1].replace("\\\n", ""))
+    paths = [ROOT / word for word in command if word.startswith("tests/")]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    assert len(paths) == 12 and all(path.exists() for path in paths) and len(files) > 40
+    for file in files:
+        # ROOT / "slurm", Path(__file__).parent.parent / "docs" / ...
+        used = re.findall(r'(?:\bROOT|\.parent\.parent) / "([^"/]+)', file.read_text(encoding="utf-8"))
+        assert set(used) <= copied, file
+
+
 def test_nothing_but_what_is_named_goes_to_the_daemon():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")][0] == "*"
