@@ -12,9 +12,13 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../launch/common.sh
 source "$(dirname "$(realpath "$0")")/../launch/common.sh"
 
+temporary=${TMPDIR:-/tmp}
+
 main() {
+  refuse_old_names " ${RLHF_RENAMED:-} ${RLHF_RENAMED_GPUS:-} "
   # the health check counts from here
-  touch /tmp/rlhf-started || { echo "rlhf: /tmp can't be written; with --read-only give --tmpfs /tmp" >&2; exit 2; }
+  touch "$temporary/rlhf-started" ||
+    { echo "rlhf: $temporary can't be written; with --read-only give --tmpfs $temporary" >&2; exit 2; }
   for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
   case ${1:-} in
     sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | merge | fetch | -*) set -- rlhf "$@" ;;
@@ -25,6 +29,19 @@ main() {
   esac
 }
 
+refuse_old_names() {   # compose tells what the shell has set: the variables of its files had names without RLHF_ once
+  local old wrong=''
+  for old in PROCESSES NODE_0_GPUS NODE_1_GPUS TENSORBOARD_PORT STAGE GPU; do
+    # of both names the new one holds, and the old one is somebody else's
+    [[ $1 == *" $old="[^\ ]* && $1 != *" RLHF_$old="[^\ ]* ]] || continue
+    case $old in
+      STAGE | GPU) echo "rlhf: $old is set and not read; if it is meant for docker/compose*.yaml: RLHF_$old" >&2 ;;
+      *) wrong=2; echo "rlhf: docker/compose*.yaml reads RLHF_$old in place of $old; set that, or unset $old" >&2 ;;
+    esac
+  done
+  [ -z "$wrong" ] || exit "$wrong"
+}
+
 warn_unless_writable() {
   [ ! -d "$1" ] || [ -w "$1" ] || echo "rlhf: $(realpath "$1") can't be written by uid $(id -u). If it is a folder of yours: mkdir it before docker does, and add --user \"\$(id -u):\$(id -g)\"" >&2
 }
@@ -32,7 +49,7 @@ warn_unless_writable() {
 watch_over() {
   local code=0 code_when_stopped=${RLHF_EXIT_STOPPED:-85}
   asked='' child=''
-  export RLHF_STOP_FILE=${RLHF_STOP_FILE:-/tmp/rlhf-stop}
+  export RLHF_STOP_FILE=${RLHF_STOP_FILE:-$temporary/rlhf-stop}
   rm -f "$RLHF_STOP_FILE" "$RLHF_STOP_FILE.done"   # of before a restart
   export PET_SIGNALS_TO_HANDLE=SIGHUP   # torch's launcher: leave the others to this script
   case $1 in

@@ -20,7 +20,7 @@ fi
 recent() { find "$@" -mmin "-$minutes" -print -quit 2> /dev/null | grep .; }
 if file=$(recent "${folders[@]}" -name metrics.jsonl || recent "${RLHF_CACHE:-$HOME/.cache/rlhf}/reference" -type f); then
   echo "healthy: $file was written within $minutes minutes"
-elif recent /tmp/rlhf-started > /dev/null; then
+elif recent "${TMPDIR:-/tmp}/rlhf-started" > /dev/null; then
   echo "healthy: it began less than $minutes minutes ago"
 else
   echo "unhealthy: no metrics.jsonl below ${folders[*]} was written within $minutes minutes (RLHF_HEALTH_MINUTES, RLHF_HEALTH_DIRS)"

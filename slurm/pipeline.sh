@@ -9,7 +9,15 @@
 # out of the queue.
 set -euo pipefail
 
-root=$(dirname "$(dirname "$(realpath "$0")")")
+# Links to this script are followed, and its folder keeps the path by which it was found: where /home/x is a link, what it
+# leads to may differ from node to node.
+script=$0
+while [ -L "$script" ]; do
+  target=$(readlink "$script")
+  [[ $target == /* ]] || target=$(dirname "$script")/$target
+  script=$target
+done
+root=$(cd "$(dirname "$script")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$root/slurm/common.sh"
 

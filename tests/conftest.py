@@ -16,6 +16,7 @@ from pathlib import Path
 import forked
 import hypothesis
 import pytest
+from needed import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401  (hooks)
 
 from rlhf.data.sources import SAMPLE_DIR
 

@@ -5,9 +5,11 @@ import pty
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from needed import MAY_SKIP
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +24,9 @@ def machine(tmp_path):
     tools.mkdir()
     for name in ("bash", "dirname", "env"):
         (tools / name).symlink_to(shutil.which(name))
-    (tools / "apt-get").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[ "$1" != install ] || exit 9\n')
+    (tools / "apt-get").write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[ "$1" != ${{FAILS:-install}} ] || exit 9\n'
+    )
     (tools / "apt-get").chmod(0o755)
     env = {key: value for key, value in os.environ.items() if key != "CI"} | {"PATH": str(tools)}
     return tmp_path / "asked", env
@@ -68,6 +72,72 @@ def test_ci_is_not_asked(terminal, machine):
                           capture_output=True, timeout=600)  # fmt: skip
     os.close(ours), os.close(theirs)
     assert done.returncode == 9 and "install" in asked.read_text()
+
+
+def test_a_package_list_that_can_not_be_fetched_ends_it(machine):
+    """Tests of what is then missing would be skipped."""
+    asked, env = machine
+    done = subprocess.run([str(ROOT / ".ci" / "run"), "--yes"], env=env | {"FAILS": "update"}, capture_output=True)
+    assert done.returncode == 9 and asked.read_text() == "update -qq\n"
+
+
+SKIPS = """
+import pytest
+
+def test_program():
+    pytest.skip("no docker here (apt-get install docker.io)")
+
+@pytest.mark.skipif(True, reason="may not mount (no root)")
+def test_kernel(): pass
+
+@pytest.mark.skipif(True, reason="not installed: slurmd")
+def test_mark(): pass
+
+@pytest.fixture
+def package():
+    pytest.importorskip("no_such_package")
+
+def test_fixture(package): pass
+
+@pytest.mark.xfail
+def test_expected(): assert False
+
+def test_passes(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("needed", "code", "expected"),
+    [
+        ("", 0, ["1 passed, 6 skipped, 1 xfailed"]),
+        ("1", 1, ["FAILED test_some.py::test_program", "ERROR test_some.py::test_mark", "ERROR test_some.py::test_fixture",
+                  "ERROR test_module.py", "RLHF_TEST_ALL=1 wants every test to run: no docker here",
+                  "1 failed, 1 passed, 2 skipped, 1 xfailed, 3 errors"]),
+    ],
+)  # fmt: skip
+def test_ci_fails_where_a_test_is_skipped_for_want_of_a_program(needed, code, expected, tmp_path):
+    (tmp_path / "test_some.py").write_text(SKIPS)
+    (tmp_path / "test_module.py").write_text('import pytest\npytest.importorskip("no_such_package")\n')
+    (tmp_path / "test_image.py").write_text(
+        'import pytest\npytest.skip("this is an image, which holds a part of the project", allow_module_level=True)\n'
+    )
+    words = ["-p", "needed", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-q", "-rfEs"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "RLHF_TEST_ALL": needed}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout
+    assert [text for text in expected if text not in done.stdout] == [], done.stdout
+
+
+def test_ci_wants_every_test_to_run():
+    assert "\nexport RLHF_TEST_ALL=1 " in (ROOT / ".ci" / "run").read_text()
+
+
+def test_reasons_that_stay_skips_are_those_of_the_tests():
+    """A reason that nobody gives any more is taken off the list."""
+    texts = [file.read_text() for file in (ROOT / "tests").rglob("*.py") if file.name != "needed.py"]
+    assert [reason for reason in MAY_SKIP if not any(reason in text for text in texts)] == []
 
 
 def test_ci_knows_one_word(machine):

@@ -202,7 +202,7 @@ class Nodes:
             port = str(free.getsockname()[1])
         engine = re.compile(r"SKYPILOT_|PET_|RLHF_|(RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|VIRTUAL_ENV)$")
         blank = {key: value for key, value in forked.environment().items() if not engine.match(key)}
-        blank |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        blank |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder)}
         blank |= {"RLHF_CACHE": str(folder / "cache")} if "RLHF_STORE" not in more else {}
         self.outputs, self.processes = [], []
         for i, own in enumerate(variables):
@@ -344,6 +344,9 @@ def test_one_pod_of_two_is_evicted(project, hold):
         ({"LAUNCH": "launch/zero9.yaml"}, "no launch file at launch/zero9.yaml; launch/ has cpu.yaml ddp"),
         ({"LAUNCH": "launch/single.yaml", "PROCS_PER_NODE": "2"}, "is for one process, and this job has 2"),
         ({"PROCS_PER_NODE": "many"}, "PROCS_PER_NODE takes a number, not 'many'"),
+        ({"PREFLIGHT": "no"}, "RLHF_PREFLIGHT is read in place of PREFLIGHT"),
+        # "yes" is what multi-node.yaml says
+        ({"PREFLIGHT": "no", "RLHF_PREFLIGHT": "yes"}, "RLHF_PREFLIGHT is read in place of PREFLIGHT"),
         ({"PET_NNODES": "1:4"}, "an elastic job (1:4) is not supported"),
         ({"RLHF_STORE": "store", "PROCS_PER_NODE": "1"}, "holds files; move them to store/runs"),
     ],

@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "environment.md"
+COMMON = "launch/common.sh"  # of the folders whose scripts call what in it reads variables
 HOMES = {
     "rlhf": ["rlhf/**/*.py"],
     "launch": ["launch/*.sh"],
-    "slurm": ["slurm/*.sh", "slurm/*.sbatch"],
+    "slurm": ["slurm/*.sh", "slurm/*.sbatch", COMMON],
     "docker": ["docker/Dockerfile", "docker/*.sh", "docker/*.yaml"],
-    "launch/cloud": ["launch/cloud/*.sh", "launch/cloud/*.yaml"],
-    "development": ["Makefile", ".ci/run", "bench/*.py", "tests/docker/conftest.py"],
+    "launch/cloud": ["launch/cloud/*.sh", "launch/cloud/*.yaml", COMMON],
+    "development": ["Makefile", ".ci/run", "bench/*.py", "tests/needed.py", "tests/docker/conftest.py"],
 }
 EVERYBODYS = {"BASH_SOURCE", "HOME", "IFS", "PATH", "PWD", "USER"}
 NAME = r"[A-Z][A-Z0-9_]*"

@@ -167,23 +167,39 @@ def image(tmp_path):
     return tmp_path
 
 
-def test_the_image_s_entrypoint_passes_on_an_exit_code(image):
-    done = bash(f"{image}/bin/rlhf-entrypoint bash -c 'exit 7'", cwd="/")
-    assert done == (7, "", "")
+@pytest.fixture
+def inside(tmp_path):
+    """A container's environment: its folders are this test's."""
+    own = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "RLHF_HEALTH_DIRS": str(tmp_path / "runs")}
+    for folder in own.values():
+        Path(folder).mkdir()
+    return {key: value for key, value in os.environ.items() if not key.startswith("RLHF_")} | own
 
 
-def test_the_image_s_entrypoint_hands_a_stop_to_a_run(image, tmp_path):
+def test_the_image_s_entrypoint_passes_on_an_exit_code(image, inside):
+    done = bash(f"{image}/bin/rlhf-entrypoint bash -c 'echo $RLHF_STOP_FILE; exit 7'", cwd="/", env=inside)
+    assert done == (7, f"{inside['TMPDIR']}/rlhf-stop\n", "")
+    assert [file.name for file in Path(inside["TMPDIR"]).iterdir()] == ["rlhf-started"]
+
+
+def test_the_image_s_entrypoint_needs_a_temporary_folder(image, inside):
+    none = f"{inside['TMPDIR']}/none"
+    code, _, error = bash(f"{image}/bin/rlhf-entrypoint bash -c 'exit 7'", cwd="/", env=inside | {"TMPDIR": none})
+    assert code == 2 and f"rlhf: {none} can't be written; with --read-only give --tmpfs {none}\n" in error
+
+
+def test_the_image_s_entrypoint_hands_a_stop_to_a_run(image, inside, tmp_path):
     """SIGTERM to the entrypoint: the stop file for what trains; the exit code says so."""
     script = tmp_path / "script"  # `sft` among its words makes it a run
     script.write_text(
-        f"touch {tmp_path}/runs; "
+        f"touch {tmp_path}/trains; "
         'while [ ! -e "$RLHF_STOP_FILE" ]; do sleep 0.05; done; touch "$RLHF_STOP_FILE.done"; exit 3\n'
     )
-    env = os.environ | {"RLHF_STOP_FILE": str(tmp_path / "stop"), "RLHF_EXIT_STOPPED": "85"}
+    env = inside | {"RLHF_STOP_FILE": str(tmp_path / "stop"), "RLHF_EXIT_STOPPED": "85"}
     command = [image / "bin" / "rlhf-entrypoint", "bash", script, "sft"]
     process = subprocess.Popen(command, env=env, cwd="/", stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 600
-    while not (tmp_path / "runs").exists():
+    while not (tmp_path / "trains").exists():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -191,8 +207,25 @@ def test_the_image_s_entrypoint_hands_a_stop_to_a_run(image, tmp_path):
     assert (process.returncode, error) == (85, "rlhf: got SIGTERM: the run saves and stops after this step\n")
 
 
-def test_the_image_s_health_check(image):
-    code, shown, error = bash(
-        f"{image}/bin/rlhf-healthcheck", cwd="/", env=os.environ | {"RLHF_HEALTH_DIRS": str(image)}
-    )
-    assert error == "" and (code, shown.split(":")[0]) in ((0, "healthy"), (1, "unhealthy"))
+def test_the_image_s_health_check(image, inside):
+    """Nothing has been logged: it is healthy while its start is recent, and for a run that has just logged."""
+
+    def health():
+        code, shown, error = bash(f"{image}/bin/rlhf-healthcheck", cwd="/", env=inside)
+        assert error == "" and code == (not shown.startswith("healthy: ")), shown
+        return shown
+
+    metrics, started = Path(inside["RLHF_HEALTH_DIRS"]) / "metrics.jsonl", Path(inside["TMPDIR"]) / "rlhf-started"
+    process = subprocess.Popen([sys.executable, "-c", "input()", "sft"], stdin=subprocess.PIPE)  # something trains
+    try:
+        assert health().startswith("unhealthy: no metrics.jsonl below")
+        assert bash(f"{image}/bin/rlhf-entrypoint bash -c 'exit 7'", cwd="/", env=inside)[0] == 7
+        assert health() == "healthy: it began less than 30 minutes ago\n"
+        hour_ago = time.time() - 3600
+        os.utime(started, (hour_ago, hour_ago))
+        assert health().startswith("unhealthy: ")
+        metrics.touch()
+        assert health() == f"healthy: {metrics} was written within 30 minutes\n"
+    finally:
+        process.kill()
+        process.wait()

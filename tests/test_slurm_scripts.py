@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,7 +26,11 @@ def script(tmp_path):
         (tools / name).chmod(0o755)
 
     tool("scontrol", '[ "$2" != hostnames ] || printf "n1\\nn2\\n"')
-    tool("srun", 'case "$*" in --help) echo --container-image ;; *--status) echo "dpo: not started"; exit 3 ;; esac')
+    tool(
+        "srun",
+        'case "$*" in --help) echo --container-image ;; *--status) echo "dpo: not started"; exit 3 ;; '
+        '*node.sh*) eval "${TRAINS:-}" ;; esac',
+    )
     tool("sbatch", "echo 41")
 
     def run(name, *words, **env):
@@ -102,6 +107,42 @@ def test_pyxis(script, recipes, tmp_path):
     assert code == 2 and "pyxis can't run x.sif" in shown
 
 
+TORCH = "E1125 13:00:00.000 71 torch/distributed/elastic/multiprocessing/api.py:1003] failed (exitcode: {}) local_rank: 0 (pid: 9) of binary: /p"  # fmt: skip
+SIMPLE = "subprocess.CalledProcessError: Command '['/p', '-m', 'rlhf', 'dpo']' {}."
+
+
+@pytest.mark.parametrize(
+    ("srun", "logs", "code"),
+    [
+        (1, [TORCH.format(2)], 2),
+        (137, [TORCH.format(2), ""], 2),  # srun has killed the node that was slow to end
+        (137, ["", TORCH.format(2)], 2),
+        (137, [TORCH.format(2), TORCH.format(1)], 2),
+        (137, [TORCH.format(1), TORCH.format(2)], 2),
+        (143, [TORCH.format(1), TORCH.format(-6)], 1),
+        (137, [TORCH.format(-9), TORCH.format(1)], 137),  # out of memory there, and here the connection was lost
+        (1, [TORCH.format(1), TORCH.format(-9)], 137),
+        (9, [TORCH.format(-9), ""], 137),
+        (9, ["", ""], 9),
+        (137, ["", ""], 137),
+        (127, [TORCH.format(1), ""], 127),  # node.sh's own: a program is not there
+        (2, [TORCH.format(1), ""], 2),
+        (0, ["", ""], 1),  # the launcher has ended well, and the run is not complete
+        (1, [SIMPLE.format("returned non-zero exit status 2")], 2),
+        (1, [SIMPLE.format("died with <Signals.SIGKILL: 9>")], 137),
+    ],
+)
+def test_a_failed_run_ends_with_the_code_of_its_own_error(srun, logs, code, script, recipes):
+    """Whatever srun's code is when it ends the other nodes; and with the code of what was killed, where that was it."""
+    trains = "cd $RLHF_LOGS/rlhf-7\n" + "".join(
+        f"cat > attempt-1-n{number + 1}.log <<< {shlex.quote(line)}\n" for number, line in enumerate(logs)
+    )
+    found, shown = script("train.sbatch", "dpo", recipes / "dpo.yaml", "--container", "x.sqsh", "--skip-preflight",
+                          **INSIDE, RLHF_CONTAINER_RUNTIME="pyxis", TRAINS=f"{trains}exit {srun}")  # fmt: skip
+    killed = ", killed, as a rule for lack of memory" if code in (9, 137) else ""
+    assert found == code and f"failed by its own error (code {code}{killed}); not requeued" in shown, shown
+
+
 def test_pipeline_submits_what_it_shows(script, recipes, tmp_path):
     words = [recipes, "--nodes", "2", "--time=1:00:00", "--launch", ROOT / "launch" / "zero3.yaml", "--skip-preflight"]
     code, shown = script("pipeline.sh", *words, "--dry-run")
@@ -116,6 +157,29 @@ def test_pipeline_submits_what_it_shows(script, recipes, tmp_path):
     assert code == 0 and f"squeue --jobs 41,41; rlhf status {recipes}" in shown
     assert f"dpo: job 41 after 41, log {tmp_path}/logs/dpo-recipes-41.out" in shown
     assert script.calls()[0] == f"sbatch {first.strip().removeprefix('sbatch ')}"
+
+
+@pytest.mark.parametrize("called", ["linked/slurm/pipeline.sh", "pipe", "other/pipe"])
+def test_paths_are_those_by_which_a_folder_was_called(called, script, recipes, tmp_path):
+    """A folder that is a link is not resolved: it may lead elsewhere on another node. A link to the script is."""
+    (tmp_path / "linked").symlink_to(ROOT)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "pipe").symlink_to(tmp_path / "linked" / "slurm" / "pipeline.sh")
+    (tmp_path / "other" / "pipe").symlink_to("../linked/slurm/pipeline.sh")
+    code, shown = script(tmp_path / called, recipes, "--nodes", "2", "--dry-run")
+    assert code == 0 and shown.count(f" {tmp_path}/linked/slurm/train.sbatch ") == 2, shown
+
+
+@pytest.mark.parametrize("logs", ["linked/logs", "/linked/logs", ""])
+def test_logs_are_where_they_were_asked_for(logs, script, recipes, tmp_path):
+    """Likewise: all nodes write there, and look for the stop file."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    asked = f"{tmp_path}{logs}" if logs.startswith("/") else logs
+    words = ["dpo", recipes / "dpo.yaml", "--container", "x.sqsh", "--skip-preflight"]
+    script("train.sbatch", *words, **INSIDE, RLHF_CONTAINER_RUNTIME="pyxis", RLHF_LOGS=asked)
+    main = next(call for call in script.calls() if "node.sh" in call)
+    assert f"node.sh {tmp_path}/{logs.lstrip('/') or 'logs'}/rlhf-7/attempt-1 " in main
 
 
 def test_pipeline_submits_nothing_where_a_recipe_is_wrong(script, recipes, tmp_path):

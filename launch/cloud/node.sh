@@ -28,6 +28,8 @@ say() { echo "[node $rank of $nodes] $*"; }
 die() { echo "node.sh: $*" >&2; exit 2; }
 
 main() {
+  [ -z "${PREFLIGHT:-}" ] || [ "$PREFLIGHT" = "${RLHF_PREFLIGHT:-}" ] ||
+    die "RLHF_PREFLIGHT is read in place of PREFLIGHT; set that, and unset PREFLIGHT"
   find_place
   find_python
   command -v "$python" > /dev/null || die "no $python; run launch/cloud/setup.sh on each node"

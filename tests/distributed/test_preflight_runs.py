@@ -21,8 +21,6 @@ def can_mount():
 
 
 def can_make_hosts():
-    if not shutil.which("ip") or not shutil.which("unshare"):
-        return False
     made = subprocess.run(["ip", "netns", "add", f"rlhf-{os.getpid()}"], capture_output=True).returncode == 0
     subprocess.run(["ip", "netns", "del", f"rlhf-{os.getpid()}"], capture_output=True)
     return made
@@ -184,8 +182,10 @@ def test_disk_that_wont_do(options, expected, recipe, tiny_llama, few_pairs, tmp
 @pytest.fixture
 def two_hosts():
     """Two network namespaces on a wire, n1 at 10.99.0.1 and n2 at 10.99.0.2, with names of their own; as root."""
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("not installed: `ip` or `unshare` (apt-get install iproute2 util-linux)")
     if not can_make_hosts():
-        pytest.skip("may not make network namespaces (no root, or no `ip`)")
+        pytest.skip("may not make network namespaces (no root)")
     names = [f"rlhf-{os.getpid()}-n1", f"rlhf-{os.getpid()}-n2"]
     script = """
         ip netns add $1; ip netns add $2

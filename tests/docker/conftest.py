@@ -81,8 +81,10 @@ def base(daemon):
         return os.environ["RLHF_TEST_BASE"]
     if daemon("image", "inspect", "rlhf-test-base", check=False).returncode == 0:
         return "rlhf-test-base"
-    if os.geteuid() != 0 or not shutil.which("debootstrap"):
-        pytest.skip(f"no base image: debootstrap (as root) makes one ({NEEDED}), or name one in RLHF_TEST_BASE")
+    if os.geteuid() != 0:
+        pytest.skip("no base image, and only root can make one; name one in RLHF_TEST_BASE")
+    if not shutil.which("debootstrap"):
+        pytest.skip(f"no base image: debootstrap makes one ({NEEDED}), or name one in RLHF_TEST_BASE")
     with tempfile.TemporaryDirectory() as folder:
         words = ["bash", "-c", MAKE_BASE, "-", folder, debian_mirror(), CERTIFICATES]
         done = subprocess.run(words, capture_output=True, text=True, timeout=600)

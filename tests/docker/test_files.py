@@ -55,12 +55,59 @@ def test_compose_gives_gpus():
         assert (name == "tensorboard") == (reserved == [])
 
 
+GPUS = ("compose.yaml", "compose.gpu.yaml")
+
+
+@pytest.mark.parametrize(
+    ("files", "variables", "refused", "warned"),
+    [
+        (GPUS, {"PROCESSES": "8"}, {"train": "PROCESSES", "node-0": "PROCESSES", "node-1": "PROCESSES"}, {}),
+        (GPUS, {"PROCESSES": "8", "RLHF_PROCESSES": "4"}, {}, {}),
+        (GPUS, {"NODE_0_GPUS": "0,1"}, {"node-0": "NODE_0_GPUS"}, {}),
+        (GPUS, {"NODE_1_GPUS": "2,3"}, {"node-1": "NODE_1_GPUS"}, {}),
+        (GPUS, {"TENSORBOARD_PORT": "7007"}, {"tensorboard": "TENSORBOARD_PORT"}, {}),
+        (GPUS, {"STAGE": "production", "GPU": "1"}, {}, {"node-0": "STAGE", "node-1": "STAGE", "quickstart": "GPU"}),
+        (GPUS[:1], {"NODE_0_GPUS": "0,1", "GPU": "1"}, {}, {}),  # without GPUs they never had an effect
+    ],
+)
+def test_variables_under_their_old_names(files, variables, refused, warned, tmp_path):
+    """What the services' containers say first; for two names that may be anybody's it is a warning."""
+    old = {name: "" for name in ("PROCESSES", "NODE_0_GPUS", "NODE_1_GPUS", "TENSORBOARD_PORT", "STAGE", "GPU")}
+    blank = old | {f"RLHF_{name}": "" for name in old}
+    for name, service in settings(*files, **blank | variables).items():
+        env = {key: value for key, value in os.environ.items() if not key.startswith("RLHF_")}
+        env |= {key: value for key, value in service["environment"].items() if value} | {"TMPDIR": str(tmp_path)}
+        done = subprocess.run([str(DOCKER / "entrypoint.sh"), "bash", "-c", "exit 7"], env=env, cwd=tmp_path,
+                              capture_output=True, text=True)  # fmt: skip
+        lines = []
+        if name in refused:
+            lines = [f"docker/compose*.yaml reads RLHF_{refused[name]} in place of {refused[name]}; set that, or unset {refused[name]}"]  # fmt: skip
+        elif name in warned:
+            lines = [f"{warned[name]} is set and not read; if it is meant for docker/compose*.yaml: RLHF_{warned[name]}"]  # fmt: skip
+        assert done.stderr == "".join(f"rlhf: {line}\n" for line in lines), name
+        assert done.returncode == (2 if name in refused else 7), name
+
+
 def test_what_the_files_call_is_there():
     """Recipes, launch files and commands that the documentation names."""
     for text in [(DOCKER / name).read_text() for name in ("README.md", "compose.yaml", "Dockerfile", "apptainer.def")]:
         for path in re.findall(r"(?<![\w/-])(?:launch|configs|docker|slurm)/[\w./-]*\w", text):
             if not path.startswith("configs/mine"):
                 assert (ROOT / path).exists(), path
+
+
+def test_the_tests_that_the_image_runs_need_nothing_that_is_not_in_it():
+    text = (DOCKER / "Dockerfile").read_text()
+    copied = {name for names in re.findall(r"^COPY ((?:[\w.]+ )+)(?:\./|\w+/)$", text, re.M) for name in names.split()}
+    assert {"rlhf", "launch", "configs", "tests", "LICENSE"} <= copied and not copied & {"slurm", "docker", "docs"}
+    command = json.loads(re.search(r'CMD (\["python", "-m", "pytest"[^]]*\])', text)[1].replace("\\\n", ""))
+    paths = [ROOT / word for word in command if word.startswith("tests/")]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    assert len(paths) == 12 and all(path.exists() for path in paths) and len(files) > 40
+    for file in files:
+        # ROOT / "slurm", Path(__file__).parent.parent / "docs" / ...
+        used = re.findall(r'(?:\bROOT|\.parent\.parent) / "([^"/]+)', file.read_text(encoding="utf-8"))
+        assert set(used) <= copied, file
 
 
 def test_nothing_but_what_is_named_goes_to_the_daemon():
