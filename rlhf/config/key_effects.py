@@ -139,7 +139,7 @@ ONLY_WITH = {
     "max_eval_examples": Needs(
         _HELD_OUT, lambda values: any(values.get(key) for key in _HELD_OUT), "without heldout, dataset_test_split or eval_dataset_name"
     ),
-    "reference_model": _among("reference", "cached", ("nf4",), "without `reference: nf4`"),
+    "reference_model": _among("reference", "cached", ("cached", "nf4"), "without `reference: cached` or `nf4`"),
     "max_reference_bias_nats": _among("reference", "cached", ("nf4",), "without `reference: nf4`"),
     "reference_cache": _among("reference", "cached", ("cached",), "without `reference: cached`"),
     # LoRA and quantisation

@@ -73,7 +73,8 @@ class StageConfig:
     reference_model: str | None = field(
         default=None,
         metadata={
-            "help": "DPO with `reference: nf4`: a reference model other than the policy before its first update."
+            "help": "DPO with `reference: cached` (in full precision) or `nf4`: a reference model other than the policy before "
+            "its first update."
         },
     )
     max_reference_bias_nats: float = field(

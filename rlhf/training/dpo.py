@@ -8,6 +8,8 @@ step runs the reference model, which depends on the policy:
                                          disabled it would be the model before SFT
     a full model, fully fine-tuned       a second copy of it
 Either way the run first checks it (start_check.py): at step 0 the loss must be ln 2, up to numerical noise.
+With `reference_model:` the cached log-probabilities are those of another model, which is loaded, sharded as the engine
+shards, for that one pass (another_reference); the loss then need not start at ln 2.
 `reference: nf4` loads a separate 4-bit reference model, for references other than the policy's starting point. It is
 never exact, so its bias is measured, printed and bounded before training.
 """
@@ -15,14 +17,19 @@ never exact, so its bias is measured, printed and bounded before training.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf.data.formats import preference_rows
-from rlhf.distributed.processes import say
+from rlhf.distributed.processes import on_main, say
 from rlhf.distributed.sharding import num_elements
-from rlhf.errors import UserError
+from rlhf.errors import UserError, quote
+from rlhf.runs.folder import MERGED_REFERENCE
 from rlhf.runs.stop import Stopper
 from rlhf.training.sft import load
 from rlhf.training.stage import Plan, Stage
@@ -61,8 +68,50 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     return trainer
 
 
+@contextlib.contextmanager
+def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator[str]:
+    """Inside the block `trainer.ref_model` is the recipe's reference_model, in full precision; yields its files' digest.
+
+    A collective that all ranks must call.
+    """
+    from trl.models import prepare_deepspeed
+    from trl.trainer.utils import add_fused_lm_head
+
+    from rlhf.models.digests import weights_digest
+    from rlhf.models.loading import load_policy
+    from rlhf.models.on_disk import shard_model
+    from rlhf.packing import pack_backbone
+
+    args, name = cast("DPOConfig", plan.args), reference_name(plan)
+    merged = Path(str(args.output_dir)) / MERGED_REFERENCE
+    full = dataclasses.replace(plan.model_args, load_in_4bit=False, load_in_8bit=False)
+    say(f"  reference {plan.stage_args.reference_model}, loaded for one pass; the loss need not start at ln 2")
+    model: Any = load_policy(name, trainer.processing_class, full, args.trust_remote_code, False, merged)
+    model = model.eval().requires_grad_(False)
+    add_fused_lm_head(model)  # as TRL's trainer calls it
+    if trainer.is_fsdp_enabled:
+        shard_model(model, trainer.accelerator)
+    if packed:
+        pack_backbone(model, "pairs")
+    engine: Any = None
+    if trainer.is_deepspeed_enabled:
+        model = engine = prepare_deepspeed(model, trainer.accelerator)
+    elif not trainer.is_fsdp_enabled:
+        model = model.to(args.device)
+    trainer.ref_model = model
+    try:
+        yield weights_digest(name)
+    finally:
+        trainer.ref_model = None
+        if engine is not None:
+            engine.destroy()
+        del model, engine
+        gc.collect()
+        on_main(lambda: shutil.rmtree(merged, ignore_errors=True))
+
+
 def reference_name(plan: Plan) -> str:
-    """The located model that the 4-bit reference is quantised from."""
+    """The located model that the reference is, or is quantised from."""
     from rlhf.models.folder import locate
 
     name = plan.stage_args.reference_model
@@ -129,6 +178,8 @@ def check_reference(plan: Plan) -> None:
             f"{recipe.where('sync_ref_model')}: sync_ref_model updates the reference during training; set "
             "`reference: online`"
         )
+    if stage_args.reference_model:
+        check_same_tokens(plan)
     if stage_args.reference == "nf4":
         from rlhf.models.folder import is_adapter
 
@@ -149,6 +200,28 @@ def check_reference(plan: Plan) -> None:
             f"note: the loss {' and '.join(local)} is computed per micro-batch (it sorts the pairs or counts the "
             "tokens in it): its value depends on how the global batch is split into micro-batches"
         )
+
+
+def check_same_tokens(plan: Plan) -> None:
+    """Reject a reference model whose tokenizer gives the policy's tokens other ids: it would score other texts."""
+    from transformers import AutoTokenizer
+
+    names = plan.model_name, reference_name(plan)
+    policy, reference = (
+        AutoTokenizer.from_pretrained(name, trust_remote_code=plan.args.trust_remote_code).get_vocab() for name in names
+    )
+    shared = policy.keys() & reference.keys()
+    differ = next((token for token in sorted(shared) if policy[token] != reference[token]), None)
+    added = len(policy.keys() ^ reference.keys())
+    if differ is not None or added > MAX_ADDED_TOKENS:
+        found = f"{quote(differ)} has another id" if differ is not None else f"{added} tokens are in one of them only"
+        raise UserError(
+            f"{plan.recipe.where('reference_model')}: the tokenizer of {plan.stage_args.reference_model} is not that of the policy "
+            f"({found}), so it would score other texts; name a reference of the same family"
+        )
+
+
+MAX_ADDED_TOKENS = 16  # special tokens that a chat template has added
 
 
 def check_same_adapter(plan: Plan) -> None:
@@ -176,11 +249,14 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False
+        _other_model = (
+            contextlib.ExitStack()
+        )  # holds a reference_model while TRL's constructor has the reference computed
         _source = ""  # the digest of the reference's files, for training and held-out rows
         reference_seconds = 0.0  # time spent on the cached reference, for bench/
 
         def __init__(self, **kwargs):
-            with without_hashing(), sharding_by_layer():
+            with self._other_model, without_hashing(), sharding_by_layer():
                 super().__init__(**kwargs)
             self._make_ready()
 
@@ -196,6 +272,10 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             path = "packed" if self.is_packed else str(self.model.config._attn_implementation)
             folder = plan.stage_args.reference_cache
             started = time.perf_counter()
+            if plan.stage_args.reference_model and not self._source:
+                self._source = self._other_model.enter_context(
+                    another_reference(cast("DPOTrainer", self), plan, self.is_packed)
+                )
             self._source = self._source or weights_digest(str(plan.merged_start or plan.model_name), plan.model_commit)
             found = add_reference_logps(self, dataset, self._source, path, Path(folder) if folder else None, stopper)
             self.reference_seconds += time.perf_counter() - started
@@ -210,7 +290,8 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             return super()._prepare_inputs(inputs) | {name: x.to(self.args.device) for name, x in exact.items()}
 
         def training_step(self, model, inputs, *args, **kwargs):
-            if not self._start_checked and self.state.global_step == 0 and plan.reference != "nf4":
+            own = plan.reference != "nf4" and not plan.stage_args.reference_model
+            if not self._start_checked and self.state.global_step == 0 and own:
                 check_start(cast("CheckedTrainer", self), model, inputs)
             self._start_checked = True
             return super().training_step(model, inputs, *args, **kwargs)
@@ -247,7 +328,10 @@ def sharding_by_layer():
         return model.eval()
 
     before = dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path
-    dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path = prepare_fsdp, lambda *args, **options: None
+    dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path = (
+        prepare_fsdp,
+        cast(Any, lambda *args, **options: None),
+    )
     try:
         yield
     finally:

@@ -78,6 +78,8 @@ def read_inputs(
     digests = dict(data.digests)
     if not waits:
         digests["model_name_or_path"] = model_digest(name)
+    if reference := recipe.values.get("reference_model"):
+        digests["reference_model"] = model_digest(reference)
     run = open_run(recipe, digests)
     if not run.complete:
         check_extras(recipe)

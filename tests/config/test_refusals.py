@@ -308,7 +308,7 @@ NO_EFFECT = (
     ("dpo", "max_tokens_per_device: 99", "#:5: 'max_tokens_per_device' has no effect without global_batch_size; change that, or remove max_tokens_per_device"),
     ("dpo", "lora_r: 8", "without `use_peft: true`: all weights are trained"),
     ("dpo", "bnb_4bit_quant_type: fp4", "without `load_in_4bit: true`"),
-    ("dpo", "reference_model: x", "without `reference: nf4`"),
+    ("dpo", "reference: online\nreference_model: x", "without `reference: cached` or `nf4`"),
     ("dpo", "reference: online\nreference_cache: x", "#:6: 'reference_cache' has no effect without `reference: cached`"),
     ("dpo", "global_batch_size: 8\ndataloader_drop_last: true", "#:6: 'dataloader_drop_last' has no effect with global_batch_size"),
     ("dpo", "global_batch_size: 8\ndataloader_in_order: false", "#:6: 'dataloader_in_order' has no effect with global_batch_size"),

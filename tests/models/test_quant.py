@@ -186,7 +186,10 @@ def test_another_model_as_reference(recipe, llama_64, tiny_llama, few_pairs, tmp
     ("values", "sentence"),
     [
         ({"use_peft": True, "load_in_4bit": True}, "a QLoRA policy already provides its exact 4-bit reference"),
-        ({"reference": "cached", "reference_model": "x"}, "'reference_model' has no effect without `reference: nf4`"),
+        (
+            {"reference": "online", "reference_model": "x"},
+            "'reference_model' has no effect without `reference: cached` or `nf4`",
+        ),
         ({"reference_model": "/nowhere/at/all"}, "'/nowhere/at/all' is not a local folder"),
     ],
 )

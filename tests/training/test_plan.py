@@ -35,7 +35,7 @@ CASES = {
     "no example is short enough": ("dpo", {"max_length": 8}, "max_length", "leaves no training example"),
     "an example longer than a device's tokens": ("dpo", {"max_length": 256, "global_batch_size": 4, "max_tokens_per_device": 64}, "max_tokens_per_device", "the longest example, "),
     "moving reference": ("dpo", LORA | {"sync_ref_model": True}, "sync_ref_model", "remove `use_peft`"),
-    "reference model": ("dpo", {"reference_model": "x"}, "reference_model", "no effect without `reference: nf4`"),
+    "reference model": ("dpo", {"reference": "online", "reference_model": "x"}, "reference_model", "no effect without `reference: cached` or `nf4`"),
 }  # fmt: skip
 
 

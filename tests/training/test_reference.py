@@ -459,6 +459,63 @@ def test_full_fine_tuning_needs_no_second_model(recipe, tiny_llama, few_pairs, t
     assert len(loaded) == 3
 
 
+def test_another_reference_model_through_the_cache(recipe, tiny_llama, few_pairs, tmp_path, computed, capsys):
+    """A second round: from the first's policy, against the model that both started from. Its values are those of a run that
+    starts from that model, also where it is an adapter; and it is gone when training begins."""
+    common = dict(dataset_name=few_pairs)
+    first = {"merge_adapter": True, "learning_rate": 1e-2, "model_name_or_path": tiny_llama}
+    dpo(recipe, tmp_path, "first", **common | first)
+    second = common | {"model_name_or_path": str(tmp_path / "first"), "reference_model": tiny_llama}
+    rows = dpo(recipe, tmp_path, "second", **second)
+    assert computed == [12] and abs(rows[0]["loss"] - math.log(2)) > 1e-3
+    assert "loaded for one pass; the loss need not start at ln 2" in capsys.readouterr().out
+    dpo(recipe, tmp_path, "again", **second | {"reference_cache": str(tmp_path / "other")})
+    (kept,), (made,) = (Path(folder).glob("*/*.safetensors") for folder in (tmp_path / "reference", tmp_path / "other"))
+    assert computed == [12, 12] and kept.read_bytes() == made.read_bytes()
+
+    run = main(["sft", recipe("sft", model_name_or_path=tiny_llama, output_dir=str(tmp_path / "sft"), merge_adapter=False,
+                              max_steps=1, **common, **LORA)])  # fmt: skip
+    assert run == 0
+    dpo(recipe, tmp_path, "adapter", **second | {"reference_model": str(tmp_path / "sft")})
+    assert computed == [12, 12, 12] and not list((tmp_path / "adapter").glob(".merged*"))
+
+
+@pytest.mark.parametrize(
+    "launch_file",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("ddp.yaml", "zero2.yaml", "zero3.yaml", "fsdp2.yaml")],
+)
+def test_another_reference_model_under_each_engine(launch_file, recipe, tiny_llama, few_pairs, tmp_path):
+    first = recipe("dpo", name="first", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "first"),
+                   max_steps=1, learning_rate=1e-2, use_peft=False)  # fmt: skip
+    assert main(["dpo", first]) == 0
+    losses = []
+    for number, processes in (("one", 1), ("two", 2)):
+        second = recipe("dpo", name=number, model_name_or_path=str(tmp_path / "first"), dataset_name=few_pairs, max_steps=2,
+                        output_dir=str(tmp_path / number), reference_model=tiny_llama, global_batch_size=4,
+                        reference_cache=str(tmp_path / f"cache-{number}"), use_peft=False)  # fmt: skip
+        Path(second).write_text(
+            "".join(x for x in Path(second).read_text().splitlines(True) if "per_device_train" not in x)
+        )
+        if processes == 1:
+            assert main(["dpo", second]) == 0
+        else:
+            done = forked.launch(2, "dpo", second, launch_file=launch_file)
+            assert done.returncode == 0, done.stderr[-3000:]
+        losses.append([row["loss"] for row in read_metrics(tmp_path / number) if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 2
+
+
+def test_a_reference_of_another_tokenizer_is_refused(recipe, tiny_llama, tiny_gpt2, few_pairs, tmp_path, capsys):
+    file = recipe("dpo", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "o"), reference_model=tiny_gpt2)  # fmt: skip
+    assert main(["dpo", file]) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"the tokenizer of {tiny_gpt2} is not that of the policy (" in told
+        and "name a reference of the same family" in told
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_wrong_value_is_caught_before_the_first_step(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
     """A file that is whole and says something wrong: DPO would not start at ln 2."""
     decode_right = reference.decode
