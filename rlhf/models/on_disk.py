@@ -140,18 +140,18 @@ def _load_shards(accelerator, model, values: dict[str, Any], index: dict[str, An
     Args:
         values: by name, the same on all ranks, or place-holders for what is on disk.
     """
-    loaded, tied = {}, dict[int, Any]()  # by the storage of the value
+    loaded, tied = {}, dict[Any, Any]()  # by the value's memory: what a file maps shares a storage, and is not tied
     for name, parameter in model.state_dict().items():
         value, device = values[name], "cpu" if cpu_offload else accelerator.device
         if not is_sharded(parameter):
             loaded[name] = value.to(device)
-        elif (storage := value.untyped_storage().data_ptr()) in tied:
-            loaded[name] = tied[storage]
+        elif value.numel() and (place := (value.data_ptr(), value.shape)) in tied:
+            loaded[name] = tied[place]
         elif (entry := index.get(_name_on_disk(name))) and is_place_holder(value):
             loaded[name] = _shard(parameter, device, functools.partial(_read, entry))
         else:
             loaded[name] = _shard(parameter, device, value.__getitem__)
-        tied[value.untyped_storage().data_ptr()] = loaded[name]
+        tied[value.data_ptr(), value.shape] = loaded[name]
     model.load_state_dict(loaded, assign=True)
 
 
