@@ -25,7 +25,6 @@ from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_
 from rlhf.preflight.judge_storage import judge_folder, judge_memory, judge_paths, judge_write
 from rlhf.preflight.probes import (
     MODEL_KEYS,
-    count_weights,
     describe,
     disk_facts,
     look_at_paths,
@@ -33,7 +32,6 @@ from rlhf.preflight.probes import (
     nearest_folder,
     remove_canary,
     sees_canary,
-    training_bytes,
     write_canary,
     write_speed,
 )
@@ -43,6 +41,7 @@ from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.lineage import maker_of
 from rlhf.training.checks import bytes_needed, refuse_damaged
 from rlhf.training.plan import merges
+from rlhf.training.room import count_weights, training_room
 
 if TYPE_CHECKING:
     import torch
@@ -252,8 +251,8 @@ class Checks:
         if source := model_folder(recipe):
             parameters, on_disk = count_weights(source)
             on_cpu = reports[0]["device"]["kind"] == "cpu"
-            needed = training_bytes(parameters, on_disk, recipe, topology_of_environment(), self.ranks.world, on_cpu)
-            self.rows.append(judge_memory(needed, parameters, reports, self.ranks.hosts))
+            needed = training_room(parameters, on_disk, recipe, topology_of_environment(), self.ranks.world, on_cpu)
+            self.rows.append(judge_memory(needed.total, parameters, reports, self.ranks.hosts))
 
     def check_network(self, device: dict[str, Any], reports: list[dict]) -> None:
         """Exchange tensors, unless earlier errors rule it out."""

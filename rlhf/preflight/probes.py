@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import math
 import os
 import platform
 import re
 import shutil
 import socket
-import struct
 import sys
 import time
 import urllib.parse
@@ -21,10 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from rlhf.config.build import default_dtype
 from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
-from rlhf.distributed.topology import Topology
 from rlhf.models.embedded import NAME, PREFIX, cache_dir
 from rlhf.runs.lineage import maker_of, sibling_that_makes
 from rlhf.runs.provenance import environment
@@ -276,40 +271,3 @@ def model_folder(recipe: Recipe) -> Path | None:
         name = (read_recipe(made_by[1]) or {}).get("model_name_or_path")
         name = name if isinstance(name, str) else ""
     return None
-
-
-def count_weights(folder: Path) -> tuple[int, int]:
-    """(parameters, their bytes) of a model on disk, from the headers of its safetensors files, without reading weights."""
-    number = num_bytes = 0
-    for path in folder.glob("*.safetensors"):
-        if not path.is_file():  # a dangling link
-            continue
-        with open(path, "rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        number += sum(math.prod(tensor["shape"]) for tensor in tensors)
-        num_bytes += sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
-    return number, num_bytes
-
-
-def training_bytes(
-    parameters: int, bytes_on_disk: int, recipe: Recipe, topology: Topology, world: int, on_cpu: bool
-) -> int:
-    """Bytes of weights, gradients and Adam's two moments per device, without activations: a lower bound.
-
-    fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5, LoRA's base on a GPU what it takes on disk: see
-    `default_dtype`); trained weights take as much again for the gradient and twice as much for Adam. ZeRO-1 shards Adam's moments over the ranks, ZeRO-2 also the gradients, ZeRO-3
-    and FSDP2 all three.
-    """
-    one = 2.0 if recipe.get("dtype") in ("bfloat16", "float16") else 4.0
-    if default_dtype(recipe, on_cpu, bf16=True) == "auto":
-        one = bytes_on_disk / max(parameters, 1)
-    held = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else one
-    trained = 0.0 if recipe.uses_lora else one
-    weights, gradients, adam = parameters * held, parameters * trained, parameters * trained * 2
-    stage = 3 if topology.engine == "FSDP" else topology.zero_stage
-    if topology.offload:
-        weights = weights if stage < 3 else 0.0
-        adam = 0.0
-    share = [1.0 if stage < least else 1.0 / world for least in (3, 2, 1)]
-    return int(weights * share[0] + gradients * share[1] + adam * share[2])

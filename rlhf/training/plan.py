@@ -36,6 +36,7 @@ from rlhf.training.plan_checks import (
     decide_max_length,
     load_plan_tokenizer,
 )
+from rlhf.training.room import check_memory
 from rlhf.training.stage import Plan, Stage
 
 
@@ -123,6 +124,8 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     )  # fmt: skip
     for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
         check(plan)
+    if topology.started:
+        check_memory(plan)
     tokenizer = load_plan_tokenizer(plan)
     packs = check_modules(plan)
     check_examples(plan, tokenizer, packs)

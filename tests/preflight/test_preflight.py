@@ -1,29 +1,24 @@
 """Preflight's arithmetic and judgement, with values worked out by hand; real processes: tests/distributed/."""
 
 import errno
-import json
-import struct
 from types import SimpleNamespace
 
 import pytest
 
 from rlhf.__main__ import main
 from rlhf.config.recipe import Recipe
-from rlhf.distributed.topology import Topology
 from rlhf.preflight.bandwidth import bus_bandwidth, interface_speed, link_of, run_bounded, used_interfaces
 from rlhf.preflight.judge_hosts import host_rows, judge_devices, judge_nodes, judge_versions
 from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_interfaces, speed_row
 from rlhf.preflight.judge_storage import judge_folder, judge_memory, judge_paths, judge_write
 from rlhf.preflight.preflight import _mistakes, print_table
 from rlhf.preflight.probes import (
-    count_weights,
     disk_words,
     driver_version,
     hub_answers,
     look_at,
     nearest_folder,
     sees_canary,
-    training_bytes,
     write_speed,
 )
 from rlhf.preflight.rendezvous import clock_offset, majority, spans, who
@@ -117,50 +112,6 @@ def test_run_bounded():
     assert run_bounded(lambda: None, 60) is True
     assert run_bounded(never.wait, 0.1) is False
     never.set()
-
-
-@pytest.mark.parametrize(
-    "values, topology, world, expected",
-    [
-        ({}, Topology("DDP"), 4, 16_000),  # 1000 x (4 weight + 4 gradient + 8 Adam)
-        ({"dtype": "bfloat16"}, Topology("DDP"), 4, 8_000),
-        ({"use_peft": True}, Topology("DDP"), 4, 4_000),
-        ({"use_peft": True, "load_in_4bit": True}, Topology("DDP"), 4, 500),
-        ({}, Topology("DeepSpeed", 1), 4, 10_000),  # 4000 + 4000 + 8000 / 4
-        ({}, Topology("DeepSpeed", 2), 4, 7_000),  # 4000 + (4000 + 8000) / 4
-        ({}, Topology("DeepSpeed", 3), 4, 4_000),
-        ({}, Topology("FSDP", fsdp_version=2), 4, 4_000),
-        ({}, Topology("DeepSpeed", 3, offload=True), 4, 1_000),  # gradients alone stay on the device
-    ],
-)
-def test_training_bytes(values, topology, world, expected):
-    recipe = Recipe("dpo", "r.yaml", values, {})
-    assert training_bytes(1000, 2000, recipe, topology, world, on_cpu=True) == expected
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"use_peft": True}, 2_000),  # a base in bfloat16 stays so on a GPU
-        ({"use_peft": True, "dtype": "float32"}, 4_000),
-        ({"use_peft": True, "load_in_4bit": True}, 500),
-        ({}, 16_000),  # fp32 masters
-    ],
-)
-def test_training_bytes_on_a_gpu(values, expected):
-    recipe = Recipe("dpo", "r.yaml", values, {})
-    assert training_bytes(1000, 2000, recipe, Topology("DDP"), 4, on_cpu=False) == expected
-
-
-def test_count_weights_reads_headers_only(tmp_path):
-    header = {
-        "__metadata__": {"format": "pt"},
-        "a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]},
-        "b": {"dtype": "F32", "shape": [5], "data_offsets": [48, 68]},
-    }
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)  # not one weight behind it
-    assert count_weights(tmp_path) == (17, 17 * 4)
 
 
 # --- hosts and versions ----------------------------------------------------------------------------------------------
