@@ -145,6 +145,13 @@ TRANSFORMERS = [
     *_of("transformers.modeling_utils", "", "models/on_disk.py", {
         "accelerate_dispatch model hf_quantizer device_map offload_folder offload_index": "loading a model in shards under FSDP2",
     }),
+    *_of("transformers.modeling_utils", "", "models/saving.py", {
+        "accelerate_dispatch model hf_quantizer device_map offload_folder offload_index": "comparing a finished model on the GPU",
+    }),
+    *_of("transformers.modeling_utils", "PreTrainedModel", "models/saving.py", {
+        "_skip_keys_device_placement": "comparing a finished model on the GPU",
+    }),
+    *_of("accelerate", "", "models/saving.py", {"dispatch_model": "comparing a finished model on the GPU"}),
     *_of("transformers.core_model_loading", "", "models/on_disk.py", {
         "spawn_materialize thread_pool tensor": "loading a model in shards under FSDP2",
     }),

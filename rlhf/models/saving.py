@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -147,21 +148,51 @@ def _saved(files, digest, dtype, expected, difference, before) -> Saved:
 
 
 def offloaded_logits(folder: Path, probe: list[list[int]], reward: bool, device) -> list[torch.Tensor]:
-    """Logits of the written model, loaded as anyone would, but with each layer read from disk when it is computed."""
+    """Logits of the written model, loaded as anyone would, but with each layer read from disk when it is computed.
+
+    On the GPU, whose memory training has left almost full: where a layer finds no room, on the CPU.
+    """
+    try:
+        return _offloaded_logits(folder, probe, reward, str(device))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return _offloaded_logits(folder, probe, reward, "cpu")
+
+
+def _offloaded_logits(folder: Path, probe: list[list[int]], reward: bool, device: str) -> list[torch.Tensor]:
     from rlhf.models.tokenizer import load_tokenizer
 
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     beside = folder / "offloaded"  # only for layouts that transformers converts
-    with loading_unsharded():
-        model = auto.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, device_map={"": "disk"}, offload_folder=beside
-        )
+    options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": beside}
+    with loading_unsharded(), _computing_on(device):
+        model = auto.from_pretrained(folder, dtype="auto", use_safetensors=True, **options)
     try:
         fit_tokenizer(model, load_tokenizer(str(folder), encoder=reward))
         return probe_logits(model, probe, device)
     finally:
         del model
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _computing_on(device: str) -> Iterator[None]:
+    """Where a model that is all on disk computes. transformers 5.23 doesn't hand that on: it would be the CPU, for hours."""
+    from accelerate import dispatch_model
+    from transformers import modeling_utils
+
+    def dispatch(model, hf_quantizer, device_map, offload_folder, offload_index, offload_buffers) -> None:
+        skipped = model._skip_keys_device_placement
+        dispatch_model(
+            model, device_map, main_device=device, offload_dir=offload_folder, offload_index=offload_index, skip_keys=skipped
+        )  # fmt: skip
+
+    before = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = dispatch
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = before
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

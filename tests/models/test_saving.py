@@ -157,6 +157,24 @@ def test_the_written_model_computes_with_one_layer_in_memory(model, tmp_path):
     assert probe_logits(load_finished(str(tmp_path))[0], PROBE)[1].shape == (1, 2, 600)
 
 
+def test_the_written_model_computes_where_it_was_trained(model, tmp_path, monkeypatch):
+    """And on the CPU where a GPU has no room for a layer."""
+    import accelerate
+
+    save_finished(*model, tmp_path, reward=False, merge=True, probe=PROBE)
+    asked, dispatch = [], accelerate.dispatch_model
+
+    def full(model, device_map, main_device, **options):
+        asked.append(main_device)
+        if main_device == "cuda:0":
+            raise torch.OutOfMemoryError
+        return dispatch(model, device_map, main_device=main_device, **options)
+
+    monkeypatch.setattr(accelerate, "dispatch_model", full)
+    found = offloaded_logits(tmp_path, PROBE, False, torch.device("cuda", 0))
+    assert asked == ["cuda:0", "cpu"] and torch.equal(found[0], probe_logits(model[0], PROBE)[0])
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_logits_that_are_no_numbers_are_noticed_in_any_row(row, model, tmp_path, monkeypatch):
     def damaged(*args):
