@@ -137,6 +137,7 @@ def _write_turn(turn: list[File], own: File | None, folder: Path, made_from: str
     failure, writer = "", None
     try:
         if own is not None:
+            folder.mkdir(parents=True, exist_ok=True)
             _note_of(folder / own.name).unlink(missing_ok=True)
             writer = Writer(folder / own.name, own.pieces)
     except OSError as error:
@@ -185,8 +186,17 @@ def _gather(value: Any) -> list[Any]:
 
 
 def take_notes(folder: Path, files: list[File]) -> dict[str, str]:
-    """The sha256 of each file, from the notes beside them, which are removed."""
-    found = {file.name: (read_json(_note_of(folder / file.name)) or {})["sha256"] for file in files}
+    """The sha256 of each file, from the notes beside them, which are removed.
+
+    Raises:
+        RunFailed: another rank has written a file that is not seen here.
+    """
+    found = {file.name: str((read_json(_note_of(folder / file.name)) or {}).get("sha256", "")) for file in files}
+    if missing := [name for name, digest in found.items() if not digest or not (folder / name).is_file()]:
+        raise RunFailed(
+            f"{folder / missing[0]} was written by another process but is not there for this one: the output folder must be on a "
+            "file system that all nodes share; copy it to one, and run the same command with that --output_dir"
+        )
     for name in found:
         _note_of(folder / name).unlink()
     return found

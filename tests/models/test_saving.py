@@ -15,7 +15,7 @@ from rlhf.models.inference import load_finished
 from rlhf.models.merge import Checkpoint, merge
 from rlhf.models.pieces import list_pieces
 from rlhf.models.saving import offloaded_logits, save_finished
-from rlhf.models.writing import PARTIAL, Writer, split_files, write_files, write_index
+from rlhf.models.writing import PARTIAL, Writer, split_files, take_notes, write_files, write_index
 
 PROBE = [[3, 4, 5], [6, 7]]
 
@@ -173,6 +173,14 @@ def test_the_written_model_computes_where_it_was_trained(model, tmp_path, monkey
     monkeypatch.setattr(accelerate, "dispatch_model", full)
     found = offloaded_logits(tmp_path, PROBE, False, torch.device("cuda", 0))
     assert asked == ["cuda:0", "cpu"] and torch.equal(found[0], probe_logits(model[0], PROBE)[0])
+
+
+def test_a_folder_that_not_all_ranks_share_is_named(model, tmp_path):
+    files = split_files(list_pieces(model[0], torch.float32), 20_000)
+    assert write_files(files, tmp_path) == ""
+    (tmp_path / files[1].name).unlink()  # it is on another node's disk
+    with pytest.raises(RunFailed, match=f"{files[1].name} was written by another process but is not there"):
+        take_notes(tmp_path, files)
 
 
 @pytest.mark.parametrize("row", [0, 1])
