@@ -82,6 +82,7 @@ TRANSFORMERS = [
         "_save_optimizer_and_scheduler output_dir": "checkpoints that any engine can read",
         "_prepare_for_training max_steps train_dataloader resume_from_checkpoint": "resuming under another engine",
         "_load_from_checkpoint resume_from_checkpoint model": "resuming under another engine",
+        "_load_best_model": "the best model of a run whose checkpoints any engine can read",
         "_load_scaler checkpoint": "the loss scale of a resumed fp16 run",
         "_evaluate trial ignore_keys_for_eval skip_scheduler": "stopping during an evaluation",
     }),

@@ -46,6 +46,20 @@ def reshard(model) -> None:
             module.reshard()
 
 
+@contextlib.contextmanager
+def plain_class(model):
+    """Inside the block the model is of its own class; FSDP2 makes another of it, in a module of torch's."""
+    from torch.distributed.fsdp import FSDPModule
+
+    found = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = found.__mro__[2]  # after (FSDPLlamaForCausalLM, FSDPModule)
+    try:
+        yield
+    finally:
+        model.__class__ = found
+
+
 def full_tensor(tensor):
     """The unsharded tensor of a DTensor (a collective that all ranks must enter); any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from rlhf.distributed.processes import rank, world_size
-from rlhf.files import sha256_of, write_file
+from rlhf.files import read_json, sha256_of, write_file
 from rlhf.models.counts import is_added
 from rlhf.models.embedded import cache_dir
-from rlhf.models.folder import base_of, is_adapter
+from rlhf.models.folder import base_of, is_adapter, weight_files, weights_damage
 
 
 def weights_digest(name: str, revision: str | None = None) -> str:
@@ -28,7 +28,7 @@ def weights_digest(name: str, revision: str | None = None) -> str:
     """
     folders = [local_folder(base_of(name), None if is_adapter(name) else revision)]
     folders += [Path(name)] if is_adapter(name) else []
-    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    files = [file for folder in folders for file in weight_files(folder)]
     mine = {n: file_digest(file) for n, file in enumerate(files) if n % world_size() == rank()}
     if world_size() > 1:
         from accelerate.utils import gather_object
@@ -49,12 +49,19 @@ def weights_in_memory(model) -> str:
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model's files: itself, or where the hub's are kept."""
+    """The folder of a model's files: itself, or where the hub's are kept, fetched if they are not there yet."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    with contextlib.suppress(OSError, ValueError):  # nothing of it, or not this revision
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if not weights_damage(folder, "model"):
+            return folder
+    configs = ["*.json"]  # first, since the index among them names the weights; others may lie beside them
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=configs))
+    shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {"": "model.safetensors"})
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*configs, *sorted(set(shards.values()))]))
 
 
 def file_digest(path: Path) -> str:

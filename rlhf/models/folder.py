@@ -28,6 +28,11 @@ def base_of(name: str) -> str:
     return base
 
 
+def revision_of(name: str, asked: str) -> str:
+    """The hub's revision to load: the recipe's `model_revision`; of a folder, and so of an adapter's base, `main`."""
+    return "main" if os.path.isdir(name) else asked
+
+
 def is_reward_model(name: str) -> bool:
     """Whether a local folder holds a sequence classifier, or an adapter for one."""
     for file, key, mark in (
@@ -104,6 +109,17 @@ def check_model_folder(folder: Path, where: str, made_by: str = "") -> None:
     damage = weights_damage(folder, "adapter_model" if is_adapter else "model")
     if damage:
         raise UserError(f"{where}: {damage}; {again}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model's or an adapter's weights are loaded from; not what may lie beside them."""
+    for stem in ("adapter_model", "model"):
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+        shards = (read_json(folder / f"{stem}.safetensors.index.json") or {}).get("weight_map")
+        if isinstance(shards, dict):
+            return [folder / name for name in sorted(set(shards.values())) if (folder / name).is_file()]
+    return []
 
 
 def weights_damage(folder: Path, stem: str) -> str:

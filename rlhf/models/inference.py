@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.errors import UserError, pip_install
 from rlhf.files import read_json
 from rlhf.models.folder import base_of, is_adapter
-from rlhf.models.loading import fit_tokenizer, keep_4bit_layout
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.loading import keep_4bit_layout
+from rlhf.models.tokenizer import fit_tokenizer, load_tokenizer
 
 GIB = 1 << 30
 # Beside the weights: 1 GiB of logits, and the cache of 16 prompts of 1,120 tokens (2.2 GiB in a Llama of 8B)

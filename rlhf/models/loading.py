@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.distributed.sharding import unsharded_shape, writable
-from rlhf.models.folder import is_adapter
+from rlhf.distributed.sharding import loading_unsharded
+from rlhf.models.folder import is_adapter, revision_of
+from rlhf.models.place_holders import make_place_holders
+from rlhf.models.tokenizer import fit_tokenizer
 
 
 def load_policy(
@@ -27,7 +31,7 @@ def load_policy(
     """
     options = _load_options(model_args, trust_remote_code)
     if not is_adapter(name) or not continue_adapter:
-        revision = _revision(name, model_args)
+        revision = revision_of(name, model_args.model_revision)
         name = _merged(name, merged, options)
         return _load(AutoModelForCausalLM, name, tokenizer, model_args, options | {"revision": revision})[0]
     from peft import PeftConfig, PeftModel
@@ -47,7 +51,7 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
         (model, names of the newly initialised modules, which must be fully trained and saved)
     """
     options = _load_options(model_args, trust_remote_code)
-    options |= {"num_labels": 1, "revision": _revision(name, model_args)}
+    options |= {"num_labels": 1, "revision": revision_of(name, model_args.model_revision)}
     return _load(AutoModelForSequenceClassification, _merged(name, merged, options), tokenizer, model_args, options)
 
 
@@ -74,17 +78,24 @@ def _load(auto, name: str, tokenizer, model_args, options: dict[str, Any]) -> tu
     if auto is AutoModelForSequenceClassification:
         logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": we do
     try:
-        reading: Any = on_disk.leaving_weights_on_disk() if lazy else contextlib.nullcontext({})
-        with reading as more:
+        with on_disk.leaving_weights_on_disk() if lazy else _loading_on_every_rank() as more:
             model, info = auto.from_pretrained(name, output_loading_info=True, **options, **more)
     finally:
         logging.set_verbosity(before)
     if lazy:
-        on_disk.place_holders(model)
+        make_place_holders(model)
+        on_disk.read_buffers(model)
         if len(tokenizer) > len(model.get_input_embeddings().weight):
             on_disk.read_embeddings(model)
     new = {key.rsplit(".", 1)[0] for key in info["missing_keys"] if key not in (model.all_tied_weights_keys or ())}
     return fit_tokenizer(keep_4bit_layout(model), tokenizer), sorted(new)
+
+
+@contextlib.contextmanager
+def _loading_on_every_rank() -> Iterator[dict[str, Any]]:
+    """Under FSDP: load on every rank alike. transformers would leave a new head of other ranks than 0 without values."""
+    with loading_unsharded() if os.environ.get("ACCELERATE_USE_FSDP") == "true" else contextlib.nullcontext():
+        yield {}
 
 
 def load_nf4(name: str, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False):
@@ -123,28 +134,3 @@ def _load_options(model_args, trust_remote_code: bool) -> dict[str, Any]:
     if quantization := get_quantization_config(model_args):
         options["quantization_config"] = quantization
     return options
-
-
-def _revision(name: str, model_args) -> str:
-    return "main" if Path(name).is_dir() else model_args.model_revision
-
-
-def fit_tokenizer(model, tokenizer):
-    """Resize the embeddings for an added pad token, and set pad and EOS in the model's configs."""
-    weight = model.get_input_embeddings().weight
-    rows = unsharded_shape(weight)[0]
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():  # a fixed value (the mean), so that two loads give the same model
-            for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-                with writable(layer.weight):
-                    layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        stops = model.generation_config.eos_token_id
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in (
-            stops if isinstance(stops, list) else [stops]
-        ):
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model

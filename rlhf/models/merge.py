@@ -5,42 +5,30 @@ The base is read as it was published, so an adapter that was trained on 4 bits i
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.console import plain_bars
-from rlhf.distributed.processes import on_main
+from rlhf.distributed.processes import is_main, on_main, world_size
 from rlhf.distributed.sharding import loading_unsharded
 from rlhf.errors import UserError
-from rlhf.files import free_bytes, read_json, sha256_of
-from rlhf.models.digests import local_folder
-from rlhf.models.folder import base_of, is_adapter, is_reward_model
-from rlhf.models.pieces import base_model, list_pieces
-from rlhf.models.tokenizer import load_tokenizer
-from rlhf.models.writing import (
-    PARTIAL,
-    digest_of,
-    place,
-    raise_failure,
-    split_files,
-    take_notes,
-    write_configs,
-    write_files,
-    write_index,
-)
+from rlhf.files import free_bytes, lock_file, sha256_of
+from rlhf.models.digests import local_folder, weights_digest
+from rlhf.models.folder import base_of, is_adapter, is_reward_model, weight_files
+from rlhf.models.pieces import base_model
+from rlhf.models.place_holders import make_place_holders
+from rlhf.models.tokenizer import fit_tokenizer, load_tokenizer
+from rlhf.models.writing import Written, write_model
 
-
-class Merged(NamedTuple):
-    """What `merge` has written: bytes by name, the dtype and the digest of the weights."""
-
-    files: dict[str, int]
-    dtype: str
-    weights_sha256: str
+MADE_FROM = ".made-from"  # in the folder of merge_for_training: what it was merged from
 
 
 def merge_command(adapter: str, out: str, dtype: str | None) -> None:
@@ -56,7 +44,7 @@ def merge_command(adapter: str, out: str, dtype: str | None) -> None:
         check_model_folder(Path(adapter), "ADAPTER")
     if is_adapter(adapter):
         base = locate(base_of(adapter), f"{adapter}/adapter_config.json")
-        found = Path(base).glob("*.safetensors") if os.path.isdir(base) else []
+        found = weight_files(Path(base)) if os.path.isdir(base) else []
         needed, free = sum(file.stat().st_size for file in found), free_bytes(Path(out).absolute())
         if free < needed:
             raise UserError(
@@ -72,13 +60,15 @@ def merge_command(adapter: str, out: str, dtype: str | None) -> None:
     print(f"next: rlhf chat {out}")
 
 
-def merge(adapter: str, out: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Merged | None:
+def merge(adapter: str, out: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Written | None:
     """Write `adapter` merged into its base, for plain transformers. A collective that all ranks must call.
+
+    It is written to OUT.partial beside `out`, which it becomes at the end. A call that was interrupted is continued by the
+    next with the same arguments; of another one nothing is kept.
 
     Args:
         adapter: a folder that PEFT can load.
-        out: a folder that holds no model yet; the files appear there when all are written. A call that was interrupted is
-            continued by the next with the same arguments.
+        out: a folder that is empty or does not exist.
         dtype: of the written weights; None: of the base's files.
 
     Returns:
@@ -89,22 +79,75 @@ def merge(adapter: str, out: Path, dtype: torch.dtype | None = None, trust_remot
     """
     if not is_adapter(adapter):
         raise UserError(f"{adapter} holds no adapter (no adapter_config.json); only an adapter can be merged")
-    if found := [path.name for path in out.iterdir() if path.name != PARTIAL] if out.is_dir() else []:
-        raise UserError(f"{out} is not empty ({sorted(found)[0]} is there); give a new folder")
-    return _merge(adapter, out, dtype, trust_remote_code)
+    if found := sorted(path.name for path in out.iterdir()) if out.is_dir() else []:
+        raise UserError(f"{out} is not empty ({found[0]} is there); give a new folder")
+    with _alone(out):
+        return _merge(adapter, out, dtype, trust_remote_code, _source(adapter, dtype))
 
 
 def merge_for_training(adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool = False) -> str:
     """The folder of the merged model that a run starts from, made when it is first asked for. A collective.
 
-    It is then loaded as any other model: sharded where the engine shards.
+    It is then loaded as any other model: sharded where the engine shards. One that was made from something else, by an
+    earlier run in the same output folder, is made again.
     """
-    if not (out / "config.json").is_file():  # which is moved into place last
-        _merge(adapter, out, dtype, trust_remote_code)
+    source = _source(adapter, dtype)
+    kept = [(out / MADE_FROM).read_text(encoding="utf-8") if (out / MADE_FROM).is_file() else ""]
+    if world_size() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(kept)  # rank 0 may be making it already
+    if kept[0] != source:
+        on_main(lambda: shutil.rmtree(out, ignore_errors=True))
+        _merge(adapter, out, dtype, trust_remote_code, source)
     return str(out)
 
 
-def _merge(adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> Merged | None:
+def _source(adapter: str, dtype: torch.dtype | None) -> str:
+    """What a merged model is made from: a digest of the adapter's and the base's weights, the adapter's config, the dtype."""
+    return f"{weights_digest(adapter)} {sha256_of(Path(adapter) / 'adapter_config.json')} {dtype}"
+
+
+def _merge(
+    adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool, source: str
+) -> Written | None:  # fmt: skip
+    base, model, tokenizer = open_adapter(adapter, trust_remote_code)
+    partial = out.with_name(f"{out.name}.partial")
+    written = write_model(model, tokenizer, partial, dtype or base.dtype, source, base.read)
+
+    def move() -> None:
+        (partial / MADE_FROM).write_text(source, encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()  # empty, as was checked
+        os.replace(partial, out)
+
+    on_main(move)
+    return written
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second `rlhf merge` away meanwhile."""
+    if not is_main():
+        yield
+        return
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        if not lock_file(file):
+            raise UserError(f"{out} is being written by another `rlhf merge`; wait for it, or give another folder")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def open_adapter(adapter: str, trust_remote_code: bool = False) -> tuple[Checkpoint, Any, Any]:
+    """(the base's files, a PeftModel without the base's weights, the tokenizer), ready to be merged.
+
+    Raises:
+        UserError: the base's files can't be merged tensor by tensor, or lack tokens of the adapter's tokenizer.
+    """
     reward = is_reward_model(adapter)
     tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code, encoder=reward)
     base = Checkpoint(base_of(adapter))
@@ -115,22 +158,8 @@ def _merge(adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code
             f"the tokenizer of {adapter} has {len(tokenizer)} tokens, but its base {base.name} only {rows} embeddings; set "
             "`merge_adapter: true` in the recipe that makes the adapter"
         )
-    dtype = dtype or base.dtype
-    partial, merged = out / PARTIAL, list[Merged]()
-    files = split_files(list_pieces(model, dtype, base.read))
-    on_main(lambda: partial.mkdir(parents=True, exist_ok=True))
-    made_from = f"{sha256_of(Path(adapter) / 'adapter_model.safetensors')} {base.name} {dtype}"
-    failure = write_files(files, partial, made_from)
-
-    def complete() -> None:
-        raise_failure(failure, partial)
-        write_configs(model, tokenizer, partial, dtype)
-        write_index(partial, files)
-        digest = digest_of(take_notes(partial, files))
-        merged.append(Merged(place(partial, out), str(dtype).removeprefix("torch."), digest))
-
-    on_main(complete)
-    return merged[0] if merged else None
+    fit_tokenizer(base_model(model), tokenizer)
+    return base, model, tokenizer
 
 
 def skeleton(adapter: str, base: Checkpoint, reward: bool, trust_remote_code: bool):
@@ -155,25 +184,20 @@ def skeleton(adapter: str, base: Checkpoint, reward: bool, trust_remote_code: bo
             f"the files of {base.name} hold no {missing[0]}: transformers converts this architecture when it loads, so it can't be "
             "merged tensor by tensor; set `merge_adapter: true` in the recipe that makes the adapter"
         )
-    _place_holders(model, trained)
+    make_place_holders(model)
+    _read_buffers(model, base)
     return PeftModel.from_pretrained(model, adapter)
 
 
-def _place_holders(model, trained: tuple[str, ...]) -> None:
-    """Give parameters on the meta device one element of memory each, or all of it where PEFT copies trained values to.
-
-    PEFT would move an adapter to the device of its base: to meta.
-    """
-    made: dict[int, torch.nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                size = parameter.shape if set(trained) & set(module_name.split(".")) else (1,) * parameter.dim()
-                tensor = torch.zeros(size, dtype=parameter.dtype).expand(parameter.shape)
-                made[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
+def _read_buffers(model, base: Checkpoint) -> None:
+    """Buffers that a file holds are copied from it; what it lacks is computed when the model loads, and not written."""
+    for prefix, module in model.named_modules():
+        for name in set(module._buffers) - module._non_persistent_buffers_set:
+            full = f"{prefix}.{name}".lstrip(".")
+            if base.key(full) is None:
+                module._non_persistent_buffers_set.add(name)
+            else:
+                module._buffers[name] = base.read(full)
 
 
 class Checkpoint:
@@ -187,9 +211,7 @@ class Checkpoint:
     def __init__(self, name: str):
         self.name = name
         folder = local_folder(name)
-        index = read_json(folder / "model.safetensors.index.json")
-        files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-        opened = [safe_open(folder / file, "pt") for file in files]
+        opened = [safe_open(file, "pt") for file in weight_files(folder)]
         self._file_of = {key: file for file in opened for key in file.keys()}
         self._prefixes = sorted({key.partition(".")[0] for key in self._file_of})
         dtypes = (file.get_slice(key).get_dtype() for key, file in self._file_of.items())
@@ -204,12 +226,6 @@ class Checkpoint:
         key = self.key(name)
         assert key is not None, name
         return self._file_of[key].get_tensor(key)
-
-    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Some rows of a tensor; nothing else of it is read."""
-        key = self.key(name)
-        assert key is not None, name
-        return self._file_of[key].get_slice(key)[start:end]
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -19,6 +19,7 @@ import torch
 from rlhf.distributed.processes import say
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
 from rlhf.models.pieces import ADAPTER, base_model
+from rlhf.models.place_holders import is_place_holder
 
 INDEX = "weights_on_disk"  # the attribute of a model: parameter name -> {"safetensors_file", "weight_name", "dtype"}
 
@@ -36,7 +37,8 @@ def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
+    given = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
+    config = AutoConfig.from_pretrained(name, **given)
     with loading_unsharded(), torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=options["trust_remote_code"])
     converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
@@ -71,20 +73,13 @@ def leaving_weights_on_disk() -> Iterator[dict[str, Any]]:
             modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = before
 
 
-def place_holders(model) -> None:
-    """Give each parameter on the meta device one element of memory: PEFT moves adapters to the device of their base.
-
-    It is NaN, so that what is computed from it by mistake can't pass for a value.
-    """
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None or not parameter.is_meta:
-                continue
-            if id(parameter) not in made:
-                tensor = torch.full((1,) * parameter.dim(), float("nan"), dtype=parameter.dtype).expand(parameter.shape)
-                made[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
+def read_buffers(model) -> None:
+    """Read the buffers that are in the files: FSDP2 does not shard them."""
+    index = getattr(model, INDEX)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            module, _, own = name.rpartition(".")
+            model.get_submodule(module)._buffers[own] = _read(index[name], None).to(buffer.dtype)
 
 
 def read_embeddings(model) -> None:
@@ -97,15 +92,6 @@ def read_embeddings(model) -> None:
         if key not in made:
             made[key] = torch.nn.Parameter(_read(index[names[key]], None).to(layer.weight.dtype))
         layer.weight = made[key]
-
-
-def is_place_holder(tensor: torch.Tensor) -> bool:
-    """Also a copy of one, which has all its memory: PEFT copies modules that are to be trained in full."""
-    if tensor.is_meta or is_sharded(tensor) or not tensor.numel():
-        return False
-    return tensor.untyped_storage().nbytes() < tensor.nbytes or bool(
-        tensor.flatten()[0].isnan() and tensor.isnan().all()
-    )
 
 
 def shard_model(model, accelerator) -> None:

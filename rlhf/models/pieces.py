@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rlhf.distributed.sharding import unsharded, unsharded_shape
+from rlhf.models.place_holders import is_place_holder
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -43,7 +44,7 @@ def list_pieces(model, dtype: torch.dtype, read: Read | None = None) -> list[Pie
     Args:
         model: a PreTrainedModel, or a PeftModel whose LoRA adapter is to be merged.
         dtype: of the finished floating-point tensors.
-        read: returns a parameter's value by its name, where it has only a place-holder (models/merge.py).
+        read: returns a parameter's value by its name, where it has only a place-holder (place_holders.py).
     """
     base = base_model(model)
     return in_file_format(base, [*_parameters(base, dtype, read), *_buffers(base, dtype)])
@@ -135,7 +136,7 @@ def _shape(tensor) -> tuple[int, ...]:
 
 
 def _real(tensor: torch.Tensor, name: str, read: Read | None) -> torch.Tensor:
-    return read(name) if read is not None and tensor.untyped_storage().nbytes() < tensor.nbytes else tensor
+    return read(name) if read is not None and is_place_holder(tensor) else tensor
 
 
 def _to_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,21 +16,10 @@ from rlhf.distributed.sharding import is_sharded, loading_unsharded, reshard, un
 from rlhf.errors import RunFailed
 from rlhf.files import sha256_of
 from rlhf.models.finished import is_quantised, probe_logits
-from rlhf.models.loading import fit_tokenizer
-from rlhf.models.pieces import ADAPTER, Tensors, base_model, list_pieces
+from rlhf.models.pieces import ADAPTER, Tensors, base_model
 from rlhf.models.precision import compute_dtype
-from rlhf.models.writing import (
-    PARTIAL,
-    File,
-    digest_of,
-    place,
-    raise_failure,
-    split_files,
-    take_notes,
-    write_configs,
-    write_files,
-    write_index,
-)
+from rlhf.models.tokenizer import fit_tokenizer, load_tokenizer
+from rlhf.models.writing import PARTIAL, Written, clear, place, write_model
 
 
 class Saved(NamedTuple):
@@ -38,8 +27,7 @@ class Saved(NamedTuple):
 
     Attributes:
         files: bytes by name.
-        weights_sha256: of the weights' file, or of the list of several (writing.py).
-        dtype: of the weights.
+        dtype, weights_sha256: of the weights (writing.py).
         max_logit: the largest logit of the trained model on the probe.
         max_logit_difference: between it and the written model; None for the adapter of a sharded model, which was
             compared tensor by tensor instead.
@@ -47,8 +35,8 @@ class Saved(NamedTuple):
     """
 
     files: dict[str, int]
-    weights_sha256: str
     dtype: str
+    weights_sha256: str
     max_logit: float
     max_logit_difference: float | None
     bytes_before_dequantising: int | None
@@ -65,6 +53,7 @@ def save_finished(
     dtype: torch.dtype | None = None,
     made_from: str = "",
     exact: bool = True,
+    trust_remote_code: bool = False,
 ) -> Saved | None:
     """Save a trained model for plain transformers (or PEFT). A collective that all ranks must call.
 
@@ -77,6 +66,7 @@ def save_finished(
         probe: rows of token ids on which the saved and the trained model must agree.
         dtype: of the written weights; None: of the model's. An adapter keeps its own.
         made_from: identifies the trained weights, so that an interrupted call is continued; '' if nothing does.
+        trust_remote_code: to read the model again.
         exact: whether the model computes in the dtype of its weights, without autocast.
 
     Returns:
@@ -89,86 +79,69 @@ def save_finished(
     expected = probe_logits(model, probe)
     reshard(model)
     exact = exact and compute_dtype(model) == torch.float32
-    partial, saved = folder / PARTIAL, list[Saved]()
+    partial, found = folder / PARTIAL, dict[str, Any]()
+    found["max_logit"] = float(torch.stack([logits.abs().max() for logits in expected]).max())
+
+    def compare(written: Path) -> None:
+        logits = offloaded_logits(written, probe, reward, next(model.parameters()).device, trust_remote_code)
+        found["max_logit_difference"] = _compare(logits, expected, exact and dtype == torch.float32, written)
+
+    def finish_adapter() -> None:
+        assert kept is not None  # on the main rank
+        clear(partial, [])
+        write_adapter(model, tokenizer, partial, kept)
+        found["max_logit_difference"] = None
+        if not any(map(is_sharded, model.parameters())):
+            logits = adapter_logits(model, partial, probe)
+            found["max_logit_difference"] = _compare(logits, expected, exact and not is_quantised(model), partial)
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        held = str(next(iter(kept.values())).dtype).removeprefix("torch.")
+        written.append(Written(files, held, sha256_of(partial / "adapter_model.safetensors")))
+
+    written: list[Written] = []
+    before = None
     if hasattr(model, "peft_config") and not merge:
         kept = gather_adapter(model)
-
-        def finish_adapter() -> None:
-            assert kept is not None  # on the main rank
-            _clear(partial, [])
-            write_adapter(model, tokenizer, partial, kept)
-            difference = None
-            if not any(map(is_sharded, model.parameters())):
-                difference = _largest_difference(expected, adapter_logits(model, partial, probe))
-                _compare(difference, expected, exact and not is_quantised(model), partial)
-            digest = sha256_of(partial / "adapter_model.safetensors")
-            held = next(iter(kept.values())).dtype
-            saved.append(_saved(place(partial, folder), digest, held, expected, difference, None))
-
         on_main(finish_adapter)
-        return saved[0] if saved else None
-
-    dtype = dtype or base_model(model).dtype
-    files = split_files(list_pieces(model, dtype))
-    on_main(lambda: _clear(partial, files if made_from else []))
-    failure = write_files(files, partial, made_from and f"{made_from} {dtype} {len(files)}")
-
-    def finish_model() -> None:
-        raise_failure(failure, partial)
-        write_configs(model, tokenizer, partial, dtype)
-        write_index(partial, files)
-        found = offloaded_logits(partial, probe, reward, next(model.parameters()).device)
-        difference = _largest_difference(expected, found)
-        _compare(difference, expected, exact and dtype == torch.float32, partial)
+    else:
+        dtype = dtype or base_model(model).dtype
         before = model.get_memory_footprint() if is_quantised(model) else None
-        digest = digest_of(take_notes(partial, files))
-        saved.append(_saved(place(partial, folder), digest, dtype, expected, difference, before))
-
-    on_main(finish_model)
-    return saved[0] if saved else None
-
-
-def _clear(partial: Path, files: list[File]) -> None:
-    """Make the folder, without what an interrupted call has left there, except `files`."""
-    wanted = {file.name for file in files} | {f"{file.name}.json" for file in files}
-    partial.mkdir(parents=True, exist_ok=True)
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in wanted:
-            path.unlink()
-
-
-def _saved(files, digest, dtype, expected, difference, before) -> Saved:
-    largest = float(torch.stack([logits.abs().max() for logits in expected]).max())
-    return Saved(files, digest, str(dtype).removeprefix("torch."), largest, difference, before)
+        written += filter(None, [write_model(model, tokenizer, partial, dtype, made_from, compare=compare)])
+    on_main(lambda: place(partial, folder))
+    return Saved(*written[0], **found, bytes_before_dequantising=before) if written else None
 
 
 # --- full models -----------------------------------------------------------------------------------------------------
 
 
-def offloaded_logits(folder: Path, probe: list[list[int]], reward: bool, device) -> list[torch.Tensor]:
+def offloaded_logits(
+    folder: Path, probe: list[list[int]], reward: bool, device, trust_remote_code: bool = False
+) -> list[torch.Tensor]:
     """Logits of the written model, loaded as anyone would, but with each layer read from disk when it is computed.
 
     On the GPU, whose memory training has left almost full: where a layer finds no room, on the CPU.
     """
     try:
-        return _offloaded_logits(folder, probe, reward, str(device))
+        return _offloaded_logits(folder, probe, reward, str(device), trust_remote_code)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-    return _offloaded_logits(folder, probe, reward, "cpu")
+    return _offloaded_logits(folder, probe, reward, "cpu", trust_remote_code)
 
 
-def _offloaded_logits(folder: Path, probe: list[list[int]], reward: bool, device: str) -> list[torch.Tensor]:
-    from rlhf.models.tokenizer import load_tokenizer
-
+def _offloaded_logits(
+    folder: Path, probe: list[list[int]], reward: bool, device: str, trust_remote_code: bool
+) -> list[torch.Tensor]:
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     beside = folder / "offloaded"  # only for layouts that transformers converts
-    options: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": beside}
+    options: dict[str, Any] = {
+        "device_map": {"": "disk"},
+        "offload_folder": beside,
+        "trust_remote_code": trust_remote_code,
+    }
     with loading_unsharded(), _computing_on(device):
         model = auto.from_pretrained(folder, dtype="auto", use_safetensors=True, **options)
     try:
-        fit_tokenizer(model, load_tokenizer(str(folder), encoder=reward))
+        fit_tokenizer(model, load_tokenizer(str(folder), trust_remote_code=trust_remote_code, encoder=reward))
         return probe_logits(model, probe, device)
     finally:
         del model
@@ -225,6 +198,8 @@ def write_adapter(model, tokenizer, folder: Path, kept: Tensors) -> None:
     model.save_pretrained(folder, selected_adapters=[ADAPTER], state_dict=kept)
     (folder / "README.md").unlink(missing_ok=True)  # full of [More Information Needed]; rlhf/runs/card.py writes one
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # which safetensors writes for their owner only
+        path.chmod((folder / "tokenizer_config.json").stat().st_mode)
     written, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model, kept, ADAPTER)
     for name in wanted.keys() | written.keys():
         same = name in wanted and name in written and torch.equal(wanted[name].cpu(), written[name])
@@ -246,12 +221,13 @@ def adapter_logits(model, folder: Path, probe: list[list[int]]) -> list[torch.Te
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def _largest_difference(expected: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> float:
-    """The largest absolute difference; NaN if there is one, which Python's `max` finds only where it comes first."""
-    return float(torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max())
+def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], exact: bool, partial: Path) -> float:
+    """The largest absolute difference; NaN if there is one, which Python's `max` finds only where it comes first.
 
-
-def _compare(difference: float, expected: list[torch.Tensor], exact: bool, partial: Path) -> None:
+    Raises:
+        RunFailed: it is more than rounding.
+    """
+    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(found, expected, strict=True)]).max())
     largest = float(torch.stack([logits.abs().max() for logits in expected]).max())
     tolerance = (1e-3 if exact else 5e-2) * max(largest, 1.0)
     if not difference <= tolerance:
@@ -259,3 +235,4 @@ def _compare(difference: float, expected: list[torch.Tensor], exact: bool, parti
             f"the model in {partial} differs from the trained one: its logits differ by {difference:.3g} "
             f"(allowed {tolerance:.3g}); it was kept there for inspection, and the checkpoints are untouched"
         )
+    return difference

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from trl.data_utils import common_prefix_length
 
+from rlhf.distributed.sharding import unsharded_shape, writable
 from rlhf.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -22,18 +24,21 @@ NEW_PAD_TOKEN = "<|pad|>"
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
 
 
-def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False, encoder: bool = False):
+def load_tokenizer(
+    name: str, chat_template: str | None = None, trust_remote_code: bool = False, encoder: bool = False, revision: str = "main"
+):  # fmt: skip
     """Load a tokenizer with a chat template and a pad token that differs from its end-of-sequence token.
 
     Args:
         name: a model that `locate` returned.
         chat_template: `alpaca`, `chatml` or a .jinja file; None takes the model's own, or alpaca if it has none.
+        revision: of the hub.
         encoder: a BERT-like reward model, whose answers need not end with EOS.
 
     Raises:
         UserError: an unknown template, or one without EOS, with which a policy would never learn to stop.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     elif not tokenizer.chat_template:
@@ -92,3 +97,24 @@ def tokenize_pair(tokenizer, row: dict[str, Any]) -> dict[str, list[int]]:
     chosen, rejected = (render(row["prompt"] + row[side]) for side in ("chosen", "rejected"))
     cut = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
     return {"prompt_ids": prompt[:cut], "chosen_ids": chosen[cut:], "rejected_ids": rejected[cut:]}
+
+
+def fit_tokenizer(model, tokenizer):
+    """Resize the embeddings for an added pad token, and set pad and EOS in the model's configs."""
+    weight = model.get_input_embeddings().weight
+    rows = unsharded_shape(weight)[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():  # a fixed value (the mean), so that two loads give the same model
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+                with writable(layer.weight):
+                    layer.weight[rows:] = layer.weight[:rows].mean(dim=0)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        stops = model.generation_config.eos_token_id
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in (
+            stops if isinstance(stops, list) else [stops]
+        ):
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model

@@ -11,16 +11,19 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import torch
 
-from rlhf.distributed.processes import rank, world_size
+from rlhf.distributed.processes import on_main, rank, world_size
+from rlhf.distributed.sharding import plain_class
 from rlhf.errors import RunFailed
 from rlhf.files import is_disk_error, read_json, sha256_of, write_file
-from rlhf.models.pieces import Piece, base_model
+from rlhf.models.pieces import Piece, Read, base_model, list_pieces
 
 PARTIAL = ".partial-model"  # where a model is written, inside its folder
 MAX_FILE_BYTES = 5_000_000_000  # what the hub and transformers use
@@ -29,6 +32,14 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+
+
+class Written(NamedTuple):
+    """What `write_model` has written: bytes by name, the dtype and the digest (`digest_of`) of the weights."""
+
+    files: dict[str, int]
+    dtype: str
+    weights_sha256: str
 
 
 class File(NamedTuple):
@@ -102,6 +113,55 @@ class Writer:
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # what is buffered can't be written to a full disk
             self._file.close()
+
+
+def write_model(
+    model, tokenizer, partial: Path, dtype: torch.dtype, made_from: str, read: Read | None = None,
+    compare: Callable[[Path], None] | None = None,
+) -> Written | None:  # fmt: skip
+    """Write a model for plain transformers to a folder of its own. A collective that all ranks must call.
+
+    Args:
+        model: a PreTrainedModel, or a PeftModel whose adapter is merged.
+        partial: made if need be; what an interrupted call with another `made_from` has left there is removed.
+        dtype, read: as of `list_pieces`.
+        made_from: as of `write_files`.
+        compare: called on the main rank with the folder, once a model can be loaded from it.
+
+    Returns:
+        What was written, on the main rank; None on the others.
+
+    Raises:
+        RunFailed, OSError: a file could not be written (on the main rank); what `compare` raises.
+        RankFailed: the same on the others.
+    """
+    files, written = split_files(list_pieces(model, dtype, read)), list[Written]()
+    on_main(lambda: clear(partial, files if made_from else []))
+    failure = write_files(files, partial, made_from and f"{made_from} {dtype} {len(files)}")
+
+    def complete() -> None:
+        raise_failure(failure, partial)
+        write_configs(model, tokenizer, partial, dtype)
+        write_index(partial, files)
+        if compare is not None:
+            compare(partial)
+        digest = digest_of(take_notes(partial, files))
+        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        written.append(Written(sizes, str(dtype).removeprefix("torch."), digest))
+
+    on_main(complete)
+    return written[0] if written else None
+
+
+def clear(partial: Path, files: list[File]) -> None:
+    """Make the folder, without what an interrupted call has left there, except `files`."""
+    wanted = {file.name for file in files} | {f"{file.name}.json" for file in files}
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in wanted:
+            path.unlink()
 
 
 def write_files(files: list[File], folder: Path, made_from: str = "") -> str:
@@ -227,11 +287,13 @@ def write_configs(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [type(base).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
+    with plain_class(base):
+        config.architectures = [type(base).__name__]
     if base.is_remote_code():
         from transformers.dynamic_module_utils import custom_object_save
 
-        custom_object_save(base, str(folder), config=cast(Any, config))  # it is annotated as a dict, and takes a config
+        with plain_class(base):
+            custom_object_save(base, str(folder), config=cast(Any, config))  # annotated as a dict, and takes a config
     config.save_pretrained(folder)
     if base.can_generate():
         base.generation_config.save_pretrained(folder)
@@ -245,17 +307,12 @@ def raise_failure(failure: str, partial: Path) -> None:
         raise error if is_disk_error(error) else RunFailed(f"the model could not be written: {failure}")
 
 
-def place(partial: Path, folder: Path) -> dict[str, int]:
-    """Move the files into place, weights first and config.json last, without which nobody takes it for a model.
-
-    Returns:
-        Their bytes by name.
-    """
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    mode = (partial / "tokenizer_config.json").stat().st_mode  # safetensors writes files that only their owner can read
+def place(partial: Path, folder: Path) -> None:
+    """Move the files into place, weights first and config.json last, without which nobody takes it for a model."""
     configs = ("config.json", "adapter_config.json")
-    for name in sorted(sizes, key=lambda name: (not name.endswith(".safetensors"), name in configs, name)):
-        (partial / name).chmod(mode)
+    names = sorted(
+        (path.name for path in partial.iterdir()), key=lambda n: (not n.endswith(".safetensors"), n in configs, n)
+    )
+    for name in names:
         os.replace(partial / name, folder / name)
     partial.rmdir()
-    return sizes

@@ -22,7 +22,7 @@ from rlhf.errors import UserError
 from rlhf.files import is_disk_error, sync_file, write_file
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
-from rlhf.runs.portable import PortableState, save_portable
+from rlhf.runs.portable import PortableState, is_portable, save_portable
 from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 if TYPE_CHECKING:
@@ -285,6 +285,13 @@ class CheckpointMixin(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self.fault_tolerance is None or self.fault_tolerance.restore is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Also from a checkpoint of the unsharded state, which holds nothing for the engine's own loading."""
+        best = Path(str(self.state.best_model_checkpoint))
+        if self.fault_tolerance is None or not is_portable({path.name for path in best.iterdir()}):
+            return super()._load_best_model()
+        PortableState(best).restore_weights(self.model)
 
     def _first(self, reason: str) -> str:
         """The reason of the lowest rank that has one, on all ranks; '' if none has."""

@@ -35,7 +35,7 @@ from rlhf.runs.records import read_complete, read_recipe
 # Allowed in an otherwise empty folder.
 MERGED_START = ".merged-start"  # the adapter that a run starts from, merged into its base, until the run ends
 MERGED_REFERENCE = ".merged-reference"  # the same of a reference model, until its log-probabilities are cached
-OURS = re.compile(r"\.lock|stop|stopped\.json|\.partial|\.merged-start|\.merged-reference|\.rlhf-preflight-.*")
+OURS = re.compile(r"\.lock|stop|stopped\.json|\.partial|\.merged-(start|reference)(\.partial)?|\.rlhf-preflight-.*")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf.data.formats import preference_rows
-from rlhf.distributed.processes import on_main, say
+from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.sharding import num_elements
 from rlhf.errors import UserError, quote
 from rlhf.runs.folder import MERGED_REFERENCE
@@ -78,13 +78,14 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
     from trl.trainer.utils import add_fused_lm_head
 
     from rlhf.models.digests import weights_digest
+    from rlhf.models.folder import is_adapter
     from rlhf.models.loading import load_policy
     from rlhf.models.on_disk import shard_model
     from rlhf.packing import pack_backbone
 
     args, name = cast("DPOConfig", plan.args), reference_name(plan)
     merged = Path(str(args.output_dir)) / MERGED_REFERENCE
-    full = dataclasses.replace(plan.model_args, load_in_4bit=False, load_in_8bit=False)
+    full = dataclasses.replace(plan.model_args, load_in_4bit=False, load_in_8bit=False, model_revision="main")
     say(f"  reference {plan.stage_args.reference_model}, loaded for one pass; the loss need not start at ln 2")
     model: Any = load_policy(name, trainer.processing_class, full, args.trust_remote_code, False, merged)
     model = model.eval().requires_grad_(False)
@@ -100,14 +101,15 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
         model = model.to(args.device)
     trainer.ref_model = model
     try:
-        yield weights_digest(name)
+        yield weights_digest(str(merged) if is_adapter(name) else name)
     finally:
         trainer.ref_model = None
         if engine is not None:
             engine.destroy()
         del model, engine
         gc.collect()
-        on_main(lambda: shutil.rmtree(merged, ignore_errors=True))
+        if is_main():  # no collective: this may be an error of one rank
+            shutil.rmtree(merged, ignore_errors=True)
 
 
 def reference_name(plan: Plan) -> str:

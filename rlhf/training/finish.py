@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.distributed.processes import on_main, say
 from rlhf.distributed.sharding import is_sharded
 from rlhf.files import sha256_of
-from rlhf.models.folder import base_of
+from rlhf.models.folder import base_of, revision_of
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import MANIFEST
 from rlhf.runs.folder import RunFolder, finish_run
@@ -38,7 +39,7 @@ def finish(stage: Stage, plan: Plan, trainer: CheckpointMixin, run: RunFolder, s
     saved = save_finished(
         model, trainer.processing_class, run.folder, reward=stage.name == "reward", merge=plan.merge,
         probe=stage.probe(trainer.train_dataset), dtype=output_dtype(plan, model),
-        made_from=newest_state(run, trainer.state.global_step),
+        made_from=checkpoint_of(trainer, run), trust_remote_code=plan.args.trust_remote_code,
         exact=not sharded or compute_dtype(model, trainer.accelerator.mixed_precision) == torch.float32,
     )  # fmt: skip
 
@@ -63,19 +64,20 @@ def output_dtype(plan: Plan, model) -> torch.dtype:
     from rlhf.models.pieces import base_model
 
     if plan.recipe.get("dtype") in (None, "auto"):
-        options: Any = {"trust_remote_code": plan.args.trust_remote_code}
-        found = getattr(
-            AutoConfig.from_pretrained(base_of(plan.model_name), **options).get_text_config(), "dtype", None
-        )
+        revision = revision_of(plan.model_name, plan.model_args.model_revision)
+        options: Any = {"trust_remote_code": plan.args.trust_remote_code, "revision": revision}
+        found = AutoConfig.from_pretrained(base_of(plan.model_name), **options).get_text_config().dtype
         if isinstance(found, torch.dtype):
             return found
     return base_model(model).dtype
 
 
-def newest_state(run: RunFolder, step: int) -> str:
-    """Identifies the trained weights by the checksums of the last checkpoint; '' if it is not of the last step."""
-    manifest = run.folder / f"checkpoint-{step}" / MANIFEST
-    return sha256_of(manifest) if manifest.is_file() else ""
+def checkpoint_of(trainer: CheckpointMixin, run: RunFolder) -> str:
+    """Identifies the trained weights by the checksums of their checkpoint; '' if there is none of them."""
+    state, folder = trainer.state, run.folder / f"checkpoint-{trainer.state.global_step}"
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        folder = Path(state.best_model_checkpoint)
+    return sha256_of(folder / MANIFEST) if (folder / MANIFEST).is_file() else ""
 
 
 def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, seconds: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rlhf.data.sources import Source
 from rlhf.distributed.processes import prepare_processes, say
 from rlhf.distributed.topology import Topology, check_devices, check_topology
 from rlhf.models.embedded import is_fetched
-from rlhf.models.folder import check_model_folder, is_adapter
+from rlhf.models.folder import check_model_folder, is_adapter, revision_of
 from rlhf.runs.folder import MERGED_START, RunFolder, open_run
 from rlhf.runs.lineage import maker_of, starting_model, waits_for
 from rlhf.runs.provenance import model_digest
@@ -111,7 +111,9 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     model_name = locate(
         inputs.starts_from, recipe.where("model_name_or_path"), "" if inputs.waits else inputs.maker, say
     )
-    args.max_length, commit = decide_max_length(recipe, args, model_name)
+    args.max_length, commit = decide_max_length(
+        recipe, args, model_name, revision_of(model_name, model_args.model_revision)
+    )
     reference = cast(Reference, stage_args.reference)
     if stage.name == "dpo":
         args.precompute_ref_log_probs = reference == "cached"

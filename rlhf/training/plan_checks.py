@@ -11,6 +11,7 @@ from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.models.embedded import is_fetched
+from rlhf.models.folder import base_of, revision_of
 from rlhf.runs.lineage import maker_of
 from rlhf.training.lengths import too_long
 from rlhf.training.stage import Plan
@@ -119,7 +120,13 @@ def load_plan_tokenizer(plan: Plan):
     args, recipe = plan.args, plan.recipe
     template = plan.stage_args.chat_template
     try:
-        return load_tokenizer(plan.model_name, template, args.trust_remote_code, encoder=recipe.stage == "reward")
+        return load_tokenizer(
+            plan.model_name,
+            template,
+            args.trust_remote_code,
+            encoder=recipe.stage == "reward",
+            revision=revision_of(plan.model_name, plan.model_args.model_revision),
+        )
     except UserError as error:
         where = recipe.where("chat_template" if template is not None else "model_name_or_path")
         raise UserError(f"{where}: {error}") from None
@@ -144,12 +151,12 @@ def check_modules(plan: Plan) -> bool:
     from trl import get_peft_config
 
     from rlhf.distributed.sharding import loading_unsharded
-    from rlhf.models.folder import base_of
     from rlhf.packing import why_not
 
     recipe, args, model_args = plan.recipe, plan.args, plan.model_args
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(base_of(plan.model_name), **options)
+    revision = revision_of(plan.model_name, model_args.model_revision)
+    config = AutoConfig.from_pretrained(base_of(plan.model_name), revision=revision, **options)
     auto: Any = AutoModelForCausalLM
     if recipe.stage == "reward":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
@@ -274,7 +281,9 @@ def check_merge(plan: Plan) -> None:
         )
 
 
-def decide_max_length(recipe: Recipe, args: TrainingConfig, model_name: str) -> tuple[int | None, str | None]:
+def decide_max_length(
+    recipe: Recipe, args: TrainingConfig, model_name: str, revision: str
+) -> tuple[int | None, str | None]:
     """The recipe's max_length, or TRL's default capped at the model's positions; and the commit of a hub model.
 
     Beyond its positions a model fails with an index error deep in an embedding.
@@ -284,9 +293,8 @@ def decide_max_length(recipe: Recipe, args: TrainingConfig, model_name: str) -> 
     """
     from transformers import AutoConfig
 
-    from rlhf.models.folder import base_of
-
-    model_config = AutoConfig.from_pretrained(base_of(model_name), trust_remote_code=args.trust_remote_code)
+    given = {"trust_remote_code": args.trust_remote_code, "revision": revision}
+    model_config = AutoConfig.from_pretrained(base_of(model_name), **given)
     config = model_config.get_text_config()
     commit = getattr(model_config, "_commit_hash", None)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

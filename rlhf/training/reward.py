@@ -19,11 +19,18 @@ def load(plan: Plan) -> Loaded:
     from transformers import set_seed
     from trl import get_peft_config
 
+    from rlhf.models.folder import revision_of
     from rlhf.models.loading import load_reward_model
     from rlhf.models.tokenizer import load_tokenizer
 
     args, model_args = plan.args, plan.model_args
-    tokenizer = load_tokenizer(plan.model_name, plan.stage_args.chat_template, args.trust_remote_code, encoder=True)
+    tokenizer = load_tokenizer(
+        plan.model_name,
+        plan.stage_args.chat_template,
+        args.trust_remote_code,
+        encoder=True,
+        revision=revision_of(plan.model_name, model_args.model_revision),
+    )
     set_seed(args.seed)  # loading initialises the new head: the same seed must give the same weights
     model, new_modules = load_reward_model(
         plan.model_name, tokenizer, model_args, args.trust_remote_code, plan.merged_start

@@ -232,8 +232,11 @@ def train_or_restore(trainer: CheckpointMixin, run: RunFolder) -> None:
     """
     from rlhf.runs.checkpointing import AllStepsDone
 
-    with contextlib.suppress(AllStepsDone):
+    try:
         trainer.train(resume_from_checkpoint=run.resume_from)
+    except AllStepsDone:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
 
 
 def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:

@@ -68,7 +68,7 @@ def many_files(killed_at=0):
             return save(self, *args, **options)
 
         DeepSpeedEngine.save_checkpoint = told
-    rlhf.models.saving.split_files = lambda pieces: split(pieces, 20_000)
+    rlhf.models.writing.split_files = lambda pieces: split(pieces, 20_000)
     rlhf.models.writing.Writer.__init__ = counted
 
 

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.errors import UserError
 from rlhf.inference import score
 from rlhf.inference.score import Pair, encode_pair, pack, pair_batches, pair_logps, scores, token_batches
-from rlhf.models.loading import fit_tokenizer
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.tokenizer import fit_tokenizer, load_tokenizer
 
 MAX_LENGTH = 250  # cuts some of the answers
 

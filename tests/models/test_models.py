@@ -125,7 +125,7 @@ def test_tokens_and_log_probabilities_are_trls(model, request, rows, tmp_path):
     folder = request.getfixturevalue(model)
     tokenizer = load_tokenizer(folder)
     if model == "tiny_gpt2":  # room for its new pad token, as the stages make it
-        from rlhf.models.loading import fit_tokenizer
+        from rlhf.models.tokenizer import fit_tokenizer
 
         fit_tokenizer(AutoModelForCausalLM.from_pretrained(folder), tokenizer).save_pretrained(tmp_path / "m")
         tokenizer.save_pretrained(tmp_path / "m")
