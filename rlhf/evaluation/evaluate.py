@@ -111,6 +111,7 @@ def run_evaluation(
     """
     from accelerate import PartialState
 
+    from rlhf.models.digests import weights_digest
     from rlhf.models.folder import locate
 
     given = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
@@ -118,7 +119,8 @@ def run_evaluation(
     device = PartialState(cpu=on_cpu(recipe) or None).device  # else accelerate starts unconnected processes on CPUs
     begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.reading))
     check_room(names, config)
-    key = key_of(vars(config) | {"output_dir": None}, inputs, data.rows, device.type)
+    files = {key: weights_digest(name) for key, name in names.items()}  # a model may be written again under its name
+    key = key_of(vars(config) | {"output_dir": None}, inputs, files, data.rows, device.type)
     with Stopper(run.folder) as stopper:
         subjects = prepare(data.rows, names, config)
         with locked(run.folder, recipe), Measured(run.folder, key, stopper, begin) as measured:

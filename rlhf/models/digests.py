@@ -18,7 +18,7 @@ from rlhf.models.folder import base_of, is_adapter, weight_files, weights_damage
 
 
 def weights_digest(name: str, revision: str | None = None) -> str:
-    """A sha256 that changes with any weight of a model; of an adapter with its base's too.
+    """A sha256 that changes with any weight of a model; of an adapter also with its config and its base's weights.
 
     The files are shared out over the ranks: a collective that all ranks must call.
 
@@ -26,9 +26,9 @@ def weights_digest(name: str, revision: str | None = None) -> str:
         name: a local folder, or a hub id.
         revision: of the hub.
     """
-    folders = [local_folder(base_of(name), None if is_adapter(name) else revision)]
-    folders += [Path(name)] if is_adapter(name) else []
-    files = [file for folder in folders for file in weight_files(folder)]
+    files = weight_files(local_folder(base_of(name), None if is_adapter(name) else revision))
+    if is_adapter(name):
+        files += [Path(name) / "adapter_config.json", *weight_files(Path(name))]
     mine = {n: file_digest(file) for n, file in enumerate(files) if n % world_size() == rank()}
     if world_size() > 1:
         from accelerate.utils import gather_object

@@ -20,7 +20,7 @@ from rlhf.console import plain_bars
 from rlhf.distributed.processes import is_main, on_main, world_size
 from rlhf.distributed.sharding import loading_unsharded
 from rlhf.errors import UserError
-from rlhf.files import free_bytes, lock_file, sha256_of
+from rlhf.files import free_bytes, lock_file
 from rlhf.models.digests import local_folder, weights_digest
 from rlhf.models.folder import base_of, is_adapter, is_reward_model, weight_files
 from rlhf.models.pieces import base_model
@@ -104,8 +104,8 @@ def merge_for_training(adapter: str, out: Path, dtype: torch.dtype | None, trust
 
 
 def _source(adapter: str, dtype: torch.dtype | None) -> str:
-    """What a merged model is made from: a digest of the adapter's and the base's weights, the adapter's config, the dtype."""
-    return f"{weights_digest(adapter)} {sha256_of(Path(adapter) / 'adapter_config.json')} {dtype}"
+    """What a merged model is made from: a digest of the adapter and its base, and the dtype."""
+    return f"{weights_digest(adapter)} {dtype}"
 
 
 def _merge(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rlhf.distributed.sharding import unsharded, unsharded_shape
+from rlhf.models.counts import is_added
 from rlhf.models.place_holders import is_place_holder
 
 if TYPE_CHECKING:
@@ -144,11 +145,17 @@ def _to_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _merged_layer(prefix: str, layer: Any, dtype: torch.dtype, read: Read | None) -> Piece:
-    """An adapted layer: its base's parameters with the adapter added in float32, then rounded once."""
-    module = layer.get_base_layer()
-    own = {name: p for name, p in layer.named_parameters() if name.startswith("base_layer.") or f".{ADAPTER}" in name}
-    shapes = {name: _shape(p) for name, p in own.items() if name.startswith("base_layer.")}
-    quantised = getattr(module.weight, "quant_state", None) is not None or hasattr(module.weight, "CB")
+    """An adapted layer: its base's parameters with the adapters added in float32, then rounded once.
+
+    Adapters of single parameters (experts) wrap each other: `layer` is the outermost.
+    """
+    own = {n: p for n, p in layer.named_parameters() if not is_added(n) or f".{ADAPTER}" in n}
+    final = {name: prefix + name.replace("base_layer.", "") for name in own if not is_added(name)}
+    tensors = {
+        final[name]: torch.empty(_shape(own[name]), dtype=dtype, device="meta") for name in final
+    }  # fmt: skip
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    quantised = getattr(weight, "quant_state", None) is not None or hasattr(weight, "CB")
 
     def fetch(keep: bool) -> Tensors | None:
         with contextlib.ExitStack() as stack:
@@ -156,29 +163,25 @@ def _merged_layer(prefix: str, layer: Any, dtype: torch.dtype, read: Read | None
             if not keep:
                 return None
             values = {
-                name: _real(tensor, prefix + name.removeprefix("base_layer."), read)
-                .detach()
-                .to("cpu", torch.float32, copy=True)
+                name: _real(tensor, final.get(name, name), read).detach().to("cpu", torch.float32, copy=True)
                 for name, tensor in full.items()
                 if not (quantised and name == "base_layer.weight")
             }
             found = _merge_quantised(layer, values) if quantised else _merge(layer, values)
-        return {prefix + name.removeprefix("base_layer."): _to_host(found[name], dtype) for name in shapes}
+        return {final[name]: _to_host(found[name], dtype) for name in final}
 
-    tensors = {
-        prefix + name.removeprefix("base_layer."): torch.empty(shape, dtype=dtype, device="meta")
-        for name, shape in shapes.items()
-    }
     return Piece(tensors, fetch)
 
 
 def _merge(layer, values: Tensors) -> Tensors:
     """PEFT's own merge, on `values` in place of the layer's parameters; returns them."""
+    from peft.tuners.lora import LoraLayer
     from torch.nn.utils.stateless import _reparametrize_module
 
     with torch.no_grad(), _reparametrize_module(layer, values):
-        layer.merge(adapter_names=[ADAPTER])
-        layer.merged_adapters.remove(ADAPTER)
+        for part in (module for module in layer.modules() if isinstance(module, LoraLayer)):
+            part.merge(adapter_names=[ADAPTER])
+            part.merged_adapters.remove(ADAPTER)
     return values
 
 

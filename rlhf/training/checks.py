@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf.config.recipe import Recipe
 from rlhf.errors import UserError, pip_install
-from rlhf.models.folder import base_of, check_model_folder
+from rlhf.models.folder import base_of, check_model_folder, weight_files
 from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.records import read_complete
 
@@ -67,10 +67,8 @@ def bytes_needed(
     Adam's moments.
     """
     folder = base_of(model_name)
-    files = Path(folder).glob("*.safetensors") if os.path.isdir(folder) else []
-    weights = sum(
-        f.stat().st_size for f in files if f.is_file()
-    )  # a dangling link is rejected when the model is loaded
+    files = weight_files(Path(folder)) if os.path.isdir(folder) else []
+    weights = sum(file.stat().st_size for file in files)
     finished = 0 if use_peft and not merge else 1.2 * weights
     start = weights if merges_start else 0
     if resume_from:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,6 +274,13 @@ def check_merge(plan: Plan) -> None:
                 f"{recipe.where(key)}: the adapter in {recipe.get('model_name_or_path')} would be merged into quantised "
                 "weights and rounded away; set `merge_adapter: true` in the recipe that makes it, which dequantises first"
             )
+    if os.path.isdir(base_of(plan.model_name)):  # a hub's files may not be here yet
+        from rlhf.models.merge import open_adapter
+
+        try:
+            open_adapter(plan.model_name, plan.args.trust_remote_code)
+        except UserError as error:
+            raise UserError(f"{recipe.where('model_name_or_path')}: {error}") from None
     if plan.model_args.use_peft and not plan.merge:
         raise UserError(
             f"{recipe.where('merge_adapter')}: the base of the new adapter would be {recipe.get('model_name_or_path')} "

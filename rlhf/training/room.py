@@ -15,7 +15,7 @@ from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import world_size
 from rlhf.distributed.topology import Topology
 from rlhf.errors import UserError
-from rlhf.models.folder import base_of
+from rlhf.models.folder import base_of, weight_files
 
 if TYPE_CHECKING:
     from rlhf.training.stage import Plan
@@ -36,9 +36,7 @@ class Room(NamedTuple):
 def count_weights(folder: Path) -> tuple[int, int]:
     """(parameters, their bytes) of a model on disk, from the headers of its safetensors files, without reading weights."""
     number = num_bytes = 0
-    for path in folder.glob("*.safetensors"):
-        if not path.is_file():  # a dangling link
-            continue
+    for path in weight_files(folder):
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
@@ -50,20 +48,23 @@ def count_weights(folder: Path) -> tuple[int, int]:
 def training_room(
     parameters: int, bytes_on_disk: int, recipe: Recipe, topology: Topology, world: int, on_cpu: bool
 ) -> Room:
-    """Weights, gradients and Adam's two moments on each device; of LoRA the base alone, which is most of it.
+    """Weights, gradients and what the optimizer keeps on each device; of LoRA the base alone, which is most of it.
 
     fp32 weights take 4 bytes each (16-bit `dtype` 2, 8-bit 1, 4-bit 0.5, LoRA's base on a GPU what it takes on disk: see
-    `default_dtype`); trained weights take as much again for the gradient and twice as much for Adam. Under DeepSpeed in 16
-    bits weights and gradients take 2, and Adam 12 with its fp32 weights. ZeRO-1 shards the optimizer's part over the ranks,
+    `default_dtype`); trained weights take as much again for the gradient and twice as much for Adam's moments (8-bit Adam: 2
+    bytes; of other optimizers nothing is counted). Under DeepSpeed in 16 bits weights and gradients take 2, and the optimizer
+    4 more for its fp32 weights. ZeRO-1 shards the optimizer's part over the ranks,
     ZeRO-2 also the gradients, ZeRO-3 and FSDP2 all three, but no quantised weights.
     """
     one = 2.0 if recipe.get("dtype") in ("bfloat16", "float16") else 4.0
     if default_dtype(recipe, on_cpu, bf16=True) == "auto":
         one = bytes_on_disk / max(parameters, 1)
-    gradient, adam = one, 2 * one
+    optim = recipe.get("optim", "adamw_torch")
+    moments = 2.0 if "8bit" in optim else 1.0 if "4bit" in optim else 0.0 if "adam" not in optim else None
+    gradient, adam = one, 2 * one if moments is None else moments
     asked = any(recipe.get(key) for key in ("bf16", "fp16")) or topology.mixed_precision != "no"
     if topology.engine == "DeepSpeed" and (asked or not on_cpu and "bf16" not in recipe.values):
-        one, gradient, adam = 2.0, 2.0, 12.0
+        one, gradient, adam = 2.0, 2.0, 4.0 + (8.0 if moments is None else moments)
     held = 0.5 if recipe.get("load_in_4bit") else 1.0 if recipe.get("load_in_8bit") else one
     if recipe.uses_lora:
         gradient = adam = 0.0

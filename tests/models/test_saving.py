@@ -1,6 +1,8 @@
 """Finished models: written piece by piece, they are what transformers and PEFT would have written at once."""
 
+import fcntl
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from rlhf.__main__ import main
 from rlhf.errors import RunFailed, UserError
 from rlhf.models.finished import probe_logits
 from rlhf.models.inference import load_finished
-from rlhf.models.merge import Checkpoint, merge
+from rlhf.models.merge import Checkpoint, merge, merge_for_training
 from rlhf.models.pieces import list_pieces
 from rlhf.models.saving import offloaded_logits, save_finished
-from rlhf.models.writing import PARTIAL, Writer, split_files, take_notes, write_files, write_index
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.writing import PARTIAL, Writer, split_files, take_notes, write_configs, write_files, write_index
 
 PROBE = [[3, 4, 5], [6, 7]]
 
@@ -118,6 +121,22 @@ def test_a_merged_adapter_is_what_peft_merges(kind, tiny_llama, tmp_path):
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
     assert any(not torch.equal(found[name], t) for name, t in load_file(f"{tiny_llama}/model.safetensors").items())
+
+
+def test_adapters_of_experts(tmp_path):
+    """Of two parameters of one module, whose wrappers are nested; the file holds the experts one by one."""
+    torch.manual_seed(0)
+    base = mixtral()
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    found, _ = written(model, tmp_path / "ours")
+    expected = saved(model.merge_and_unload(), tmp_path / "theirs")
+    assert found.keys() == expected.keys() and any(".experts.3." in key for key in found)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
 
 
 def test_an_adapter_is_added_in_float32(tiny_llama, tmp_path):
@@ -318,3 +337,141 @@ def test_names_in_the_files(tiny_llama):
     whole = load_file(f"{tiny_llama}/model.safetensors")["model.embed_tokens.weight"]
     assert checkpoint.dtype == torch.float32 and checkpoint.key("lm_head.weight") is None
     assert torch.equal(checkpoint.read("embed_tokens.weight"), whole)
+
+
+@pytest.fixture
+def adapters(tiny_llama, tmp_path):
+    """Two adapters of one base, with other weights, each with the base's tokenizer."""
+    for seed, name in enumerate(("one", "two")):
+        model = adapted(tiny_llama, {})
+        torch.manual_seed(10 + seed)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / name)
+    return str(tmp_path / "one"), str(tmp_path / "two")
+
+
+def one_weight(folder):
+    return load_file(Path(folder) / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_merged_start_is_of_its_own_adapter(adapters, tmp_path, monkeypatch):
+    """A later run in the same output folder may start from another adapter, or from the same one, scaled otherwise."""
+    one, two = adapters
+    start = tmp_path / "run" / ".merged-start"
+    merge_for_training(one, start, None)
+    first, changed_at = one_weight(start), (start / "model.safetensors").stat().st_mtime_ns
+    merge_for_training(one, start, None)
+    assert (start / "model.safetensors").stat().st_mtime_ns == changed_at  # it is kept
+    merge_for_training(two, start, None)
+    second = one_weight(start)
+    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    (tmp_path / "two" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    merge_for_training(two, start, None)
+    merge(two, tmp_path / "alone")
+    assert not torch.equal(first, second) and torch.equal(one_weight(start), one_weight(tmp_path / "alone"))
+    assert not torch.equal(one_weight(start), second) and not list(start.parent.glob("*.partial"))
+    merge_for_training(two, start, torch.bfloat16)
+    assert one_weight(start).dtype == torch.bfloat16
+
+
+def test_a_killed_merge_leaves_nothing_to_another(adapters, tmp_path, monkeypatch):
+    one, two = adapters
+
+    def killed(*args):
+        raise KeyboardInterrupt  # as a kill: nothing is cleaned up
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.models.writing.write_configs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(one, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "model.safetensors").is_file() and not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.models.writing.split_files", lambda pieces: split_files(pieces, 20_000))
+        merge(two, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" not in names and not [name for name in names if name.endswith(".safetensors.json")]
+    merge(two, tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert torch.equal(again["model.layers.0.mlp.up_proj.weight"], one_weight(tmp_path / "whole"))
+    with open(tmp_path / ".busy.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another `rlhf merge`"):
+            merge(one, tmp_path / "busy")
+
+
+def test_a_merged_model_has_the_ids_of_its_tokenizer(adapters, tiny_llama, tmp_path):
+    """The base names pad = EOS; the tokenizer has a pad token of its own, as a stage gives it one."""
+    one, _ = adapters
+    tokenizer = load_tokenizer(one)
+    assert tokenizer.pad_token_id not in (AutoConfig.from_pretrained(tiny_llama).pad_token_id, tokenizer.eos_token_id)
+    merge(one, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config.pad_token_id == tokenizer.pad_token_id == made["pad_token_id"]
+    assert made["eos_token_id"] == tokenizer.eos_token_id
+
+
+def apertus():
+    """Parameters of one element, and buffers in the file."""
+    config = AutoConfig.for_model(
+        "apertus", vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, hidden_act="xielu",
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_scalars_and_buffers_are_merged_too(tiny_llama, tmp_path):
+    torch.manual_seed(0)
+    base = apertus()
+    for name, tensor in base.state_dict().items():
+        if tensor.numel() == 1:
+            tensor.fill_(0.3 + len(name) / 100)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    merge(str(tmp_path / "adapter"), tmp_path / "out")
+    found, expected = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        saved(model.merge_and_unload(), tmp_path / "theirs"),
+    )
+    assert found.keys() == expected.keys() and any(t.numel() == 1 for t in found.values())
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_custom_code_is_read_again_only_if_allowed(model, tmp_path):
+    """And written with the model's own class, also where FSDP2 has made another of it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "modeling_custom.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass CustomConfig(LlamaConfig):\n    model_type = 'custom'\n\n\n"
+        "class CustomForCausalLM(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+    )
+    config = model[0].config.to_dict() | {
+        "model_type": "custom", "architectures": ["CustomForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_custom.CustomConfig", "AutoModelForCausalLM": "modeling_custom.CustomForCausalLM"},
+    }  # fmt: skip
+    model[0].save_pretrained(tmp_path / "custom")
+    (tmp_path / "custom" / "config.json").write_text(json.dumps(config))
+    model[1].save_pretrained(tmp_path / "custom")
+    custom = AutoModelForCausalLM.from_pretrained(tmp_path / "custom", trust_remote_code=True)
+    plain = type(custom)
+    custom.__class__ = type(f"FSDP{plain.__name__}", (FSDPModule, plain), {})
+    write_configs(custom, model[1], tmp_path / "custom", torch.float32)
+    made = json.loads((tmp_path / "custom" / "config.json").read_text())
+    assert made["architectures"] == ["CustomForCausalLM"] and type(custom).__name__ == "FSDPCustomForCausalLM"
+    assert made["auto_map"]["AutoModelForCausalLM"] == "modeling_custom.CustomForCausalLM"
+    custom.__class__ = plain
+    found = save_finished(
+        custom, model[1], tmp_path / "out", reward=False, merge=True, probe=PROBE, trust_remote_code=True
+    )
+    assert found.max_logit_difference == 0.0 and (tmp_path / "out" / "modeling_custom.py").is_file()

@@ -27,6 +27,9 @@ from rlhf.training.room import check_memory, count_weights, training_room
         ({}, Topology("FSDP", fsdp_version=2), 4, 4_000),
         ({"use_peft": True, "load_in_4bit": True}, Topology("FSDP", fsdp_version=2), 4, 500),  # on every rank
         ({"bf16": True}, Topology("DeepSpeed", 2), 4, 5_500),  # 2000 + (2000 + 12000) / 4
+        ({"optim": "adafactor"}, Topology("DDP"), 4, 8_000),  # a lower bound: not counted
+        ({"optim": "adamw_bnb_8bit"}, Topology("DDP"), 4, 10_000),
+        ({"optim": "paged_adamw_32bit"}, Topology("DDP"), 4, 16_000),
         ({}, Topology("DeepSpeed", 3, offload=True), 4, 1_000),  # gradients alone stay on the device
     ],
 )
@@ -57,6 +60,7 @@ def test_count_weights_reads_headers_only(tmp_path):
     }
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)  # not one weight behind it
+    (tmp_path / "consolidated.safetensors").write_bytes(b"the same again, in another layout, that nobody loads")
     assert count_weights(tmp_path) == (17, 17 * 4)
 
 
