@@ -131,9 +131,6 @@ TRANSFORMERS = [
     *_of("transformers.configuration_utils", "PreTrainedConfig", "models/loading.py", {
         "_name_or_path": "the base of a reward model",
     }, in_code=True),
-    *_of("transformers.configuration_utils", "PreTrainedConfig", "training/plan_checks.py", {
-        "_commit_hash": "the model's commit in the provenance",
-    }, in_code=True),
     *_of("transformers.modeling_utils", "PreTrainedModel", "packing/backbone.py", {
         "_is_stateful": "refusing to pack recurrent models",
     }),

@@ -33,6 +33,16 @@ def revision_of(name: str, asked: str) -> str:
     return "main" if os.path.isdir(name) else asked
 
 
+def commit_of(name: str, revision: str) -> str | None:
+    """The commit of a hub's model whose config has been loaded; None for a folder."""
+    if os.path.isdir(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def is_reward_model(name: str) -> bool:
     """Whether a local folder holds a sequence classifier, or an adapter for one."""
     for file, key, mark in (

@@ -209,10 +209,11 @@ class CheckpointMixin(Trainer):
         assert self.fault_tolerance is not None
         reason, files = "", {}
         try:
-            if is_main() and self.state.best_global_step:
+            if self.state.best_global_step:  # on all ranks, which load it in the end
                 best = self.fault_tolerance.folder / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(partial / "trainer_state.json"))
+                if is_main():
+                    self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if is_main() and (metrics := self.fault_tolerance.folder / "metrics.jsonl").is_file():
                 sync_file(metrics)  # its lines up to this step must be as durable as the checkpoint

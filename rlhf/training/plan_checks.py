@@ -12,7 +12,7 @@ from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.models.embedded import is_fetched
-from rlhf.models.folder import base_of, revision_of
+from rlhf.models.folder import base_of, commit_of, revision_of
 from rlhf.runs.lineage import maker_of
 from rlhf.training.lengths import too_long
 from rlhf.training.stage import Plan
@@ -304,7 +304,7 @@ def decide_max_length(
     given = {"trust_remote_code": args.trust_remote_code, "revision": revision}
     model_config = AutoConfig.from_pretrained(base_of(model_name), **given)
     config = model_config.get_text_config()
-    commit = getattr(model_config, "_commit_hash", None)
+    commit = commit_of(base_of(model_name), revision)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     wanted = args.max_length
     if not positions or (wanted is not None and wanted <= positions):

@@ -67,3 +67,43 @@ def test_killed_while_it_writes(launch_file, values, recipe, tiny_llama, few_pai
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == set(found) and set(index.values()) == set(files)
+
+
+@pytest.mark.parametrize(
+    ("launch_file", "values"),
+    [
+        ("zero2.yaml", {"use_peft": True}),
+        pytest.param("fsdp2.yaml", {"use_peft": True}, marks=slow),
+        pytest.param("zero3.yaml", {}, marks=slow),
+        pytest.param("ddp.yaml", {}, marks=slow),
+    ],
+)
+def test_the_best_model_killed_while_it_is_written(launch_file, values, recipe, tiny_llama, few_pairs, tmp_path):
+    """The one with the highest loss here, which is the first: no file of it may be taken for one of the last."""
+    needs_deepspeed(launch_file)
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "learning_rate": 1e-2,
+    }
+
+    def start(name, fault, **more):
+        lora = {"lora_r": 4, "lora_target_modules": "all-linear"} if values else {}
+        file = recipe("sft", name=name, model_name_or_path=tiny_llama, dataset_name=few_pairs, heldout=0.3,
+                      max_steps=3, output_dir=str(tmp_path / name), **{**values, **lora, **every, **best, **more})  # fmt: skip
+        return forked.launch(2, fault, "sft", file, launch_file=launch_file, program=(WORKER,))
+
+    straight = start("straight", "many_files")
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    assert start("last", "many_files", load_best_model_at_end=False).returncode == 0
+    assert start("killed", "killed").returncode != 0
+    again = start("killed", "many_files")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert len(opened(again)) == len(opened(straight)) - 4
+    sha = {
+        name: json.loads((tmp_path / name / "complete.json").read_text())["weights_sha256"]
+        for name in ("straight", "last", "killed")
+    }
+    assert sha["killed"] == sha["straight"] != sha["last"]

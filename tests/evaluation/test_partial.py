@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -74,6 +75,31 @@ def test_an_error_loses_its_batch_only(tmp_path):
         Run(tmp_path).measure(BATCHES, fail_at=[2])
     again = Run(tmp_path)
     assert again.measure(BATCHES) == VALUES and again.computed == [[2]]
+
+
+def test_a_model_that_was_written_again_is_measured_again(recipe, tiny_llama, tmp_path, monkeypatch):
+    """Under its name, with files of the same names and sizes."""
+    keys, folder = [], shutil.copytree(tiny_llama, tmp_path / "model")
+    monkeypatch.setattr("rlhf.evaluation.evaluate.prepare", lambda *args: stop())
+    monkeypatch.setattr("rlhf.evaluation.evaluate.key_of", lambda *inputs: keys.append(key_of(*inputs)))
+
+    def stop():
+        raise Stopped
+
+    file = recipe(
+        "evaluate",
+        dataset_name="embedded:sample",
+        max_eval_examples=2,
+        sft_model=str(folder),
+        dpo_model=str(folder),
+        output_dir=str(tmp_path / "o"),
+    )
+    for _ in range(2):
+        assert main(["evaluate", file]) == EXIT_STOPPED
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[-100] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+    assert len(keys) == 2 and keys[0] != keys[1]
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ read, before = [], on_disk._read
 on_disk._read = lambda entry, part: (read.append(before(entry, part)), read[-1])[1]
 tokenizer = AutoTokenizer.from_pretrained(name)
 torch.manual_seed(7)
-if kind == "reward":
-    model, new = load_reward_model(name, tokenizer, ModelConfig())
+if kind.startswith("reward"):
+    model, new = load_reward_model(name, tokenizer, ModelConfig(use_peft=True, use_dora=kind == "reward with dora"))
     head = model.score.weight.detach().clone()
 else:
     model = load_policy(name, tokenizer, ModelConfig())
@@ -40,7 +40,7 @@ if kind == "dora":  # read whole by each rank, from a file that is mapped into m
 if kind == "lora":
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", modules_to_save=["norm"]))
     adapter = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-assert kind == "dora" or not read and sum(p.untyped_storage().nbytes() for n, p in model.named_parameters() if "layers" in n and "lora" not in n) < 1000
+assert "dora" in kind or not read and sum(p.untyped_storage().nbytes() for n, p in model.named_parameters() if "layers" in n and "lora" not in n) < 1000
 on_disk.shard_model(model, accelerator)
 plain = AutoModelForCausalLM.from_pretrained(name).state_dict()
 found = {n: full_tensor(p) for n, p in model.state_dict().items()}
@@ -61,10 +61,10 @@ print(json.dumps({"held": held, "whole": whole, "read": sum(t.nbytes for t in re
 """
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "reward", "dora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "reward", "dora", "reward with dora"])
 def test_each_rank_reads_its_part(kind, tiny_llama):
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(forked.free_port()), "ACCELERATE_USE_FSDP": "true",
-           "FSDP_VERSION": "2"}  # fmt: skip
+           "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # fmt: skip
     ranks = [forked.start("-c", SHARD, tiny_llama, kind, env=env | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
     for done in map(forked.finish, ranks):
         assert done.returncode == 0, done.stderr[-3000:]
@@ -120,3 +120,15 @@ def test_what_has_to_be_read_at_once_is_told(tiny_llama, fsdp, tmp_path, capsys)
     assert on_disk.stays_on_disk(tiny_llama, AutoModelForSequenceClassification, options)
     dora = load_policy(tiny_llama, tokenizer, ModelConfig(use_peft=True, use_dora=True))
     assert not any(map(on_disk.is_place_holder, dora.parameters()))
+
+
+def test_buffers_are_read_at_once(tiny_llama, fsdp, tmp_path):
+    """FSDP2 shards parameters only."""
+    from test_saving import apertus
+
+    apertus().save_pretrained(tmp_path / "apertus")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "apertus")
+    lazy = load_policy(str(tmp_path / "apertus"), AutoTokenizer.from_pretrained(tiny_llama), ModelConfig())
+    assert any("act_fn" in name for name, _ in lazy.named_buffers())
+    for (name, buffer), (_, other) in zip(lazy.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name

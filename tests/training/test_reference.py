@@ -305,6 +305,36 @@ def test_weights_in_memory(tiny_llama):
     assert len({key, weights_in_memory(again), weights_in_memory(model)}) == 3
 
 
+@pytest.fixture
+def hub(tiny_llama, one_bit, tmp_path, monkeypatch):
+    """The hub's cache with a model of two revisions, `main` and the one that is returned."""
+    main_commit, other = "a" * 40, "b" * 40
+    folder = tmp_path / "hub" / "models--org--tiny"
+    for commit, source in ((main_commit, tiny_llama), (other, one_bit)):
+        shutil.copytree(source, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(main_commit)
+    (folder / "snapshots" / main_commit / "consolidated.safetensors").write_bytes(b"the same in another layout")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return other
+
+
+def test_a_revision_of_the_hub(hub, tiny_llama, one_bit, recipe, few_pairs, tmp_path, computed):
+    assert weights_digest("org/tiny") == weights_digest(tiny_llama) != weights_digest("org/tiny", hub)
+    assert weights_digest("org/tiny", hub) == weights_digest(one_bit)
+    common = dict(model_name_or_path="org/tiny", dataset_name=few_pairs)
+    dpo(recipe, tmp_path, "main", **common)
+    dpo(recipe, tmp_path, "other", **common, model_revision=hub)
+    assert computed == [12, 12]  # not the other revision's
+    commits = [
+        json.loads((tmp_path / name / "provenance.json").read_text())["arguments"]["model_commit"]
+        for name in ("main", "other")
+    ]
+    assert commits == ["a" * 40, hub]
+    dpo(recipe, tmp_path, "as reference", **common, model_revision=hub, reference_model="org/tiny")
+    assert computed == [12, 12]  # `main` of it, which is in the cache
+
+
 def test_a_file_is_read_once_until_it_changes(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     read = []
