@@ -5,7 +5,7 @@
 #
 # --launch FILE, --procs-per-node N, --container IMAGE and --skip-preflight are train.sbatch's; --dry-run prints what would
 # be submitted; all other words go to sbatch. Every recipe is checked before anything is submitted. A complete stage is left
-# out and an interrupted one goes on, so the same command again is always right; a stage that fails takes those after it
+# out and an interrupted one resumes, so the same command again is always right; a stage that fails takes those after it
 # out of the queue.
 set -euo pipefail
 

@@ -138,7 +138,7 @@ run_stage() {
     sleep 2   # the launcher has seen all processes end well, so this node's view of the folder is old
   done
   status "$stage" || true
-  if [ "$state" = 85 ]; then say "stopped when asked to; it goes on when started again"; exit 85; fi
+  if [ "$state" = 85 ]; then say "stopped when asked to; it resumes when started again"; exit 85; fi
   [ "$code" != 0 ] || code=1
   exit "$code"
 }

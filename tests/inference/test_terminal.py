@@ -80,6 +80,7 @@ def test_a_paste_of_several_lines_is_one_message(terminal):
 def test_a_paste_that_is_not_marked_is_one_message(terminal):
     terminal.type("one\rtwo\rthree\r")
     terminal.wait_for("SAID 'one\\ntwo\\nthree'")
+    assert terminal.shown.count("SAID") == 1
 
 
 def test_typed_lines_and_blocks(terminal):
@@ -126,6 +127,7 @@ def test_an_interrupted_answer_keeps_the_chat(terminal):
     terminal.wait_for("(stopped)")
     terminal.type("still here\r")
     terminal.wait_for("SAID 'still here'")
+    assert "LEFT" not in terminal.shown
 
 
 def test_the_end_of_the_input_ends_the_line(terminal):
