@@ -115,6 +115,7 @@ def test_interrupts_clear_the_line_and_the_second_leaves(terminal):
     terminal.wait_for_prompt()
     terminal.type("\x03")
     terminal.wait_for(LEAVE_HINT, 3)
+    terminal.wait_for_prompt()  # where it listens for the second
     assert "LEFT" not in terminal.shown
     terminal.type("\x03")
     terminal.wait_for("LEFT\r\n")
