@@ -198,6 +198,10 @@ def quiet_libraries(num_rows: int = 0) -> None:
     if num_rows < 5000:
         datasets.disable_progress_bars()
     # deepspeed 0.19, which accelerate imports where it is installed, warns on every CPU that it found no GPU
+    # accelerate of a model that is compared with its layers on disk, as it is meant to be
+    standard_logging.getLogger("accelerate.big_modeling").addFilter(
+        lambda record: "on the meta device because they were offloaded" not in record.msg
+    )
     standard_logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")

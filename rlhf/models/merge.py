@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.console import plain_bars
+from rlhf.console import quiet_libraries
 from rlhf.distributed.processes import is_main, on_main, world_size
 from rlhf.distributed.sharding import loading_unsharded
 from rlhf.errors import UserError
@@ -39,7 +39,7 @@ def merge_command(adapter: str, out: str, dtype: str | None) -> None:
     """
     from rlhf.models.folder import check_model_folder, locate
 
-    plain_bars()
+    quiet_libraries()
     if os.path.isdir(adapter):
         check_model_folder(Path(adapter), "ADAPTER")
     if is_adapter(adapter):
@@ -77,12 +77,14 @@ def merge(adapter: str, out: Path, dtype: torch.dtype | None = None, trust_remot
     Raises:
         UserError: no adapter, `out` holds something, or the base's files can't be read one tensor at a time.
     """
+    if not os.path.isdir(adapter):
+        raise UserError(f"there is no folder {adapter}; give the output folder of a stage with `merge_adapter: false`")
     if not is_adapter(adapter):
         raise UserError(f"{adapter} holds no adapter (no adapter_config.json); only an adapter can be merged")
     if found := sorted(path.name for path in out.iterdir()) if out.is_dir() else []:
         raise UserError(f"{out} is not empty ({found[0]} is there); give a new folder")
     with _alone(out):
-        return _merge(adapter, out, dtype, trust_remote_code, _source(adapter, dtype))
+        return _merge(adapter, out, dtype, trust_remote_code, _source(adapter, dtype), noted=False)
 
 
 def merge_for_training(adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool = False) -> str:
@@ -99,7 +101,7 @@ def merge_for_training(adapter: str, out: Path, dtype: torch.dtype | None, trust
         broadcast_object_list(kept)  # rank 0 may be making it already
     if kept[0] != source:
         on_main(lambda: shutil.rmtree(out, ignore_errors=True))
-        _merge(adapter, out, dtype, trust_remote_code, source)
+        _merge(adapter, out, dtype, trust_remote_code, source, noted=True)
     return str(out)
 
 
@@ -109,14 +111,16 @@ def _source(adapter: str, dtype: torch.dtype | None) -> str:
 
 
 def _merge(
-    adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool, source: str
+    adapter: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool, source: str, noted: bool
 ) -> Written | None:  # fmt: skip
+    """Merge into OUT.partial and rename that. `noted`: with a file that tells what it was made from."""
     base, model, tokenizer = open_adapter(adapter, trust_remote_code)
     partial = out.with_name(f"{out.name}.partial")
     written = write_model(model, tokenizer, partial, dtype or base.dtype, source, base.read)
 
     def move() -> None:
-        (partial / MADE_FROM).write_text(source, encoding="utf-8")
+        if noted:
+            (partial / MADE_FROM).write_text(source, encoding="utf-8")
         if out.is_dir():
             out.rmdir()  # empty, as was checked
         os.replace(partial, out)

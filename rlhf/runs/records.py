@@ -100,4 +100,9 @@ def describe_complete(summary: dict[str, Any]) -> str:
     """Steps, losses and time of a finished run, on one line."""
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
-    return f"{summary.get('steps', '?')} steps, training loss {arrow or '?'}, {duration(summary.get('seconds', 0))}"
+    parts = [
+        f"{summary.get('steps', '?')} steps",
+        f"training loss {arrow}" if arrow else "",
+        duration(summary.get("seconds", 0)),
+    ]
+    return ", ".join(filter(None, parts))

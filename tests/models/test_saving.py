@@ -311,7 +311,7 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     for words, told in (
         (["merge", str(tmp_path / "adapter"), out], "is not empty"),
         (["merge", tiny_llama, str(tmp_path / "new")], "holds no adapter"),
-        (["merge", str(tmp_path / "nowhere"), str(tmp_path / "new")], "holds no adapter"),
+        (["merge", str(tmp_path / "nowhere"), str(tmp_path / "new")], "there is no folder"),
     ):
         assert main(words) == 2 and told in capsys.readouterr().err
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 100)
