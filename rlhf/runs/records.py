@@ -101,7 +101,7 @@ def describe_complete(summary: dict[str, Any]) -> str:
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     arrow = " -> ".join(f"{float(x):.3f}" for x in losses if x is not None)
     parts = [
-        f"{summary.get('steps', '?')} steps",
+        f"{(steps := summary.get('steps', '?'))} step{'' if steps == 1 else 's'}",
         f"training loss {arrow}" if arrow else "",
         duration(summary.get("seconds", 0)),
     ]

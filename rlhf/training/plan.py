@@ -35,6 +35,7 @@ from rlhf.training.plan_checks import (
     check_scheduler,
     decide_max_length,
     load_plan_tokenizer,
+    note_disabled,
 )
 from rlhf.training.room import check_memory
 from rlhf.training.stage import Plan, Stage
@@ -102,6 +103,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     from rlhf.models.folder import locate
 
     inputs = inputs or read_inputs(stage, recipe)
+    note_disabled(recipe)
     args, model_args, stage_args = build_configs(recipe)
     if topology.started:
         check_devices(args, recipe)

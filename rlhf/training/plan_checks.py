@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.config.key_effects import without_effect
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
@@ -254,6 +255,13 @@ def _sentence(error: BaseException) -> str:
     """A library's error on one line, at most 300 characters, ending with a full stop."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def note_disabled(recipe: Recipe) -> None:
+    """Name the keys of the file that the command line has switched off; load_recipe refuses all others without effect."""
+    for key in recipe.values:
+        if why := without_effect(key, recipe.stage, recipe.values, set()):
+            say(f"note: {recipe.where(key)}: '{key}' has no effect {why.partition(';')[0]}")
 
 
 def check_merge(plan: Plan) -> None:

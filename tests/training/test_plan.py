@@ -1,6 +1,7 @@
 """`--check` says what the start will say: everything but the weights is built, by the same code, and refused with the place."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -142,3 +143,21 @@ def test_answers_that_max_length_makes_equal_are_reported(recipe, tiny_llama, tm
     assert main(["dpo", recipe("dpo", **values, output_dir=str(tmp_path / "out")), "--check"]) == 0
     shown = capsys.readouterr().out
     assert "note: max_length=40: cuts 2 answers in 1 of 1 pairs" in shown and "the same tokens" in shown
+
+
+def test_what_the_command_line_switches_off_is_told(recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    """It need not be deleted from the file, but it must not be without effect in silence."""
+    file = recipe(
+        "dpo",
+        model_name_or_path=tiny_llama,
+        dataset_name=few_pairs,
+        output_dir=str(tmp_path / "o"),
+        reference_model=tiny_llama,
+    )
+    assert main(["dpo", file, "--check"]) == 0
+    assert "has no effect" not in capsys.readouterr().out
+    assert main(["dpo", file, "--check", "--reference", "online"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"note: \S+dpo.yaml:\d+: 'reference_model' has no effect without `reference: cached` or `nf4`\n", shown
+    ), shown
