@@ -11,6 +11,7 @@ from trl.data_utils import common_prefix_length
 
 from rlhf.distributed.sharding import unsharded_shape, writable
 from rlhf.errors import UserError
+from rlhf.models.folder import revision_of
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 
@@ -32,13 +33,15 @@ def load_tokenizer(
     Args:
         name: a model that `locate` returned.
         chat_template: `alpaca`, `chatml` or a .jinja file; None takes the model's own, or alpaca if it has none.
-        revision: of the hub.
+        revision: of a hub's model.
         encoder: a BERT-like reward model, whose answers need not end with EOS.
 
     Raises:
         UserError: an unknown template, or one without EOS, with which a policy would never learn to stop.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=trust_remote_code, revision=revision_of(name, revision)
+    )
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     elif not tokenizer.chat_template:

@@ -127,7 +127,7 @@ def load_plan_tokenizer(plan: Plan):
             template,
             args.trust_remote_code,
             encoder=recipe.stage == "reward",
-            revision=revision_of(plan.model_name, plan.model_args.model_revision),
+            revision=plan.model_args.model_revision,
         )
     except UserError as error:
         where = recipe.where("chat_template" if template is not None else "model_name_or_path")

@@ -19,7 +19,6 @@ def load(plan: Plan) -> Loaded:
     from transformers import set_seed
     from trl import get_peft_config
 
-    from rlhf.models.folder import revision_of
     from rlhf.models.loading import load_reward_model
     from rlhf.models.tokenizer import load_tokenizer
 
@@ -29,7 +28,7 @@ def load(plan: Plan) -> Loaded:
         plan.stage_args.chat_template,
         args.trust_remote_code,
         encoder=True,
-        revision=revision_of(plan.model_name, model_args.model_revision),
+        revision=model_args.model_revision,
     )
     set_seed(args.seed)  # loading initialises the new head: the same seed must give the same weights
     model, new_modules = load_reward_model(

@@ -17,17 +17,12 @@ def load(plan: Plan) -> Loaded:
     """The policy to train, for SFT and DPO."""
     from trl import get_peft_config
 
-    from rlhf.models.folder import revision_of
     from rlhf.models.loading import load_policy
     from rlhf.models.tokenizer import load_tokenizer
 
     trust = plan.args.trust_remote_code
-    tokenizer = load_tokenizer(
-        plan.model_name,
-        plan.stage_args.chat_template,
-        trust,
-        revision=revision_of(plan.model_name, plan.model_args.model_revision),
-    )
+    revision = plan.model_args.model_revision
+    tokenizer = load_tokenizer(plan.model_name, plan.stage_args.chat_template, trust, revision=revision)
     model = load_policy(
         plan.model_name, tokenizer, plan.model_args, trust, plan.continues_adapter, merged=plan.merged_start
     )

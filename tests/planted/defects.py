@@ -183,8 +183,8 @@ TRAINING = (
     Defect(
         "template-not-from-recipe", "SFT and DPO take the model's own chat template, not the recipe's",
         "rlhf/training/sft.py",
-        "load_tokenizer(plan.model_name, plan.stage_args.chat_template, trust)",
-        "load_tokenizer(plan.model_name, None, trust)",
+        "load_tokenizer(plan.model_name, plan.stage_args.chat_template, trust, revision=revision)",
+        "load_tokenizer(plan.model_name, None, trust, revision=revision)",
         ("tests/training/test_stages.py::test_every_stage_takes_the_recipes_template",),
     ),
     Defect(
