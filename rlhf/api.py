@@ -186,7 +186,7 @@ def train(
             "rlhf.train stops and saves on signals, which Python gives to its main thread only: call it there"
         )
     given = {
-        key: from_python(name, _rows(name, rows))
+        key: _source(name, rows)
         for key, name, rows in (("dataset_name", "train_dataset", train_dataset), ("eval_dataset_name", "eval_dataset", eval_dataset))
         if rows is not None
     }  # fmt: skip
@@ -201,14 +201,14 @@ def train(
     return RunFolder(folder, read_complete(folder), newest_checkpoint(folder))
 
 
-def _rows(name: str, given: Any) -> list[dict[str, Any]]:
-    """Rows as a list of dicts."""
+def _source(name: str, given: Any) -> Source:
+    """Rows that Python code holds, as a source."""
     if isinstance(given, list):
-        return given
+        return from_python(name, given)
     from datasets import Dataset, DatasetDict
 
     if isinstance(given, Dataset):
-        return given.to_list()
+        return from_python(name, given)
     if isinstance(given, DatasetDict):
         raise UserError(
             f"{name} has the splits {', '.join(given)}; give one of them, as in {name}=dataset[{next(iter(given))!r}]"
@@ -266,7 +266,7 @@ def _plain(value: Any) -> Any:
 def _call(recipe: Any, given: Mapping[str, Source], keys: dict[str, Any]) -> str:
     """The call as provenance.json records it; recipe.yaml beside it has all keys."""
     words = ["recipe" if isinstance(recipe, Mapping) else repr(os.fspath(recipe))]
-    words += [f"{source.name}=<{len(source.rows)} rows>" for source in given.values()]
+    words += [f"{source.name}=<{source.num_rows} rows>" for source in given.values()]
     words += [f"{key}={'...' if TOKEN.fullmatch(f'--{key}') else repr(_plain(value))}" for key, value in keys.items()]
     return f"{CALL}{', '.join(words)})"
 

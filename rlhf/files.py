@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +25,13 @@ from rlhf.errors import UserError
 YAML_ERRORS = (
     yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError
 )  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """RLHF_CACHE, else the user's cache folder."""
+    if os.environ.get("RLHF_CACHE"):
+        return Path(os.environ["RLHF_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
 
 
 def read_json(path: Path | str) -> dict[str, Any] | None:
@@ -155,7 +165,48 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[str]]:
+    """A text file to be written bit by bit; it appears, whole and on the disk, when the block ends without an error."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 (hex) of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file. The hub's cache names large files by it; others are read when their inode or times change."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
+        return real.name
+    return kept_digest(file_identity(real), lambda: sha256_of(real))
+
+
+def kept_digest(identity: str, compute: Callable[[], str]) -> str:
+    """A sha256 (hex), computed unless the cache has it for something of this identity."""
+    kept = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", found := kept.read_text(encoding="ascii")):
+            return found
+    digest = compute()
+    with contextlib.suppress(OSError):  # without a cache it is computed again the next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, digest)
+    return digest
+
+
+def file_identity(path: Path) -> str:
+    """A text that changes when a file is replaced or written: its path, inode, size and times."""
+    stat = path.stat()
+    return f"{path} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"

@@ -18,7 +18,7 @@ import forked
 import pytest
 import yaml
 
-from rlhf.models.embedded import cache_dir
+from rlhf.files import cache_dir
 from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -41,6 +41,14 @@ class StageConfig:
     )
     max_train_examples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
+    too_long: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["error", "drop", "truncate"],
+            "help": "A row beyond max_length: abort (error), leave it out (drop), or cut it (truncate, as truncation_mode "
+            "says); default: sft and dpo truncate, and drop what would have no answer left; reward drops.",
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={"help": "alpaca, chatml or a .jinja file; default: the model's own, or alpaca if it has none."},

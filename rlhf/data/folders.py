@@ -7,11 +7,14 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.raw import COMPRESSED_TYPES
 from rlhf.data.table_readers import first_line
 from rlhf.errors import UserError, quote
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 FOLDER_TYPES = (*FILE_TYPES, ".arrow", ".txt")  # that `datasets` reads from a folder
@@ -46,7 +49,7 @@ def split_file(folder: Path, split: str, prefix: str) -> Path | None:
     return folder / found[0] if found else None
 
 
-def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> tuple[str, list[dict[str, Any]]]:
+def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> tuple[str, Dataset]:
     """The split to read (`split`, else the default or the only one) and its rows.
 
     Raises:
@@ -73,7 +76,7 @@ def open_folder(folder: Path, split: str | None, default: str, prefix: str) -> t
         if chosen not in loaded:
             have = ", ".join(map(str, loaded)) or "none"
             raise UserError(f"{prefix}{folder} has no split {quote(str(chosen))}; it has {have}")
-        return chosen, loaded[chosen].to_list()
+        return chosen, loaded[chosen]
     except UserError:
         raise
     except kinds as error:

@@ -6,16 +6,34 @@ reward modelling, DPO, evaluation and chat.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data import columns
 from rlhf.data.messages import Messages, RowError, excluded_answers, has, is_dialogue, is_empty, messages, text, turns
 from rlhf.data.reading import Reading, each, without_repeated_prompts
 from rlhf.data.sources import Source
-from rlhf.errors import UserError
 
 SFT_SHAPES = "prompt + completion; prompt + chosen; messages; instruction (+ input) + output; question + answer; text"
 PREFERENCE_SHAPES = "prompt + chosen + rejected; chosen + rejected (full dialogues); instruction + chosen + rejected"
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What the recipe says of the data's format."""
+
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+
+    def key(self) -> str:
+        return json.dumps([self.format, self.columns, self.roles], sort_keys=True)
+
+
+def converter(kind: str, first_rows: list[dict], options: FormatOptions) -> Callable[[dict, set[str]], dict[str, Any]]:
+    return _sft_row if kind == "sft" else _preference_row
 
 
 def sft_rows(source: Source, reading: Reading | None = None) -> list[dict[str, Any]]:
@@ -46,62 +64,6 @@ def preference_rows(source: Source, reading: Reading | None = None) -> list[dict
     """
     reading = reading or Reading()
     return without_repeated_prompts(each(source, _preference_row, reading), ("chosen", "rejected"), reading)
-
-
-def join_chosen_rejected(chosen: Source, rejected: Source, reading: Reading | None = None) -> Source:
-    """Join accepted and rejected answers by prompt, in the order of the accepted ones.
-
-    Rows are prompt (or instruction + input) and response (or output, completion, answer). Several answers to one
-    prompt are paired in order.
-
-    Raises:
-        UserError: an accepted answer without a rejected one for the same prompt, or vice versa.
-    """
-    unmatched: dict[str, list[int]] = {}
-    sides = [Reading(), Reading()]
-
-    def rejected_row(row: dict, used: set[str]) -> dict[str, Any]:
-        new = _sft_row({**row, "label": None}, used)  # `label: false` is expected here
-        used.add("label")
-        return new
-
-    rejected_rows = each(rejected, rejected_row, sides[1])
-    for index, row in enumerate(rejected_rows):
-        unmatched.setdefault(repr(row.get("prompt")), []).append(index)
-    pairs = []
-    for index, row in enumerate(each(chosen, _sft_row, sides[0])):
-        if "prompt" not in row:
-            raise UserError(
-                f"{chosen.where(index)}: expected prompt + response, to be joined with the rejected answers"
-            )
-        matches = unmatched.get(repr(row["prompt"]))
-        if not matches:
-            raise UserError(
-                f"{chosen.where(index)}: no answer to this prompt in {rejected.name}; each prompt needs one in both"
-            )
-        other = rejected_rows[matches.pop(0)]
-        pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"]})
-    left = [index for indices in unmatched.values() for index in indices]
-    if left:
-        raise UserError(
-            f"{rejected.where(min(left))}: no answer to this prompt in {chosen.name}; each prompt needs one in both"
-        )
-    if reading:
-        for side in sides:
-            reading.num_unused.update(side.num_unused)
-    digest = chosen.digest[:32] + rejected.digest[:32]
-    return Source(chosen.name, pairs, chosen.lines, digest)
-
-
-def reject_margins_in_some_rows(rows: list[dict[str, Any]], places: list[str]) -> None:
-    """Raise UserError if only some rows have a margin: the reward model's loss needs all or none."""
-    have = [place for row, place in zip(rows, places, strict=True) if "margin" in row]
-    if have and len(have) < len(rows):
-        without = next(place for row, place in zip(rows, places, strict=True) if "margin" not in row)
-        raise UserError(
-            f"{without}: no 'margin', but {len(have):,} of {len(rows):,} rows have one (first: {have[0]}); set it in all rows "
-            "or in none"
-        )
 
 
 def _sft_row(row: dict, used: set[str]) -> dict[str, Any]:

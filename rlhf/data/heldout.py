@@ -6,13 +6,12 @@ Also the prompts that a run was trained on, saved with its model, so that an eva
 from __future__ import annotations
 
 import bisect
-import hashlib
 import mmap
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from rlhf.data.prompts import normalise_prompt, prompt_hash
+import numpy as np
+
+from rlhf.data.store import Rows
 from rlhf.errors import UserError, quote
 from rlhf.files import write_file
 
@@ -20,76 +19,50 @@ TRAIN_PROMPTS = "prompts.hashes"  # 8 bytes per prompt, sorted: 80 MB for ten mi
 BYTES = 8
 
 
-def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages before a row's answer; the entire text if it has no turns."""
-    if "text" in row:
-        return [{"role": "user", "content": row["text"]}]
-    return row["prompt"] if "prompt" in row else row["messages"][:-1]
-
-
-def opening(row: dict[str, Any]) -> int:
-    """A number in [0, 2^64): the hash of the first message of a row's dialogue that isn't the system's.
-
-    It decides whether a row is held out, so that a dialogue and its continuations are on the same side of the split.
-    """
-    spoken = [message for message in prompt_messages(row) if message["role"] != "system"]
-    return int.from_bytes(hashlib.sha256(normalise_prompt(spoken[:1]).encode("utf-8")).digest()[:8], "big")
-
-
-def held_out(rows: list[dict[str, Any]], heldout: float) -> list[bool]:
-    """For each canonical row, whether it is held out.
+def held_out(openings: np.ndarray, heldout: float) -> np.ndarray:
+    """For each row, whether it is held out.
 
     Args:
+        openings: uint64, per row: the hash of its first message (`Features.opening`).
         heldout: a fraction between 0 and 1: about that fraction of the prompts, at least one; a prompt stays on its
             side when rows are added. Or a number of prompts, from 1 on: exactly that many, if there are more; which ones
             depends on all prompts present. Neither depends on the order of the rows or on their answers.
 
-    Example: held_out([{"prompt": [user "a"]}, {"prompt": [user "b"]}, {"prompt": [user "A"]}], 1) -> [True, False, True].
+    Example: held_out(np.array([5, 2**63, 5], np.uint64), 1) -> [True, False, True].
     """
-    numbers = [opening(row) for row in rows]
-    if heldout < 1:
-        limit = max(int(heldout * 2**64), min(numbers, default=0) + 1)
-        return [number < limit for number in numbers]
-    smallest = set(sorted(set(numbers))[: int(heldout)])
-    return [number in smallest for number in numbers]
+    if heldout >= 1:
+        return np.isin(openings, np.unique(openings)[: int(heldout)])
+    if not len(openings):
+        return np.zeros(0, bool)
+    limit = max(int(heldout * 2**64), int(openings.min()) + 1)
+    return openings < np.uint64(limit) if limit < 2**64 else np.ones(len(openings), bool)
 
 
-def check_heldout(heldout: float, rows: list[dict[str, Any]], where: str, name: str) -> list[bool]:
-    """`held_out`, rejecting a split that leaves one side empty.
+def check_heldout(heldout: float, rows: Rows, where: str, name: str) -> np.ndarray:
+    """`held_out` of prepared rows, rejecting a split that leaves one side empty.
 
     Raises:
         UserError: with the numbers of rows and prompts.
     """
-    sides = held_out(rows, heldout)
-    if rows and not all(sides):
+    openings = rows.column("opening")
+    sides = held_out(openings, heldout)
+    if len(sides) and not sides.all():
         return sides
-    prompts = len({opening(row) for row in rows})
     raise UserError(
-        f"{where}: heldout: {heldout:g} leaves no row of {name} to train on: its {len(rows):,} rows have {prompts:,} "
-        f"different prompts (first messages); use a smaller fraction or number, or more data"
+        f"{where}: heldout: {heldout:g} leaves no row of {name} to train on: its {len(rows):,} rows have "
+        f"{len(np.unique(openings)):,} different prompts (first messages); use a smaller fraction or number, or more data"
     )
 
 
 # --- what a run was trained on ---------------------------------------------------------------------------------------
 
 
-def prompts_of(row: dict[str, Any]) -> Iterable[bytes]:
-    """16-byte hashes of all prompts whose answer a row trains: a dialogue of several turns has one per answer."""
-    if "messages" not in row:
-        yield prompt_hash(prompt_messages(row))
-        return
-    for number, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            yield prompt_hash(row["messages"][:number])
-
-
-def write_train_prompts(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_train_prompts(folder: Path, rows: Rows) -> None:
     """Write the prompts of the training rows into a run folder, hashed and sorted (main rank only)."""
-    hashes = sorted({prompt[:BYTES] for row in rows for prompt in prompts_of(row)})
-    write_file(folder / TRAIN_PROMPTS, b"".join(hashes))
+    write_file(folder / TRAIN_PROMPTS, np.unique(rows.prompts()[0]).astype(">u8").tobytes())
 
 
-def trained_on(folder: Path, rows: list[dict[str, Any]]) -> list[bool] | None:
+def trained_on(folder: Path, rows: Rows) -> np.ndarray | None:
     """For each row, whether the run in `folder` was trained on its prompt; None if the run has not saved its prompts.
 
     The file is memory-mapped and searched, not loaded.
@@ -107,9 +80,11 @@ def trained_on(folder: Path, rows: list[dict[str, Any]]) -> list[bool] | None:
             "unknown; remove it to continue without"
         )
     if not size:
-        return [False] * len(rows)
+        return np.zeros(len(rows), bool)
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as known:
-        return [_is_in(known, prompt_hash(prompt_messages(row))[:BYTES], size // BYTES) for row in rows]
+        return np.array(
+            [_is_in(known, int(prompt).to_bytes(BYTES, "big"), size // BYTES) for prompt in rows.last_prompts()], bool
+        )
 
 
 def _is_in(known, wanted: bytes, count: int) -> bool:

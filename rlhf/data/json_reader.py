@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
-from typing import Any
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
 
-from rlhf.data.raw import Raw, text_of
+from rlhf.data.raw import Raw, not_utf8, text_of
 from rlhf.errors import UserError, quote
 
 MAX_DEPTH = 100  # nested lists and objects; this project's formats need 4
@@ -120,6 +123,24 @@ def _check_surrogates(text: str, start: int, end: int) -> None:
         )
 
 
+class LineError(ValueError):
+    """A line of a JSON Lines file that is no row.
+
+    Attributes:
+        line: counted from 1, in the file or in the range that was read.
+        column: counted from 1; 0 if it is the whole line.
+    """
+
+    def __init__(self, message: str, line: int, column: int = 0):
+        super().__init__(message)
+        self.line, self.column = line, column
+
+    def at(self, path: Path, before: int = 0) -> UserError:
+        """The error for the user; `before`: how many lines come before the range."""
+        column = f":{self.column}" if self.column else ""
+        return UserError(f"{path}:{self.line + before}{column}: {self}")
+
+
 def json_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int] | None]:
     """The rows of a file with one object per line (and their lines), or with one list of objects (lines: None)."""
     start = raw.data[:4096].lstrip()
@@ -129,17 +150,63 @@ def json_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int] | None]:
         raise UserError(
             f"{raw.path}:1: one JSON object over several lines; expected a list of rows, or one row per line"
         )
-    return _line_rows(raw)
+    try:
+        found = list(parse_lines(io.BytesIO(raw.data), raw.mark))  # no copy of the full text
+    except LineError as error:
+        raise error.at(raw.path) from None
+    return [row for row, _ in found], [number for _, number in found]
 
 
-def _line_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
-    rows, lines = [], []
-    for number, line in enumerate(io.BytesIO(raw.data), 1):  # no copy of the full text
+def json_lines(
+    path: Path, start: int = 0, end: int | None = None, counted: Any = None
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Rows of an uncompressed UTF-8 file with one object per line, read as they are asked for, with their lines.
+
+    Args:
+        start, end: bytes: the lines that begin in this range, counted from 1 at its first.
+        counted: its attribute `lines` is set to the number of lines of the range, blank ones too.
+
+    Raises:
+        LineError: a line that is not a JSON object.
+    """
+    with open(path, "rb") as file:
+        mark = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        file.seek(max(start - 1, 0))
+        if start > mark:
+            file.readline()  # the rest of the line before, which may end just before `start`
+        else:
+            file.seek(mark)
+        at, number = file.tell(), 0
+
+        def lines() -> Iterator[bytes]:
+            nonlocal at, number
+            while end is None or at < end:
+                if not (line := file.readline()):
+                    break
+                at += len(line)
+                number += 1
+                yield line
+
+        yield from parse_lines(lines(), at)
+        if counted is not None:
+            counted.lines = number
+
+
+def parse_lines(lines: Iterable[bytes], offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Rows of lines with one object each, with their number from 1; blank lines are left out.
+
+    Args:
+        offset: bytes of the file before the first line.
+
+    Raises:
+        LineError: a line that is not a JSON object.
+    """
+    for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            text_of(raw)  # raises, with the byte's offset in the file
-            raise
+        except UnicodeDecodeError as error:
+            raise LineError(not_utf8(offset + error.start), number) from None
+        offset += len(line)
         if not text.strip():
             continue
         try:
@@ -148,39 +215,110 @@ def _line_rows(raw: Raw) -> tuple[list[dict[str, Any]], list[int]]:
             if rest < len(text):
                 raise JsonError("not valid JSON: Extra data", rest)
         except JsonError as error:
-            message = str(error) if text.strip("\x00") else _ZEROS
-            raise UserError(f"{raw.path}:{number}:{error.at + 1}: {message}") from None
+            raise LineError(str(error) if text.strip("\x00") else _ZEROS, number, error.at + 1) from None
         if not isinstance(row, dict):
-            raise UserError(f"{raw.path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-        lines.append(number)
-    return rows, lines
+            raise LineError(f"expected a JSON object, found {type(row).__name__}", number)
+        yield row, number
 
 
 _ZEROS = "only NUL characters; a crash or a full disk damaged the file: write it again"
 
 
 def _list_rows(raw: Raw, text: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    at = _after_space(text, text.index("[") + 1)
+    return [row for row, _ in list_items(raw.path, io.StringIO(text, newline=""), len(text) + 1)]
+
+
+WINDOW = 1 << 20  # characters that are read at a time
+LONGEST_ROW = 256 << 20  # characters
+
+
+def list_items(path: Path, file: IO[str], window: int = WINDOW) -> Iterator[tuple[dict[str, Any], int]]:
+    """The objects of a JSON list, read as they are asked for, with their number from 1.
+
+    Raises:
+        UserError: a mistake, with its line and column.
+    """
+    scan = _Scan(file, window)
     try:
-        while text[at : at + 1] != "]" or rows:
-            row, at = parse(text, at)
+        scan.skip_space()
+        scan.take("[")
+        scan.skip_space()
+        number = 0
+        while scan.peek() != "]" or number:
+            row = scan.value()
             if not isinstance(row, dict):
                 kind = type(row).__name__
-                raise UserError(f"{raw.path}, row {len(rows) + 1}: expected a JSON object, found {kind}")
-            rows.append(row)
-            at = _after_space(text, at)
-            if text[at : at + 1] == "]":
+                raise UserError(f"{path}, row {number + 1}: expected a JSON object, found {kind}")
+            number += 1
+            yield row, number
+            scan.skip_space()
+            if scan.peek() == "]":
                 break
-            if text[at : at + 1] != ",":
-                raise JsonError("not valid JSON: Expecting ',' delimiter", at)
-            at = _after_space(text, at + 1)
-        after = _after_space(text, at + 1)
-        if after < len(text):
-            raise JsonError("not valid JSON: Extra data", after)
+            scan.take(",", "not valid JSON: Expecting ',' delimiter")
+            scan.skip_space()
+        scan.take("]")
+        scan.skip_space()
+        if scan.peek():
+            raise JsonError("not valid JSON: Extra data", scan.at)
     except JsonError as error:
-        line = text.count("\n", 0, error.at) + 1
-        column = error.at - text.rfind("\n", 0, error.at)
-        raise UserError(f"{raw.path}:{line}:{column}: {error}") from None
-    return rows
+        line, column = scan.locate(error.at)
+        raise UserError(f"{path}:{line}:{column}: {error}") from None
+
+
+class _Scan:
+    """A window of a text, and the line and column at which it begins."""
+
+    def __init__(self, file: IO[str], window: int):
+        self.file, self.window = file, window
+        self.text, self.at, self.ended = "", 0, False
+        self.lines, self.columns = 0, 0  # before the window
+        self.more()
+
+    def more(self) -> bool:
+        """Read on, dropping what has been taken; False at the end of the file."""
+        if self.ended:
+            return False
+        found = self.file.read(max(self.window, len(self.text) - self.at))
+        if not found:
+            self.ended = True
+            return False
+        taken = self.text[: self.at]
+        if "\n" in taken:
+            self.lines, self.columns = self.lines + taken.count("\n"), len(taken) - taken.rfind("\n") - 1
+        else:
+            self.columns += len(taken)
+        self.text, self.at = self.text[self.at :] + found, 0
+        return True
+
+    def locate(self, at: int) -> tuple[int, int]:
+        """Line and column, from 1, of an offset in the window."""
+        lines = self.text.count("\n", 0, at)
+        column = at - self.text.rfind("\n", 0, at) if lines else self.columns + at + 1
+        return self.lines + lines + 1, column
+
+    def skip_space(self) -> None:
+        while True:
+            self.at = _after_space(self.text, self.at)
+            if self.at < len(self.text) or not self.more():
+                return
+
+    def peek(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def take(self, character: str, message: str = "") -> None:
+        if self.peek() != character:
+            raise JsonError(message or f"not valid JSON: Expecting {character!r}", self.at)
+        self.at += 1
+
+    def value(self) -> Any:
+        while True:
+            try:
+                value, end = parse(self.text, self.at)
+            except JsonError:
+                if len(self.text) - self.at > LONGEST_ROW or not self.more():
+                    raise
+                continue
+            if end == len(self.text) and self.more():  # a number may continue
+                continue
+            self.at = end
+            return value

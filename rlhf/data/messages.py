@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -166,3 +167,10 @@ def turns(value: str, key: str) -> Messages:
 def _turn_text(value: str) -> str:
     """Spaces after the colon are not indentation; those at the start of a line are."""
     return value if value.lstrip(" ").startswith("\n") else value.strip()
+
+
+def answer_text(found: Messages) -> str:
+    """All text of messages, for hashes, lengths and summaries: the content of a plain one, else their JSON."""
+    if len(found) == 1 and isinstance(found[0].get("content"), str) and len(found[0]) == 2:
+        return found[0]["content"]
+    return json.dumps(found, ensure_ascii=False)

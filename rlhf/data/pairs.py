@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 from pathlib import Path
 
-from rlhf.data.formats import preference_rows
+from rlhf.data.prepare import prepare
 from rlhf.data.raw import find
-from rlhf.data.reading import Reading
 from rlhf.data.sources import load_source
 from rlhf.data.summary import line, summarise
 from rlhf.errors import UserError
-from rlhf.files import write_file
+from rlhf.files import new_file
 
 FILES = ("accepted_data.jsonl", "rejected_data.jsonl", "preference_data.jsonl")
 
@@ -30,18 +30,17 @@ def write_pair_files(dataset_name: str, output_dir: str, split: str | None = Non
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; expected at least 1 pair")
-    reading = Reading()
-    pairs = preference_rows(load_source(dataset_name, split).head(limit), reading)
+    found = prepare(load_source(dataset_name, split).head(limit), "pairs")
     folder = _output_folder(output_dir)
-    rows = {
-        FILES[0]: [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs],
-        FILES[1]: [{"prompt": p["prompt"], "response": p["rejected"]} for p in pairs],
-        FILES[2]: pairs,
-    }
-    for name, content in rows.items():
-        write_file(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content))
-    print(f"{dataset_name}: {line(summarise(pairs, reading))}")
-    return len(pairs)
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(new_file(folder / name)) for name in FILES]
+        for row in found.rows:
+            del row["place"]
+            parts = ({"prompt": row["prompt"], "response": row[side]} for side in ("chosen", "rejected"))
+            for file, content in zip(files, (*parts, row), strict=True):
+                file.write(json.dumps(content, ensure_ascii=False) + "\n")
+    print(f"{dataset_name}: {line(summarise(found.rows, found.num_unused, stripped=found.stripped))}")
+    return len(found.rows)
 
 
 def _output_folder(output_dir: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import lzma
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,11 +105,8 @@ def read_raw(path: Path, status: os.stat_result, prefix: str = "") -> Raw:
     Raises:
         UserError: a pipe or device, no permission, a damaged archive, bytes that are not text, or another kind of file.
     """
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{prefix}{path} is {_special(status.st_mode)}; expected a regular file: save the data to one")
+    check_regular(path, status, prefix)
     try:
-        if os.path.realpath(path).startswith(("/proc/", "/sys/")):
-            raise UserError(f"{prefix}{path} is a kernel file, not data; give a data file")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{prefix}{path} can't be read: {error.strerror}") from None
@@ -119,8 +118,20 @@ def read_raw(path: Path, status: os.stat_result, prefix: str = "") -> Raw:
         raw.suffix = Path(path.stem).suffix.lower()
     if raw.is_table and raw.data.startswith(TABLES):
         return raw
-    _reject_other_kinds(raw, prefix)
+    reject_other_kinds(raw, prefix)
     return raw if raw.is_table else _as_utf8(raw)
+
+
+def check_regular(path: Path, status: os.stat_result, prefix: str) -> None:
+    """Raise UserError for a pipe, a device or a file of the kernel, which could block or never end."""
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{prefix}{path} is {_special(status.st_mode)}; expected a regular file: save the data to one")
+    if os.path.realpath(path).startswith(("/proc/", "/sys/")):
+        raise UserError(f"{prefix}{path} is a kernel file, not data; give a data file")
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise UserError(f"{prefix}{path} can't be read: {error.strerror}") from None
 
 
 def _special(mode: int) -> str:
@@ -131,25 +142,32 @@ def _special(mode: int) -> str:
 def _unpack(path: Path, data: bytes, archive: str, prefix: str) -> bytes:
     allowed = max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * len(data))
     parts, size = [], 0
+    with archive_errors(path, archive, prefix), open_archive(io.BytesIO(data), archive) as stream:
+        while part := stream.read(2**20):
+            parts.append(part)
+            size += len(part)
+            if size > allowed:
+                raise UserError(
+                    f"{prefix}{path} decompresses to more than {size // 2**20} MiB from {len(data)} bytes of {archive}, unlike"
+                    f" real data; if it is correct, decompress it yourself and give the decompressed file"
+                )
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def archive_errors(path: Path, archive: str, prefix: str) -> Iterator[None]:
+    """Turn what decompressors raise into a UserError."""
     try:
-        with _opened(data, archive) as stream:
-            while part := stream.read(2**20):
-                parts.append(part)
-                size += len(part)
-                if size > allowed:
-                    raise UserError(
-                        f"{prefix}{path} decompresses to more than {size // 2**20} MiB from {len(data)} bytes of {archive}, unlike"
-                        f" real data; if it is correct, decompress it yourself and give the decompressed file"
-                    )
+        yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError) as error:
         raise UserError(
             f"{prefix}{path}: this {archive} archive is damaged or truncated ({quote(str(error))}); download it again"
         ) from None
-    return b"".join(parts)
 
 
-def _opened(data: bytes, archive: str):
-    file = io.BytesIO(data)
+def open_archive(source: Path | io.BytesIO, archive: str):
+    """A file or bytes, to be read decompressed."""
+    file = open(source, "rb") if isinstance(source, Path) else source
     if archive == "gzip":
         return gzip.GzipFile(fileobj=file)
     if archive == "bzip2":
@@ -158,10 +176,11 @@ def _opened(data: bytes, archive: str):
         return lzma.LZMAFile(file)
     import pyarrow  # comes with `datasets`; Python itself reads zstd from 3.14 on
 
-    return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
 
 
-def _reject_other_kinds(raw: Raw, prefix: str) -> None:
+def reject_other_kinds(raw: Raw, prefix: str) -> None:
+    """Raise UserError for a file that is none of the readable kinds, by how it starts."""
     start, path = raw.data[:2048], raw.path
     found = next(((kind, fix) for magic, kind, fix in KINDS if start.startswith(magic)), None)
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
@@ -209,7 +228,9 @@ def text_of(raw: Raw) -> str:
         return raw.data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{raw.path}:{line}: byte {raw.mark + error.start} is not UTF-8; save the file as UTF-8 "
-            "(from latin-1: `iconv -f latin1 -t utf-8 FILE > NEW`)"
-        ) from None
+        raise UserError(f"{raw.path}:{line}: {not_utf8(raw.mark + error.start)}") from None
+
+
+def not_utf8(offset: int) -> str:
+    """The message for a byte that is not UTF-8."""
+    return f"byte {offset} is not UTF-8; save the file as UTF-8 (from latin-1: `iconv -f latin1 -t utf-8 FILE > NEW`)"

@@ -1,36 +1,43 @@
-"""A stage's training and held-out rows: read, validated, split, with the digests of their files."""
+"""A stage's training and held-out rows: prepared, split, with the digests of their files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
 
 from rlhf.config.recipe import Recipe
-from rlhf.data.formats import join_chosen_rejected, reject_margins_in_some_rows
+from rlhf.data.convert import Kind
+from rlhf.data.formats import FormatOptions
 from rlhf.data.heldout import check_heldout
-from rlhf.data.reading import Reading
+from rlhf.data.joining import join_chosen_rejected
+from rlhf.data.prepare import Prepared, prepare
 from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
-from rlhf.data.summary import DataSummary, line, skipped_line, summarise
+from rlhf.data.store import Rows
+from rlhf.data.summary import DataSummary, has_margin, line, skipped_line, summarise
 from rlhf.errors import UserError
 
 
 @dataclass(frozen=True)
 class StageData:
-    """Canonical rows of a stage (a training row's `place` is its file and line), and the digests of their sources.
+    """Canonical rows of a stage, and the digests of their sources.
 
     Attributes:
         name: the data as the recipe names it.
         summary: what was found in the training rows.
         skipped: place and reason of each row, including held-out rows, that could not be used (`bad_rows: skip`).
+        keys: by side (`train`, `heldout`), what identifies its rows: their prepared sources and how they were selected; ''
+            if they are in memory only.
     """
 
     name: str
-    train: list[dict[str, Any]]
-    heldout: list[dict[str, Any]] | None
+    train: Rows
+    heldout: Rows | None
     digests: dict[str, str]
     summary: DataSummary | None = None
     skipped: list[dict[str, str]] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         """A summary of the rows, as lines for the screen."""
@@ -48,60 +55,77 @@ class StageData:
         return [f"{self.name}: {text}" for text in lines]
 
 
-def read_data(
-    recipe: Recipe,
-    to_rows: Callable[[Source, Reading], list[dict[str, Any]]],
-    given: Mapping[str, Source] | None = None,
-) -> StageData:
+def read_data(recipe: Recipe, kind: Kind, given: Mapping[str, Source] | None = None) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe.
 
     Args:
-        to_rows: the stage's conversion of a Source to canonical rows; fills the Reading.
+        kind: of rows that the stage trains on.
         given: rows that Python code holds, by the key (`dataset_name`, `eval_dataset_name`) that would name their file.
     """
-    reading, heldout_reading = (Reading(recipe.ours.bad_rows, can_skip=True) for _ in range(2))
-    given = given or {}
-    if "dataset_name" in given:
-        source, digests = given["dataset_name"], {"dataset_name": given["dataset_name"].digest}
-    else:
-        source, digests = _training_source(recipe, reading)
-    heldout = given["eval_dataset_name"] if "eval_dataset_name" in given else _heldout_source(recipe)
-    limit, heldout_limit = recipe.ours.max_train_examples, recipe.ours.max_eval_examples
-    heldout_rows = None
-    if share := recipe.ours.heldout:
-        rows = to_rows(source, reading)
-        heldout_rows, heldout_reading.places = _split_off(rows, reading, share, recipe, source.name)
-        heldout_rows = heldout_rows[:heldout_limit]
-        heldout_reading.places = heldout_reading.places[:heldout_limit]
-        digests["heldout"] = f"{share:g} of {source.digest}"
-        rows, reading.places = rows[:limit], reading.places[:limit]
-    else:
-        rows = to_rows(source.head(limit), reading)
-        if heldout:
-            digests["heldout"] = heldout.digest
-            heldout_rows = to_rows(heldout.head(heldout_limit), heldout_reading)
+    given, ours = given or {}, recipe.ours
+    whole, digests = _training_rows(recipe, kind, given.get("dataset_name"))
+    rows, limit = whole.rows, f"first {ours.max_train_examples}"
+    keys = {"train": f"{whole.key} {limit}" if whole.key else ""}
+    heldout, held = None, None
+    if share := ours.heldout:
+        sides = check_heldout(share, rows, recipe.where("heldout"), str(recipe.values.get("dataset_name")))
+        heldout = rows.select(np.flatnonzero(sides)).head(ours.max_eval_examples)
+        rows = rows.select(np.flatnonzero(~sides))
+        digests["heldout"] = f"{share:g} of {whole.digest}"
+        keys = {
+            side: key and f"{whole.key} {side} {share:g} {limit}"
+            for side, key in (("train", keys["train"]), ("heldout", keys["train"]))
+        }
+        keys["heldout"] = keys["heldout"] and f"{whole.key} heldout {share:g} first {ours.max_eval_examples}"
+    elif source := given.get("eval_dataset_name") or _heldout_source(recipe):
+        held = prepare(source.head(ours.max_eval_examples), kind, format_options(recipe), ours.bad_rows, True)
+        heldout, digests["heldout"] = held.rows, source.digest
+        keys["heldout"] = held.key and f"{held.key} first {ours.max_eval_examples}"
+    rows = rows.head(ours.max_train_examples)
+    unused = dict(whole.num_unused)
     if recipe.stage == "reward":
-        reject_margins_in_some_rows(rows, reading.places)
-    elif any("margin" in row for row in rows):
-        reading.num_unused["margin"] = sum("margin" in row for row in rows)
-    summary = summarise(rows, reading, heldout_rows or [], heldout_reading.places)
-    train = [{**row, "place": place} for row, place in zip(rows, reading.places, strict=True)]
-    name = recipe.ours.dataset_name or str(recipe.ours.chosen_dataset_name)
-    return StageData(name, train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
+        reject_margins_in_some_rows(rows)
+    elif has_margin(rows).any():
+        unused["margin"] = 1
+    skipped = whole.skipped + (held.skipped if held else [])
+    summary = summarise(rows, unused, len(whole.skipped), whole.stripped, heldout)
+    return StageData(
+        recipe.ours.dataset_name or str(recipe.ours.chosen_dataset_name), rows, heldout, digests, summary, skipped, keys
+    )
 
 
-def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
-    """(source of the training rows, digests of its files by key)"""
+@dataclass(frozen=True)
+class _Whole(Prepared):
+    """All rows of the training source, and its digest."""
+
+    digest: str = ""
+
+
+def format_options(recipe: Recipe) -> FormatOptions:
+    """What the recipe says of its data's format."""
+    return FormatOptions()
+
+
+def _training_rows(recipe: Recipe, kind: Kind, given: Source | None) -> tuple[_Whole, dict[str, str]]:
+    """(the rows of the training source, digests of its files by key)"""
+    ours, options = recipe.ours, format_options(recipe)
+    # without `heldout`, rows beyond the first ones are not read
+    most = None if ours.heldout else ours.max_train_examples
+    if given is not None:
+        digests = {"dataset_name": given.digest}
+        found = prepare(given.head(most), kind, options, ours.bad_rows, True)
+        return _Whole(**vars(found), digest=given.digest), digests
     split = recipe.get("dataset_train_split")
-    if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
+    if split is None and ours.heldout and ours.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
-    if recipe.ours.chosen_dataset_name:
+    if ours.chosen_dataset_name:
         chosen, rejected = (load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES)
-        digests = {_SIDES[0]: chosen.digest, _SIDES[1]: rejected.digest}
-        return join_chosen_rejected(chosen, rejected, reading), digests
-    name, config = recipe.values["dataset_name"], recipe.ours.dataset_config
+        joined, digest = join_chosen_rejected(chosen, rejected, options)
+        return _Whole(**vars(joined), digest=digest), {_SIDES[0]: chosen.digest, _SIDES[1]: rejected.digest}
+    name, config = recipe.values["dataset_name"], ours.dataset_config
     source = load_source(name, split, config, recipe.where("dataset_name"))
-    return source, {"dataset_name": source.digest}
+    found = prepare(source.head(most), kind, options, ours.bad_rows, True)
+    return _Whole(**vars(found), digest=source.digest), {"dataset_name": source.digest}
 
 
 def _heldout_source(recipe: Recipe) -> Source | None:
@@ -119,20 +143,14 @@ def _heldout_source(recipe: Recipe) -> Source | None:
     return None
 
 
-def _split_off(rows: list[dict], reading: Reading, share: float, recipe: Recipe, name: str) -> tuple[list, list[str]]:
-    """Remove the held-out rows from `rows` and their places from `reading`; returns both."""
-    sides = check_heldout(share, rows, recipe.where("heldout"), name)
-    parts = [
-        [(row, place) for row, place, side in zip(rows, reading.places, sides, strict=True) if side is wanted]
-        for wanted in (True, False)
-    ]
-    (heldout, heldout_places), (rows[:], reading.places) = (
-        [list(column) for column in zip(*part, strict=True)] for part in parts
-    )
-    kept = set(reading.places)
-    for found in (reading.low_scores, reading.equal_scores, reading.repeats):
-        found[:] = [place for place in found if place in kept]
-    return heldout, heldout_places
+def reject_margins_in_some_rows(rows: Rows) -> None:
+    """Raise UserError if only some rows have a margin: the reward model's loss needs all or none."""
+    have = has_margin(rows)
+    if have.any() and not have.all():
+        raise UserError(
+            f"{rows.place(int((~have).argmax()))}: no 'margin', but {have.sum():,} of {len(rows):,} rows have one (first: "
+            f"{rows.place(int(have.argmax()))}); set it in all rows or in none"
+        )
 
 
 _SIDES = ("chosen_dataset_name", "rejected_dataset_name")

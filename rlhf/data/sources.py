@@ -2,52 +2,105 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import socket
 import stat
 import urllib.parse
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf.data.folders import data_files, is_data_name, open_folder, split_file
 from rlhf.data.json_reader import json_rows
-from rlhf.data.raw import find, read_raw
+from rlhf.data.large_files import open_large
+from rlhf.data.raw import COMPRESSED_TYPES, find, read_raw
 from rlhf.data.table_readers import csv_rows, first_line, table_rows
 from rlhf.errors import UserError, quote
+from rlhf.files import file_digest, file_identity, kept_digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SAMPLE_NAME = "embedded:sample"
 PYTHON = "python:"  # before the name of an argument of `rlhf.train`: rows that no file holds
 ALL_ROWS = "all"  # a split of the embedded sample, from which `heldout` holds rows out
 SAMPLE_DIR = Path(__file__).parent / "sample"
+SMALL_BYTES = 8 << 20  # a smaller file is read into memory at once
+FEW_ROWS = 5000
 
 
-@dataclass
 class Source:
-    """Rows of one split.
+    """Rows of one split, held in memory or read from the disk as they are asked for.
 
     Attributes:
         name: the file or dataset, as named in messages.
-        rows: one dict per row, as read.
-        lines: the line of each row in its file, or None if rows have no lines.
         digest: sha256 (hex) of the input: the file's bytes, or the rows as JSON.
+        has_lines: rows have a line in a file, not only a number.
+        num_bytes: about how much there is to read; 0: little.
+        lines_file: a file with one JSON object per line, of which ranges can be read at the same time.
+        num_rows: None if it takes reading them all to know.
     """
 
-    name: str
-    rows: list[dict[str, Any]]
-    lines: list[int] | None
-    digest: str
+    def __init__(
+        self, name: str, rows: list[dict[str, Any]] | None, lines: list[int] | None, digest: str, *,
+        read: Callable[[], Iterator[tuple[dict[str, Any], int]]] | None = None, has_lines: bool = False, num_bytes: int = 0,
+        lines_file: Path | None = None, num_rows: int | None = None,
+    ):  # fmt: skip
+        self.name, self.digest, self.num_bytes, self.lines_file = name, digest, num_bytes, lines_file
+        self.has_lines = lines is not None or has_lines
+        self.num_rows = num_rows if rows is None else len(rows)
+        self._rows, self._lines, self._read = rows, lines, read
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, as read, in memory."""
+        if self._rows is None:
+            self._rows, numbers = [], []
+            for row, number in self.stream():
+                self._rows.append(row)
+                numbers.append(number)
+            self._lines = numbers if self.has_lines else None
+        return self._rows
+
+    @property
+    def lines(self) -> list[int] | None:
+        """The line of each row in its file, or None if rows have no lines."""
+        return self._lines if self.rows is not None else None
+
+    def stream(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """The rows, one at a time, each with its line in the file, or else its number from 1.
+
+        Raises:
+            UserError: an unreadable line or column, when it is reached.
+        """
+        if self._rows is not None:
+            return zip(self._rows, self._lines or range(1, len(self._rows) + 1), strict=True)
+        assert self._read is not None  # rows or read is given
+        return self._read()
 
     def where(self, index: int) -> str:
         """`file:line` of a row, or `name, row N` (counted from 1)."""
-        return f"{self.name}:{self.lines[index]}" if self.lines else f"{self.name}, row {index + 1}"
+        return place(self.name, self.lines[index] if self.lines else index + 1, self.has_lines)
 
     def head(self, count: int | None) -> Source:
         """The first `count` rows (all of them for None)."""
-        return self if count is None else Source(self.name, self.rows[:count], self.lines, self.digest)
+        if count is None:
+            return self
+        if self._rows is not None:
+            return Source(self.name, self._rows[:count], self._lines and self._lines[:count], self.digest)
+        found = list(itertools.islice(self.stream(), count))
+        lines = [number for _, number in found] if self.has_lines else None
+        return Source(self.name, [row for row, _ in found], lines, self.digest)
+
+
+def place(name: str, number: int, has_lines: bool) -> str:
+    """`file:line` of a row, or `name, row N`."""
+    return f"{name}:{number}" if has_lines else f"{name}, row {number}"
 
 
 def load_source(
@@ -86,7 +139,7 @@ def load_source(
         raise UserError(f"{prefix}no data file at {name}{_near_files(path)}")
     else:
         source = _from_hub(name, split or default_split, config, prefix)
-    if not source.rows:
+    if next(source.stream(), None) is None:
         raise UserError(f"{prefix}{source.name} has no rows; expected one example per line")
     return source
 
@@ -111,8 +164,8 @@ def _from_directory(path: Path, split: str | None, default_split: str, prefix: s
     file = split_file(path, split or default_split, prefix)
     if file:
         return _from_file(file, file.stat(), prefix)
-    found, rows = open_folder(path, split, default_split, prefix)
-    return _from_rows(f"{path} ({found})", rows)
+    found, loaded = open_folder(path, split, default_split, prefix)
+    return from_dataset(f"{path} ({found})", loaded)
 
 
 def use_cache_without_network() -> None:
@@ -139,10 +192,10 @@ def _from_hub(name: str, split: str, config: str | None, prefix: str) -> Source:
         raise UserError(
             f"{prefix}'{name}' is not a local file or directory and could not be loaded from the hub: {first_line(error)}"
         ) from None
-    return _from_rows(f"{name} ({split})", loaded.to_list())
+    return from_dataset(f"{name} ({split})", loaded)
 
 
-def from_python(name: str, rows: list[dict[str, Any]]) -> Source:
+def from_python(name: str, rows: list[dict[str, Any]] | Dataset) -> Source:
     """Rows that Python code holds.
 
     Args:
@@ -151,22 +204,56 @@ def from_python(name: str, rows: list[dict[str, Any]]) -> Source:
     Raises:
         UserError: no rows, or one that is no dict with texts as its keys.
     """
+    if not isinstance(rows, list) and len(rows):
+        return from_dataset(name, rows)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
             raise UserError(f"{name}, row {number}: expected a dict of column names and values, found {quote(row)}")
     if not rows:
         raise UserError(f"{name} has no rows; expected one example a row")
-    return _from_rows(name, rows)
+    return _from_rows(name, cast("list[dict[str, Any]]", rows))
+
+
+def from_dataset(name: str, loaded: Dataset) -> Source:
+    """Rows of `datasets`, which stay in its memory-mapped files if there are many."""
+    if len(loaded) <= FEW_ROWS:
+        return _from_rows(name, loaded.to_list())
+
+    def read() -> Iterator[tuple[dict[str, Any], int]]:
+        number = 0
+        for table in loaded.with_format("arrow").iter(batch_size=1000):
+            for row in table.to_pylist():
+                number += 1
+                yield row, number
+
+    files = [file_identity(Path(file["filename"])) for file in loaded.cache_files]
+    digest = functools.partial(_digest_rows, (row for row, _ in read()))
+    # rows in memory have a fingerprint that says nothing of their content
+    known = digest() if not files else kept_digest(f"{loaded._fingerprint} {len(loaded)} {files}", digest)
+    return Source(
+        name, None, None, known, read=read, num_bytes=max(loaded.data.nbytes, SMALL_BYTES + 1), num_rows=len(loaded)
+    )
 
 
 def _from_rows(name: str, rows: list[dict]) -> Source:
+    return Source(name, rows, None, _digest_rows(rows), num_bytes=0 if len(rows) <= FEW_ROWS else SMALL_BYTES + 1)
+
+
+def _digest_rows(rows: Iterable[dict]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return Source(name, rows, None, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _from_file(path: Path, status: os.stat_result, prefix: str) -> Source:
+    if status.st_size > SMALL_BYTES // (8 if path.suffix in COMPRESSED_TYPES else 1):
+        opened = open_large(path, status, prefix)
+        if opened is not None:
+            return Source(
+                str(path), None, None, file_digest(path), read=opened.read, has_lines=opened.has_lines,
+                num_bytes=status.st_size, lines_file=opened.lines_file,
+            )  # fmt: skip
     raw = read_raw(path, status, prefix)
     if raw.is_table:
         return Source(str(path), table_rows(raw, prefix), None, raw.digest)

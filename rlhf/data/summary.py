@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.heldout import prompt_messages
-from rlhf.data.prompts import prompt_hash
-from rlhf.data.reading import Reading
-from rlhf.errors import one_line
+import numpy as np
 
-# Markers that chat templates write around turns; inside a text, tokenizers read them as real ones.
-MARKERS = re.compile(
-    r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|end_of_text|endoftext|user|assistant|system|"
-    r"end|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>|"
-    r"^### (?:Instruction|Response):",
-    re.MULTILINE,
-)
-# U+FFFD, and UTF-8 that was read as Latin-1 ("Ã©", "â€™").
-GARBLED = re.compile(
-    "\ufffd|[\u00c3\u00c2][\u0080-\u00bf]|\u00e2[\u0080\u20ac][\u0080-\u00bf\u2018-\u201d\u0153\u02dc\u2122]"
-)
-NO_ANSWER = {"nan", "none", "null", "n/a"}  # what tables write for an empty field
+from rlhf.data.features import BIT
+from rlhf.data.store import Rows
+from rlhf.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -88,78 +74,62 @@ class DataSummary:
 
 
 def summarise(
-    rows: list[dict[str, Any]], reading: Reading, heldout: Sequence[dict] = (), heldout_places: Sequence[str] = ()
+    rows: Rows,
+    num_unused: Iterable[str] = (),
+    num_skipped: int = 0,
+    stripped: bool = False,
+    heldout: Rows | None = None,
 ) -> DataSummary:
-    """Summarise canonical rows in one pass (16 bytes of memory per row); `reading` has their places.
+    """Summarise prepared rows by their features; none is decoded.
 
     Args:
-        heldout, heldout_places: canonical held-out rows, among which leaks are counted.
+        num_unused: unused columns and message fields.
+        stripped: all answers started with the prompt, which was removed.
+        heldout: held-out rows, among which leaks are counted.
     """
-    pairs = bool(rows) and "chosen" in rows[0]
-    found: dict[str, Count] = {}
-    seen: set[bytes] = set()
-    longer = 0
-    for row, place in zip(rows, reading.places, strict=True):
-        own, flipped = _hashes(row)
-        names = [name for name, present in _looks(row) if present]
-        names += ["duplicates"] * (own in seen) + ["contradictions"] * (flipped in seen)
-        seen.add(own)
-        for name in names:
-            before = found.get(name, Count())
-            found[name] = Count(before.rows + 1, before.first or place)
-        longer += pairs and len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
-    for name in ("low_scores", "equal_scores", "repeats"):
-        places = getattr(reading, name)
-        found[name] = Count(len(places), places[0]) if places else Count()
-    if reading.stripped:
+    flags, own, flipped = (rows.column(name) for name in ("flags", "own", "flipped"))
+    pairs = bool(flipped.any())
+    found = {name: _count(rows, flags & BIT[name] != 0) for name in _FLAGGED}
+    if stripped:
         found["repeats"] = Count()
+    first = _first_rows(own)
+    number = np.arange(len(rows))
+    found["duplicates"] = _count(rows, _lookup(first, own, len(rows)) < number)
+    found["contradictions"] = _count(rows, (flipped != 0) & (_lookup(first, flipped, len(rows)) < number))
+    longer = float((flags & BIT["chosen_longer"] != 0).mean()) if pairs else None
+    leaked = leaks(rows, heldout) if heldout is not None else Count()
     return DataSummary(
-        "pairs" if pairs else "rows", len(rows), longer / len(rows) if pairs else None, leaks=leaks(rows, heldout, heldout_places),
-        repeats_removed=reading.stripped, unused=tuple(sorted(reading.num_unused)), skipped=len(reading.skipped), **found,
+        "pairs" if pairs else "rows", len(rows), longer, leaks=leaked, repeats_removed=stripped,
+        unused=tuple(sorted(num_unused)), skipped=num_skipped, **found,
     )  # fmt: skip
 
 
-def leaks(rows: Iterable[dict], heldout: Sequence[dict], places: Sequence[str]) -> Count:
+_FLAGGED = ("markers", "garbled", "turn_order", "no_answer", "negative_margins", "blanks_only", "low_scores", "equal_scores",
+            "repeats")  # fmt: skip
+
+
+def _count(rows: Rows, present: np.ndarray) -> Count:
+    number = int(present.sum())
+    return Count(number, rows.place(int(present.argmax()))) if number else Count()
+
+
+def _first_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the different values, sorted; the first row of each)"""
+    return np.unique(values, return_index=True)
+
+
+def _lookup(first: tuple[np.ndarray, np.ndarray], wanted: np.ndarray, absent: int) -> np.ndarray:
+    """The first row of each wanted value; `absent` if there is none."""
+    values, rows = first
+    if not len(values):
+        return np.full(len(wanted), absent)
+    at = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
+    return np.where(values[at] == wanted, rows[at], absent)
+
+
+def leaks(rows: Rows, heldout: Rows) -> Count:
     """Held-out rows whose prompt is also in `rows`, ignoring case, character width and white space."""
-    if not heldout:
-        return Count()
-    known = {prompt_hash(prompt_messages(row)) for row in rows}
-    hits = [place for row, place in zip(heldout, places, strict=True) if prompt_hash(prompt_messages(row)) in known]
-    return Count(len(hits), hits[0]) if hits else Count()
-
-
-def _hashes(row: dict[str, Any]) -> tuple[bytes, bytes | None]:
-    """16 bytes of the row, and of the row with the answers swapped (None if it is not a pair)."""
-    base = hashlib.blake2b(repr(row.get("prompt") or row.get("messages") or row.get("text")).encode(), digest_size=16)
-    if "chosen" not in row:
-        base.update(repr(row.get("completion")).encode())
-        return base.digest(), None
-    flipped = base.copy()
-    for hashed, sides in ((base, ("chosen", "rejected")), (flipped, ("rejected", "chosen"))):
-        hashed.update("\x1f".join(repr(row[side][0]["content"]) for side in sides).encode())
-    return base.digest(), flipped.digest()
-
-
-def _looks(row: dict[str, Any]) -> Iterable[tuple[str, bool]]:
-    """Findings in a single row, by the summary's field name."""
-    answers = [row[side][0]["content"] for side in ("completion", "chosen", "rejected") if side in row]
-    turns = prompt_messages(row) if "messages" not in row else row["messages"]
-    texts = answers + [m["content"] for m in turns]
-    yield "markers", any(MARKERS.search(text) for text in texts)
-    yield "garbled", any(not text.isascii() and GARBLED.search(text) for text in texts)
-    yield "turn_order", "text" not in row and _is_odd([m["role"] for m in turns])
-    yield "no_answer", any(answer.lower() in NO_ANSWER for answer in answers)
-    yield "negative_margins", row.get("margin", 0) < 0
-    yield "blanks_only", len(answers) == 2 and answers[0].split() == answers[1].split()
-
-
-def _is_odd(roles: list[str]) -> bool:
-    spoken = [role for role in roles if role != "system"]
-    return (
-        "system" in roles[1:]
-        or spoken[:1] == ["assistant"]
-        or any(a == b for a, b in zip(spoken, spoken[1:], strict=False))
-    )
+    return _count(heldout, np.isin(heldout.last_prompts(), rows.last_prompts()))
 
 
 _RARE = {
@@ -202,3 +172,8 @@ def skipped_line(skipped: list[dict[str, str]], total: int) -> str:
     """
     shown = [f"{row['place']} ({row['reason']})" for row in skipped[:3]]
     return f"{len(skipped):,} of {total:,} rows skipped: {', '.join(shown)}{', …' if len(skipped) > 3 else ''}"
+
+
+def has_margin(rows: Rows) -> np.ndarray:
+    """For each row, whether it has a margin."""
+    return rows.column("flags") & BIT["has_margin"] != 0

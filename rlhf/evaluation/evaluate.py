@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.console import quiet_libraries
-from rlhf.data.formats import preference_rows
 from rlhf.data.heldout import check_heldout
-from rlhf.data.reading import Reading, write_skipped
+from rlhf.data.prepare import Prepared, plain_rows, write_skipped
+from rlhf.data.prepare import prepare as prepare_rows
+from rlhf.data.rows import format_options
 from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
+from rlhf.data.store import Rows
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
@@ -54,16 +58,15 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     """
     recipe = load_recipe(recipe_path, "evaluate", overrides)
     config = EvaluateConfig(**recipe.values)
-    source, rows, reading = read_rows(recipe, config)
+    source, found, rows = read_rows(recipe, config)
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     overlap, seen = find_overlap(rows, names)
     if overlap.left_out:
-        kept = [number for number, was_seen in enumerate(seen) if not was_seen]
-        rows, reading.places = [rows[i] for i in kept], [reading.places[i] for i in kept]
-    summary = summarise_data(rows, reading)
+        rows = rows.select(np.flatnonzero(~seen))
+    summary = summarise_data(rows, found.num_unused, len(found.skipped), found.stripped)
     about = [line(summary)]
-    if reading.skipped:
-        about.append(skipped_line(reading.skipped, len(rows) + len(reading.skipped)))
+    if found.skipped:
+        about.append(skipped_line(found.skipped, len(rows) + len(found.skipped)))
     about += describe_overlap(overlap)
     waiting = {key: waits_for(recipe, name) for key, name in names.items()}
     if check_only and any(waiting.values()):
@@ -85,7 +88,9 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
         return None
     quiet_libraries(len(rows))
-    return run_evaluation(run, recipe, config, Data(rows, reading, summary.record(), overlap.record()), inputs)
+    return run_evaluation(
+        run, recipe, config, Data(plain_rows(rows), found.skipped, summary.record(), overlap.record()), inputs
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Data:
     """The pairs to evaluate on, and what is recorded about them."""
 
     rows: list[dict]
-    reading: Reading
+    skipped: list[dict[str, str]]
     summary: dict[str, Any]
     overlap: dict[str, Any]
 
@@ -117,7 +122,7 @@ def run_evaluation(
     given = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in given.items()}
     device = PartialState(cpu=on_cpu(recipe) or None).device  # else accelerate starts unconnected processes on CPUs
-    begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.reading))
+    begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.skipped))
     check_room(names, config)
     files = {key: weights_digest(name) for key, name in names.items()}  # a model may be written again under its name
     key = key_of(vars(config) | {"output_dir": None}, inputs, files, data.rows, device.type)
@@ -157,9 +162,9 @@ def locked(folder: Path, recipe: Recipe) -> Iterator[None]:
             lock.release()
 
 
-def _start(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], reading: Reading) -> None:
+def _start(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: dict[str, Any], skipped: list) -> None:
     start_run(run, recipe, inputs, arguments)
-    write_skipped(run.folder, reading.skipped)
+    write_skipped(run.folder, skipped)
 
 
 def write_results(folder: Path, pairs: list[dict], answers: list[dict], results: dict[str, Any]) -> None:
@@ -169,22 +174,21 @@ def write_results(folder: Path, pairs: list[dict], answers: list[dict], results:
     write_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict], Reading]:
-    """(source, canonical pairs to evaluate on, the record of reading them)"""
-    reading = Reading(config.bad_rows, can_skip=True)
+def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, Prepared, Rows]:
+    """(source, what was prepared of it, the pairs to evaluate on)"""
     split = config.dataset_train_split if config.heldout else config.dataset_test_split
     if split is None and config.heldout and config.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
     where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
     default = "train" if config.heldout else "test"
     source = load_source(recipe.values["dataset_name"], split, config.dataset_config, where, default)
+    options = format_options(recipe)
     if not config.heldout:
-        return source, preference_rows(source.head(config.max_eval_examples), reading), reading
-    rows = preference_rows(source, reading)
-    sides = check_heldout(config.heldout, rows, recipe.where("heldout"), source.name)
-    kept = [number for number, side in enumerate(sides) if side][: config.max_eval_examples]
-    rows, reading.places = [rows[i] for i in kept], [reading.places[i] for i in kept]
-    return source, rows, reading
+        found = prepare_rows(source.head(config.max_eval_examples), "pairs", options, config.bad_rows, True)
+        return source, found, found.rows
+    found = prepare_rows(source, "pairs", options, config.bad_rows, True)
+    sides = check_heldout(config.heldout, found.rows, recipe.where("heldout"), source.name)
+    return source, found, found.rows.select(np.flatnonzero(sides)).head(config.max_eval_examples)
 
 
 def read_beta(dpo_model: str | None) -> float:

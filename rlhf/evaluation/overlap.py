@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf.data.heldout import trained_on
+from rlhf.data.store import Rows
 from rlhf.files import read_json
 
 
@@ -34,7 +37,7 @@ class Overlap:
         return asdict(self)
 
 
-def find_overlap(rows: list[dict[str, Any]], names: dict[str, str]) -> tuple[Overlap, list[bool]]:
+def find_overlap(rows: Rows, names: dict[str, str]) -> tuple[Overlap, np.ndarray]:
     """Look up the evaluation's prompts in the training data of its models, and of the models that these started from.
 
     Args:
@@ -43,7 +46,7 @@ def find_overlap(rows: list[dict[str, Any]], names: dict[str, str]) -> tuple[Ove
     Returns:
         (overlap, per row whether a model was trained on its prompt)
     """
-    overlap, seen = Overlap(len(rows)), [False] * len(rows)
+    overlap, seen = Overlap(len(rows)), np.zeros(len(rows), bool)
     folders, waiting = set(), list(names.values())
     while waiting:
         name = waiting.pop(0)
@@ -57,10 +60,10 @@ def find_overlap(rows: list[dict[str, Any]], names: dict[str, str]) -> tuple[Ove
             overlap.unknown.append(name)
             continue
         overlap.known = True
-        if any(hits):
-            overlap.by_run[name] = sum(hits)
-            seen = [a or b for a, b in zip(seen, hits, strict=True)]
-    overlap.seen = sum(seen)
+        if hits.any():
+            overlap.by_run[name] = int(hits.sum())
+            seen |= hits
+    overlap.seen = int(seen.sum())
     overlap.left_out = overlap.seen if overlap.seen < len(rows) else 0
     return overlap, seen
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import torch
 
 from rlhf.distributed.processes import rank, world_size
-from rlhf.files import read_json, sha256_of, write_file
+from rlhf.files import file_digest, read_json
 from rlhf.models.counts import is_added
-from rlhf.models.embedded import cache_dir
 from rlhf.models.folder import base_of, is_adapter, weight_files, weights_damage
 
 
@@ -62,21 +60,3 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=configs))
     shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {"": "model.safetensors"})
     return Path(snapshot_download(name, revision=revision, allow_patterns=[*configs, *sorted(set(shards.values()))]))
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file. The hub's cache names large files by it; others are read when their inode or times change."""
-    real = path.resolve()
-    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
-        return real.name
-    stat = real.stat()
-    seen = f"{real} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    kept = cache_dir() / "digests" / hashlib.sha256(seen.encode()).hexdigest()
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", found := kept.read_text(encoding="ascii")):
-            return found
-    digest = sha256_of(real)
-    with contextlib.suppress(OSError):  # without a cache it is read again the next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_file(kept, digest)
-    return digest

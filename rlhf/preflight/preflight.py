@@ -19,7 +19,7 @@ from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.distributed.processes import is_main, say, world_size
 from rlhf.distributed.topology import topology_of_environment
 from rlhf.errors import UserError
-from rlhf.models.embedded import cache_dir
+from rlhf.files import cache_dir
 from rlhf.preflight.judge_hosts import host_rows, judge_devices, judge_nodes, judge_versions
 from rlhf.preflight.judge_network import judge_clocks, judge_collectives, judge_interfaces
 from rlhf.preflight.judge_storage import judge_folder, judge_memory, judge_paths, judge_write

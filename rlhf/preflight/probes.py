@@ -20,7 +20,8 @@ import torch
 
 from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
-from rlhf.models.embedded import NAME, PREFIX, cache_dir
+from rlhf.files import cache_dir
+from rlhf.models.embedded import NAME, PREFIX
 from rlhf.runs.lineage import maker_of, sibling_that_makes
 from rlhf.runs.provenance import environment
 from rlhf.runs.records import read_recipe

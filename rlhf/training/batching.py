@@ -8,6 +8,7 @@ ZeRO-3 and FSDP2 gather weights in each.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from dataclasses import dataclass
 
@@ -103,5 +104,11 @@ def step_examples(step: int, num_examples: int, global_batch_size: int, seed: in
     """
     steps_per_epoch = -(-num_examples // global_batch_size)
     epoch, place = divmod(step, steps_per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    order = _epoch_order(seed, epoch, num_examples)
     return order[place * global_batch_size : (place + 1) * global_batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=1)  # 4 bytes a row; making it takes half a second for ten million
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+    return order.astype(np.uint32) if num_examples < 2**32 else order

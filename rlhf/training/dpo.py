@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rlhf.data.formats import preference_rows
 from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.sharding import num_elements
 from rlhf.errors import UserError, quote
@@ -355,4 +354,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["prompt_ids"] + row["chosen_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-DPO = Stage("dpo", "DPO", preference_rows, load, build, probe, packing_mode="pairs", check=check)
+DPO = Stage("dpo", "DPO", "pairs", load, build, probe, packing_mode="pairs", check=check)

@@ -76,7 +76,7 @@ def read_inputs(
     name = recipe.values["model_name_or_path"]
     maker, waits = maker_of(recipe, name), bool(may_wait and waits_for(recipe, name))
     starts_from = starting_model(recipe) if waits else name
-    data = read_data(recipe, stage.to_rows, given)
+    data = read_data(recipe, stage.kind, given)
     digests = dict(data.digests)
     if not waits:
         digests["model_name_or_path"] = model_digest(name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rlhf.config.key_effects import without_effect
 from rlhf.config.recipe import Recipe
@@ -221,34 +222,34 @@ def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
     Raises:
         UserError: no example is left, or one is longer than max_tokens_per_device.
     """
-    from rlhf.training.lengths import answers_cut, cost, line
+    from rlhf.training.lengths import answers_cut, cost, cut_report, line
+    from rlhf.training.tokens import known_counts, settings_of
 
     args, stage_args, recipe, rows = plan.args, plan.stage_args, plan.recipe, plan.data.train
-    report = answers_cut(
-        rows, tokenizer, args.max_length, recipe.stage, getattr(args, "truncation_mode", "keep_start"), MOST_ROWS
-    )
-    if report.left_out.rows == len(rows):
+    settings = settings_of(plan)
+    counts = known_counts(plan, tokenizer)
+    if counts is not None:
+        report = cut_report(counts, settings, rows.place)
+        tokens, number = counts.longest if packed else counts.longest_padded
+    else:
+        report, counts = answers_cut(rows, tokenizer, settings, MOST_ROWS)
+        chars = rows.column("chars")
+        most = np.argsort(chars)[-MOST_LONG_ROWS:]
+        tokens, number = cost(tokenizer, [rows[int(i)] for i in most], settings, not packed)
+        number = int(most[number])
+    if report.left_out.rows == report.rows:
         raise UserError(
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it ({line(report)})"
         )
     if text := line(report):
         say(f"note: {text}")
-    if stage_args.global_batch_size is None:
-        return
-    longest = heapq.nlargest(MOST_LONG_ROWS, rows, key=lambda row: sum(map(len, _texts(row))))
-    tokens, place = max(
-        (cost(tokenizer, row, args.max_length, recipe.stage, not packed), row["place"]) for row in longest
-    )
-    if tokens > stage_args.max_tokens_per_device:
-        raise too_long(recipe, place, tokens, stage_args.max_tokens_per_device)
-
-
-def _texts(row: dict) -> list[str]:
-    if "text" in row:
-        return [row["text"]]
-    return [
-        m["content"] for key in ("prompt", "completion", "chosen", "rejected", "messages") for m in row.get(key, ())
-    ]
+    if counts.unequal[0]:
+        say(
+            f"note: the chat template renders {counts.unequal[0]:,} of {counts.rows:,} prompts otherwise alone than before an "
+            "answer; the end of those prompts is left out, so training and inference differ there"
+        )
+    if stage_args.global_batch_size is not None and tokens > stage_args.max_tokens_per_device:
+        raise too_long(recipe, rows.place(number), tokens, stage_args.max_tokens_per_device)
 
 
 def _sentence(error: BaseException) -> str:

@@ -20,16 +20,16 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.sharding import reshard
-from rlhf.files import lock_file, write_file
+from rlhf.files import cache_dir, lock_file, write_file
 from rlhf.models.counts import is_added
-from rlhf.models.embedded import cache_dir
 from rlhf.runs.stop import Stopped, Stopper
+from rlhf.training.tokenise import pair_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,7 @@ FORMAT = 3  # part of every key: increment it when the computation changes
 MAX_TOKENS = 4096  # maximum per forward pass
 SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs or seconds
 WAIT_SECONDS = 2  # polling interval while another run builds the reference
-Logps = dict[bytes, tuple[float, float]]  # (chosen, rejected) by pair key
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -51,9 +51,10 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def read(self) -> Logps:
-        """All entries of the files that match their checksum; reports and removes the other files."""
-        found: Logps = {}
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """(keys (N, 16) uint8, log-probabilities (N, 2) float32) of the files that match their checksum; reports and removes
+        the other files."""
+        keys, logps = [np.zeros((0, 16), np.uint8)], [np.zeros((0, 2), np.float32)]
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 content = path.read_bytes()
@@ -64,14 +65,16 @@ class Shards:
                 with contextlib.suppress(OSError):
                     path.unlink()
                 continue
-            found |= decode(content)
-        return found
+            arrays = decode(content)
+            keys.append(arrays[0])
+            logps.append(arrays[1])
+        return np.concatenate(keys), np.concatenate(logps)
 
-    def write(self, entries: Logps) -> None:
+    def write(self, keys: np.ndarray, logps: np.ndarray) -> None:
         """Add a file atomically. An unwritable cache is reported, not raised: it only costs later runs time."""
-        if not entries:
+        if not len(keys):
             return
-        content = encode(entries)
+        content = encode(keys, logps)
         path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -80,37 +83,61 @@ class Shards:
             say(f"note: reference log-probabilities can't be cached ({error}); this run keeps them in memory")
 
 
-def encode(entries: Logps) -> bytes:
-    """Entries as a safetensors file: keys (N, 16) uint8, logps (N, 2) float32."""
+def encode(keys: np.ndarray, logps: np.ndarray) -> bytes:
+    """A safetensors file of keys (N, 16) uint8 and logps (N, 2) float32: chosen, rejected."""
     from safetensors.numpy import save
 
-    keys = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(len(entries), 16)
-    return save({"keys": keys, "logps": np.array(list(entries.values()), dtype=np.float32)})
+    return save({"keys": np.ascontiguousarray(keys), "logps": np.ascontiguousarray(logps, dtype=np.float32)})
 
 
-def decode(content: bytes) -> Logps:
+def decode(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `encode`."""
     from safetensors.numpy import load
 
     arrays = load(content)
-    return {key.tobytes(): (float(c), float(r)) for key, (c, r) in zip(arrays["keys"], arrays["logps"], strict=True)}
+    return arrays["keys"], arrays["logps"]
+
+
+def look_up(wanted: np.ndarray, keys: np.ndarray, logps: np.ndarray) -> np.ndarray:
+    """The log-probabilities (N, 2) of the wanted keys (N, 16); NaN for those that are not among `keys`."""
+    found = np.full((len(wanted), 2), np.nan, np.float32)
+    if len(keys) and len(wanted):
+        halves, known = _halves(wanted), _halves(keys)
+        order = np.argsort(known[0], kind="stable")
+        at = order[np.minimum(np.searchsorted(known[0], halves[0], sorter=order), len(keys) - 1)]
+        there = (known[0][at] == halves[0]) & (known[1][at] == halves[1])
+        found[there] = logps[at[there]]
+    return found
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the first row of each different key, for each row which of these it equals)"""
+    halves = _halves(keys)
+    order = np.lexsort((halves[1], halves[0]))  # stable: equal keys stay in the order of their rows
+    starts = np.ones(len(keys), bool)
+    starts[1:] = (halves[0][order][1:] != halves[0][order][:-1]) | (halves[1][order][1:] != halves[1][order][:-1])
+    same = np.empty(len(keys), np.int64)
+    same[order] = np.cumsum(starts) - 1
+    return order[starts], same
+
+
+def _halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (N, 16) uint8 as two numbers each (uint64); the first alone tells nearly all apart."""
+    both = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-def pair_key(row: dict[str, list[int]], max_length: int | None, truncation_mode: str) -> bytes:
-    """16 bytes that identify a pair's token ids and where its answers start, after truncation by TRL's collator."""
-    digest = hashlib.sha256()
-    for side in ("chosen_ids", "rejected_ids"):
-        ids, num_prompt = row["prompt_ids"] + row[side], len(row["prompt_ids"])
-        if max_length is not None and truncation_mode == "keep_end":
-            num_prompt = max(0, num_prompt - max(0, len(ids) - max_length))
-            ids = ids[-max_length:]
-        elif max_length is not None:
-            ids = ids[:max_length]
-        digest.update(np.array([len(ids), num_prompt, *ids], dtype=np.int64).tobytes())
-    return digest.digest()[:16]
+def pair_keys(dataset, max_length: int | None, truncation_mode: str) -> np.ndarray:
+    """The keys (N, 16) uint8 of tokenised pairs: from their column `pair_key`, or computed."""
+    if "pair_key" in dataset.column_names:
+        found = b"".join(dataset["pair_key"][:])
+    else:
+        rows = dataset.select_columns(list(IDS))
+        found = b"".join(pair_key(row, max_length, truncation_mode) for row in rows)
+    return np.frombuffer(found, np.uint8).reshape(-1, 16)
 
 
 def reference_key(model, source: str, path: str, **more: Any) -> str:
@@ -164,19 +191,31 @@ def add_reference_logps(
         autocast=trainer.accelerator.mixed_precision, device=args.device.type, ld_alpha=trainer.ld_alpha,
     )  # fmt: skip
     shards = Shards((folder or cache_dir() / "reference") / key)
-    rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    keys = [pair_key(row, args.max_length, args.truncation_mode) for row in rows]
-    known = _from_main(trainer, lambda: _only(shards.read(), keys))
+    keys = pair_keys(dataset, args.max_length, args.truncation_mode)
+    logps = _from_cache(trainer, shards, keys)
     with contextlib.ExitStack() as turn:
-        if len(known) < len(set(keys)):
+        if np.isnan(logps[:, 0]).any():
             wait_for_turn(trainer, turn, shards.folder, stopper)
-            known = _from_main(trainer, lambda: _only(shards.read(), keys))
-        missing = {key: i for i, key in enumerate(keys) if key not in known}  # duplicates once
-        say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
-        if missing:
-            known |= compute_logps(trainer, rows, missing, shards, stopper)
-    chosen, rejected = (np.array([known[k][side] for k in keys], dtype=np.float32) for side in (0, 1))
-    return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+            logps = _from_cache(trainer, shards, keys)
+        first, same = _distinct(keys)
+        missing = first[np.isnan(logps[first, 0])]  # duplicates once
+        say(f"  reference {len(keys)} pairs, {len(first) - len(missing)} of them in the cache ({shards.folder})")
+        if len(missing):
+            compute_logps(trainer, dataset, Missing(missing, keys, logps), shards, stopper)
+            logps = logps[first[same]]
+    return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+
+
+def _from_cache(trainer: DPOTrainer, shards: Shards, keys: np.ndarray) -> np.ndarray:
+    """The cached log-probabilities (N, 2) of these keys, NaN for the others, on all ranks: nodes may not share a cache folder."""
+    from accelerate.utils import broadcast
+
+    found = look_up(keys, *shards.read()) if is_main() else np.zeros((len(keys), 2), np.float32)
+    if trainer.accelerator.num_processes == 1:
+        return found
+    import torch
+
+    return broadcast(torch.from_numpy(found).to(trainer.accelerator.device)).cpu().numpy()
 
 
 def wait_for_turn(
@@ -222,45 +261,58 @@ def _take(turn: contextlib.ExitStack, path: Path) -> bool:
     return True
 
 
-def _only(entries: Logps, keys: list[bytes]) -> Logps:
-    return {key: entries[key] for key in keys if key in entries}
+class Missing(NamedTuple):
+    """Pairs whose log-probabilities are to be computed.
+
+    Attributes:
+        rows: numbers of the data set's rows.
+        keys: (N, 16) uint8, of all rows.
+        logps: (N, 2) float32, of all rows: filled in.
+    """
+
+    rows: np.ndarray
+    keys: np.ndarray
+    logps: np.ndarray
 
 
 def compute_logps(
-    trainer: DPOTrainer, rows, missing: dict[bytes, int], shards: Shards, stopper: Stopper | None = None
-) -> Logps:
-    """The entries of the `missing` pairs (key to row): each rank computes its share and receives all of them."""
+    trainer: DPOTrainer, dataset, missing: Missing, shards: Shards, stopper: Stopper | None = None
+) -> None:
+    """Compute the missing pairs: each rank computes its share and receives all of them."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    batches = token_batches(rows, missing, MAX_TOKENS)
-    found: Logps = {}
-    unwritten: Logps = {}
+    rows = dataset.select_columns(list(IDS))
+    batches = token_batches(padded_lengths(dataset, missing.rows), missing.rows, MAX_TOKENS)
+    num_done, unwritten = 0, []
     written_at = time.monotonic()
-    bar = tqdm(total=len(missing), desc="Reference", unit="pair", disable=not is_main() or trainer.args.disable_tqdm)
+    bar = tqdm(
+        total=len(missing.rows), desc="Reference", unit="pair", disable=not is_main() or trainer.args.disable_tqdm
+    )
     try:
         with callable_model(trainer, trainer.ref_model or trainer.model) as model:
             for start in range(0, len(batches), world):
                 turn = batches[start : start + world]
                 # a rank without a batch repeats the first one: ZeRO-3 gathers weights from all ranks in every pass
-                found_here = forward_logps(trainer, model, rows, turn[rank] if rank < len(turn) else turn[0], missing)
-                mine = list(found_here.items()) if rank < len(turn) else []
-                new = dict(gather_object(mine) if world > 1 else mine)
-                found |= new
-                unwritten |= new
-                bar.update(len(new))
-                if stopper and len(found) < len(missing) and stopper.agree():
-                    say(f"\nStopped: {len(found)} of {len(missing)} pairs of the reference are in the cache. "
+                here = turn[rank] if rank < len(turn) else turn[0]
+                found = forward_logps(trainer, model, rows, here)
+                mine = [(here, found)] if rank < len(turn) else []
+                for numbers, values in gather_object(mine) if world > 1 else mine:
+                    missing.logps[numbers] = values
+                    unwritten.append(numbers)
+                    num_done += len(numbers)
+                    bar.update(len(numbers))
+                if stopper and num_done < len(missing.rows) and stopper.agree():
+                    say(f"\nStopped: {num_done} of {len(missing.rows)} pairs of the reference are in the cache. "
                         "Run the same command to resume.")  # fmt: skip
                     raise Stopped
-                if len(unwritten) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
-                    _write(shards, unwritten)
-                    unwritten, written_at = {}, time.monotonic()
+                if sum(map(len, unwritten)) >= SHARD_PAIRS or time.monotonic() - written_at > SHARD_SECONDS:
+                    _write(shards, missing, unwritten)
+                    unwritten, written_at = [], time.monotonic()
     finally:  # on a stop, write what has been computed
         bar.close()
-        _write(shards, unwritten)
-    return found
+        _write(shards, missing, unwritten)
 
 
 @contextlib.contextmanager
@@ -291,30 +343,38 @@ def callable_model(trainer: DPOTrainer, model):
                 module.__dict__.pop(name, None)
 
 
-def token_batches(rows, missing: dict[bytes, int], max_tokens: int) -> list[list[bytes]]:
-    """Keys in batches of similar length, longest first, each of at most `max_tokens` padded tokens (or one pair)."""
-    lengths = {
-        key: max(len(rows[i]["chosen_ids"]), len(rows[i]["rejected_ids"])) + len(rows[i]["prompt_ids"])
-        for key, i in missing.items()
-    }
-    batches: list[list[bytes]] = []
-    for key in sorted(missing, key=lambda k: (-lengths[k], k)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and 2 * longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(key)
-        else:
-            batches.append([key])
+def padded_lengths(dataset, numbers: np.ndarray) -> np.ndarray:
+    """Tokens of the longer side of each of these pairs."""
+    if "padded" in dataset.column_names:
+        return np.asarray(dataset.with_format("numpy")["padded"][:])[numbers] // 2
+    rows = dataset.select_columns(list(IDS)).select(numbers)
+    return np.array([len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows], np.int64)
+
+
+def token_batches(lengths: np.ndarray, numbers: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Row numbers in batches of similar length, longest first, each of at most `max_tokens` padded tokens (or one pair).
+
+    Example:
+        >>> [batch.tolist() for batch in token_batches(np.array([3, 9, 4]), np.array([0, 1, 2]), 20)]
+        [[1], [2, 0]]
+    """
+    order = np.lexsort((numbers, -lengths))
+    batches, at = [], 0
+    while at < len(order):
+        size = max(1, max_tokens // (2 * max(1, int(lengths[order[at]]))))
+        batches.append(numbers[order[at : at + size]])
+        at += size
     return batches
 
 
-def forward_logps(trainer: DPOTrainer, model, rows, batch: list[bytes], missing: dict[bytes, int]) -> Logps:
-    """Log-probabilities of one batch, from TRL's own reference pass."""
-    inputs = trainer._prepare_inputs(trainer.data_collator([rows[missing[key]] for key in batch]))
+def forward_logps(trainer: DPOTrainer, model, rows, numbers: np.ndarray) -> np.ndarray:
+    """Log-probabilities (N, 2) float32 of these rows, from TRL's own reference pass."""
+    inputs = trainer._prepare_inputs(trainer.data_collator([rows[int(number)] for number in numbers]))
     was_training = model.training
     model.eval()
     chosen, rejected = trainer.compute_ref_log_probs(model, inputs)
     model.train(was_training)
-    return dict(zip(batch, zip(chosen.float().tolist(), rejected.float().tolist(), strict=True), strict=True))
+    return np.stack([chosen.float().cpu().numpy(), rejected.float().cpu().numpy()], axis=1)
 
 
 # --- a quantised reference -------------------------------------------------------------------------------------------
@@ -333,18 +393,17 @@ def measure_bias(trainer: DPOTrainer, exact, beta: float, num_pairs: int = 32) -
         worst_margin_nats: of margins per pair; loss and exact_loss: DPO's (sigmoid) at step 0 with either reference.
     """
     pairs = cast("Dataset", trainer.train_dataset)
-    rows = pairs.select(range(min(num_pairs, len(pairs))))
-    rows = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    places = {i.to_bytes(16, "big"): i for i in range(len(rows))}
+    rows = pairs.select(range(min(num_pairs, len(pairs)))).select_columns(list(IDS))
+    numbers = np.arange(len(rows))
+    batches = token_batches(padded_lengths(rows, numbers), numbers, MAX_TOKENS)
     found = []
     for model in dict.fromkeys((trainer.model, exact, trainer.ref_model)):
-        logps: Logps = {}
+        logps = np.zeros((len(rows), 2), np.float32)
         with callable_model(trainer, model) as called:
-            for batch in token_batches(rows, places, MAX_TOKENS):
-                logps |= forward_logps(trainer, called, rows, batch, places)
-        found.append([logps[key] for key in places])
-    policy, quantised = np.array(found[0]), np.array(found[-1])
-    return bias_of(policy, np.array(found[-2]), quantised, beta)
+            for batch in batches:
+                logps[batch] = forward_logps(trainer, called, rows, batch)
+        found.append(logps)
+    return bias_of(found[0], found[-2], found[-1], beta)
 
 
 def bias_of(policy, exact, quantised, beta: float) -> dict[str, float]:
@@ -359,9 +418,10 @@ def bias_of(policy, exact, quantised, beta: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _write(shards: Shards, entries: Logps) -> None:
-    if is_main():
-        shards.write(entries)
+def _write(shards: Shards, missing: Missing, batches: list[np.ndarray]) -> None:
+    if is_main() and batches:
+        numbers = np.concatenate(batches)
+        shards.write(missing.keys[numbers], missing.logps[numbers])
 
 
 def _from_main(trainer: DPOTrainer, read) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf.data.formats import preference_rows
 from rlhf.distributed.sharding import is_zero3
 from rlhf.runs.stop import Stopper
 from rlhf.training.stage import Loaded, Plan, Stage
@@ -74,4 +73,4 @@ def probe(dataset) -> list[list[int]]:
     return [row[side] for row in dataset.select(range(min(2, len(dataset)))) for side in ("chosen_ids", "rejected_ids")]
 
 
-REWARD = Stage("reward", "Reward model", preference_rows, load, build, probe, packing_mode="pairs")
+REWARD = Stage("reward", "Reward model", "pairs", load, build, probe, packing_mode="pairs")

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.console import quiet_libraries
 from rlhf.data.heldout import write_train_prompts
-from rlhf.data.reading import write_skipped
+from rlhf.data.prepare import write_skipped
 from rlhf.data.rows import StageData
 from rlhf.data.sources import Source
 from rlhf.distributed.processes import is_main, on_main, rank, say
 from rlhf.distributed.topology import Topology, check_topology, topology_of_environment, topology_of_file
-from rlhf.errors import UserError
 from rlhf.models.counts import count_parameters
 from rlhf.runs.checkpoints import read_manifest
 from rlhf.runs.folder import RunFolder, check_disk, fresh_folder, start_run
@@ -33,6 +32,7 @@ from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
 from rlhf.training.stage import Plan, Stage
+from rlhf.training.tokens import with_tokens
 
 if TYPE_CHECKING:
     from rlhf.runs.checkpointing import CheckpointMixin
@@ -68,6 +68,7 @@ def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None 
     with Stopper(inputs.run.folder) as stopper:
         plan = make_plan(stage, recipe, topology_of_environment(), inputs)
         with open_folder(plan, inputs.run) as run, reporting_out_of_memory(plan):
+            plan = with_tokens(plan, stopper)
             trainer = build(stage, plan, run, inputs.digests, stopper)
             seconds = train(plan, trainer, run, stopper)
             finish(stage, plan, trainer, run, seconds)
@@ -146,7 +147,6 @@ def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], sto
     """Build the stage's trainer, write the run folder's first files, and describe the run on the screen.
 
     Raises:
-        UserError: max_length leaves no training example.
         Stopped: a stop was requested while the reference was being computed.
     """
     from rlhf.runs.checkpointing import note_stop
@@ -158,10 +158,6 @@ def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], sto
         if is_main():
             note_stop(run.folder, stopper.agreed)
         raise
-    if len(trainer.train_dataset) == 0:
-        raise UserError(
-            f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it"
-        )
     configured = {
         "model": vars(plan.model_args), "stage": vars(plan.stage_args), "model_commit": plan.model_commit,
         "data": plan.data.summary and plan.data.summary.record(),
@@ -262,13 +258,11 @@ def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:
     say(f"  output   {run.folder}")
     if args.max_steps > 0 and plan.recipe.get("num_train_epochs"):
         say(f"note: max_steps={args.max_steps} ends the run; num_train_epochs has no effect")
-    dropped = len(data.train) - len(trainer.train_dataset)
+    dropped, first = plan.tokens["train"].counts.left_out if plan.tokens else (0, 0)
     if dropped:
-        kept = set(trainer.train_dataset["place"])
-        first = next(row["place"] for row in data.train if row["place"] not in kept)
         say(
-            f"note: {dropped} of {len(data.train)} examples are longer than max_length={args.max_length} and were left out "
-            f"(the first: {first})"
+            f"note: {dropped:,} of {len(data.train):,} examples are longer than max_length={args.max_length} and were left out "
+            f"(the first: {data.train.place(first)})"
         )
     if run.resume_from:
         before = (read_manifest(Path(run.resume_from)) or {}).get("layout") or {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf.data.formats import sft_rows
 from rlhf.runs.stop import Stopper
 from rlhf.training.stage import Loaded, Plan, Stage
 from rlhf.upstream import check_upstream
@@ -52,4 +51,4 @@ def probe(dataset) -> list[list[int]]:
     return [row["input_ids"] for row in dataset.select(range(min(2, len(dataset))))]
 
 
-SFT = Stage("sft", "SFT", sft_rows, load, build, probe, packing_mode="rows")
+SFT = Stage("sft", "SFT", "sft", load, build, probe, packing_mode="rows")

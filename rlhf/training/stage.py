@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
-from rlhf.data.reading import Reading
+from rlhf.data.convert import Kind
 from rlhf.data.rows import StageData
-from rlhf.data.sources import Source
 from rlhf.distributed.topology import Topology
 from rlhf.runs.stop import Stopper
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds
     from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
     from rlhf.runs.checkpointing import CheckpointMixin
+    from rlhf.training.tokens import Tokens
 
     TrainingConfig: TypeAlias = SFTConfig | RewardConfig | DPOConfig
 
@@ -47,6 +47,7 @@ class Plan:
         portable: checkpoints hold their state unsharded, so that they can be resumed with any launch file.
         packing_mode: how batches are packed if the model supports it (packing/layout.py): rows, or pairs that share a
             prompt; None: padded.
+        tokens: the token ids of training and held-out rows, by side; empty until they are needed (`with_tokens`).
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Plan:
     merged_start: Path | None
     portable: bool
     packing_mode: Literal["pairs", "rows"] | None
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)
 
 
 class Loaded(NamedTuple):
@@ -85,7 +87,7 @@ class Stage:
     Attributes:
         name: `sft`, `reward` or `dpo`.
         title: its name on the screen.
-        to_rows: converts a Source to canonical rows; fills the Reading.
+        kind: of rows that it trains on.
         load: loads the model to train.
         build: builds TRL's trainer; the Stopper can interrupt long work before training (the reference).
         probe: a few rows of token ids from the trainer's tokenised training set.
@@ -95,7 +97,7 @@ class Stage:
 
     name: str
     title: str
-    to_rows: Callable[[Source, Reading], list[dict[str, Any]]]
+    kind: Kind
     load: Callable[[Plan], Loaded]
     build: Callable[[Plan, Stopper | None], CheckpointMixin]
     probe: Callable[[Dataset], list[list[int]]]

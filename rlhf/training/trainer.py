@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,9 +24,10 @@ from rlhf.config.build import is_flash
 from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
-from rlhf.training.lengths import count_tokens, too_long
+from rlhf.training.lengths import too_long
 from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
+from rlhf.training.tokens import with_tokens
 
 # What TRL's metrics are means over; all others are means over pairs (DPO, reward) or labelled tokens (SFT).
 MEANS_OF = {
@@ -41,7 +43,9 @@ class Steps(Dataset):
         num_tokens: per example, for the split.
     """
 
-    def __init__(self, rows, num_tokens: list[int], collate: Callable, order: Callable[[int], list[int]], **split: Any):
+    def __init__(
+        self, rows, num_tokens: np.ndarray, collate: Callable, order: Callable[[int], list[int]], **split: Any
+    ):
         self.rows, self.num_tokens, self.collate, self.order = rows, num_tokens, collate, order
         self.rank, self.split = split.pop("rank"), split
 
@@ -50,7 +54,7 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         examples = self.order(step)
-        split = split_batch([self.num_tokens[i] for i in examples], **self.split)
+        split = split_batch(self.num_tokens[examples].tolist(), **self.split)
         shortest = min(examples, key=lambda i: self.num_tokens[i])
         micro_batches = []
         for places in split.ranks[self.rank]:
@@ -58,7 +62,7 @@ class Steps(Dataset):
             # a rank without examples runs a dummy micro-batch with weight 0, to take part in the collectives
             batch = self.collate([self.rows[i] for i in chosen or [shortest]])
             micro_batches.append({"batch": batch, "examples": len(chosen)})
-        tokens = sum(self.num_tokens[i] for i in examples)
+        tokens = int(self.num_tokens[examples].sum())
         return {
             "micro_batches": micro_batches,
             "examples": len(examples),
@@ -113,7 +117,7 @@ class GlobalBatch:
     global_batch_size: int
     max_tokens_per_device: int
     padded: bool
-    num_tokens: list[int]
+    num_tokens: np.ndarray
 
 
 class GlobalBatches(CheckpointMixin):
@@ -177,6 +181,12 @@ class GlobalBatches(CheckpointMixin):
 
     # --- data
 
+    def _prepare_dataset(self, dataset, processing_class, args, *more):
+        """TRL's own tokenisation, in a collective and by one rank first, is skipped for rows that are tokenised."""
+        if "example" not in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, *more)  # type: ignore[misc]  # TRL's trainers
+        return dataset.shuffle(seed=args.seed) if getattr(args, "shuffle_dataset", False) else dataset
+
     def get_train_dataloader(self):
         if self.global_batch is None:
             return super().get_train_dataloader()
@@ -192,7 +202,7 @@ class GlobalBatches(CheckpointMixin):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )  # fmt: skip
 
-    def _steps(self, rows, num_tokens: list[int], order) -> Steps:
+    def _steps(self, rows, num_tokens: np.ndarray, order) -> Steps:
         self._set_signature_columns_if_needed()
         assert self.global_batch is not None and self._signature_columns is not None
         rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
@@ -292,7 +302,7 @@ class GlobalBatches(CheckpointMixin):
 
         rows = dataloader.dataset
         size, number = self.global_batch.global_batch_size, len(rows)
-        num_tokens = [count_tokens(row, self.args.max_length, self.global_batch.padded) for row in rows]
+        num_tokens = tokens_of(rows, self.global_batch.padded)
         steps = self._steps(rows, num_tokens, lambda step: list(range(step * size, min(number, (step + 1) * size))))
         model = self._wrap_model(self.model, training=False)
         model.eval()
@@ -384,14 +394,18 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
     return counts if examples else dict.fromkeys(counts, 0)
 
 
+def tokens_of(dataset: Any, padded: bool) -> np.ndarray:
+    """For each tokenised row the tokens that it takes, packed or padded (int32)."""
+    return np.asarray(dataset.with_format("numpy")["padded" if padded else "packed"][:], dtype=np.int32)
+
+
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
     """The constructor arguments that TRL's three trainers have in common."""
-    from datasets import Dataset
-
+    tokens = plan.tokens or with_tokens(plan).tokens
+    heldout = tokens["heldout"].dataset if "heldout" in tokens else None
     return {
         "model": loaded.model, "args": plan.args, "processing_class": loaded.tokenizer, "peft_config": loaded.peft_config,
-        "train_dataset": Dataset.from_list(plan.data.train),
-        "eval_dataset": Dataset.from_list(plan.data.heldout) if plan.data.heldout else None,
+        "train_dataset": tokens["train"].dataset, "eval_dataset": heldout if heldout is not None and len(heldout) else None,
     }  # fmt: skip
 
 
@@ -432,15 +446,13 @@ def use_global_batches(trainer: GlobalBatches, plan: Plan, packed: bool) -> None
     Raises:
         UserError: a single example has more tokens than max_tokens_per_device.
     """
-    stage_args, args, recipe = plan.stage_args, plan.args, plan.recipe
+    stage_args, recipe = plan.stage_args, plan.recipe
     if stage_args.global_batch_size is None:
         return
-
-    rows = trainer.train_dataset
-    num_tokens = [count_tokens(row, args.max_length, not packed) for row in rows]
-    longest = max(num_tokens, default=0)
+    num_tokens = tokens_of(trainer.train_dataset, not packed)
+    longest = int(num_tokens.max(initial=0))
     if longest > stage_args.max_tokens_per_device:
-        place = rows[num_tokens.index(longest)]["place"]
+        place = plan.data.train.place(trainer.train_dataset[int(num_tokens.argmax())]["example"])
         raise too_long(recipe, place, longest, stage_args.max_tokens_per_device)
     trainer.use_global_batches(
         GlobalBatch(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)

@@ -4,10 +4,10 @@ import hashlib
 import json
 
 import pytest
+from rlhf.data.prompts import normalise_prompt, prompt_hash
 
 from rlhf.__main__ import main
 from rlhf.data.formats import preference_rows, sft_rows
-from rlhf.data.prompts import normalise_prompt, prompt_hash
 from rlhf.data.reading import Reading
 from rlhf.data.sources import Source
 from rlhf.data.summary import Count, leaks, line, skipped_line, summarise

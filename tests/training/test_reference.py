@@ -20,10 +20,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from rlhf import files
 from rlhf.__main__ import main
 from rlhf.data.sources import SAMPLE_DIR
 from rlhf.files import sha256_of
-from rlhf.models import digests
 from rlhf.models.digests import weights_digest
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import Stopped, Stopper
@@ -338,7 +338,7 @@ def test_a_revision_of_the_hub(hub, tiny_llama, one_bit, recipe, few_pairs, tmp_
 def test_a_file_is_read_once_until_it_changes(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     read = []
-    monkeypatch.setattr(digests, "sha256_of", lambda path: (read.append(path), sha256_of(path))[1])
+    monkeypatch.setattr(files, "sha256_of", lambda path: (read.append(path), sha256_of(path))[1])
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     first = weights_digest(str(folder))
     assert weights_digest(str(folder)) == first and len(read) == 1
@@ -353,7 +353,7 @@ def test_a_file_is_read_once_until_it_changes(tiny_llama, tmp_path, monkeypatch)
     (tmp_path / "blobs").mkdir()
     (folder / "model.safetensors").rename(tmp_path / "blobs" / name)
     (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
-    assert digests.file_digest(folder / "model.safetensors") == name and len(read) == 2
+    assert files.file_digest(folder / "model.safetensors") == name and len(read) == 2
 
 
 def test_what_else_decides_the_values_is_in_the_key(tiny_llama, tmp_path):
