@@ -27,6 +27,7 @@ class StageData:
         name: the data as the recipe names it.
         summary: what was found in the training rows.
         skipped: place and reason of each row, including held-out rows, that could not be used (`bad_rows: skip`).
+        num_read: rows that were read and could be used, of which `train` and `heldout` were selected.
         keys: by side (`train`, `heldout`), what identifies its rows: their prepared sources and how they were selected; ''
             if they are in memory only.
     """
@@ -37,6 +38,7 @@ class StageData:
     digests: dict[str, str]
     summary: DataSummary | None = None
     skipped: list[dict[str, str]] = field(default_factory=list)
+    num_read: int = 0
     keys: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
@@ -45,7 +47,7 @@ class StageData:
             return []
         lines, leaks = [line(self.summary)], self.summary.leaks
         if self.skipped:
-            total = len(self.train) + len(self.heldout or ()) + len(self.skipped)
+            total = self.num_read + len(self.skipped)
             lines.append(skipped_line(self.skipped, total))
         if leaks.rows:
             lines.append(
@@ -89,9 +91,9 @@ def read_data(recipe: Recipe, kind: Kind, given: Mapping[str, Source] | None = N
         unused["margin"] = 1
     skipped = whole.skipped + (held.skipped if held else [])
     summary = summarise(rows, unused, len(whole.skipped), whole.stripped, heldout)
-    return StageData(
-        recipe.ours.dataset_name or str(recipe.ours.chosen_dataset_name), rows, heldout, digests, summary, skipped, keys
-    )
+    num_read = len(whole.rows) + len(held.rows if held else ())
+    name = recipe.ours.dataset_name or str(recipe.ours.chosen_dataset_name)
+    return StageData(name, rows, heldout, digests, summary, skipped, num_read, keys)
 
 
 @dataclass(frozen=True)
