@@ -267,7 +267,7 @@ def _coerce(members: list[str], value: Any, closed: bool) -> Any:
         inner = next((m[5:-1] for m in members if m.startswith("list[")), None)
         if inner is None:
             return _WRONG
-        items = [_coerce([inner], item, closed) for item in value]
+        items = [_coerce(split_union(inner), item, closed) for item in value]
         return _WRONG if any(i is _WRONG for i in items) else items
     if isinstance(value, dict):
         return value if any(m.startswith("dict") for m in members) else _WRONG

@@ -88,10 +88,10 @@ FOREIGN = {
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
     # data
-    "datasets": "dataset_name (one hub id, folder or file)",
+    "datasets": "dataset_name (a hub id, folder or file, or a list of them)",
     "dataset": "dataset_name",
-    "dataset_mixer": "dataset_name (one hub id, folder or file)",
-    "dataset_mixture": "dataset_name (one hub id, folder or file)",
+    "dataset_mixer": "dataset_name, as a list of {name, fraction}",
+    "dataset_mixture": "dataset_name, as a list of {name, fraction}",
     "dataset_dir": "dataset_name, which takes a folder or a file",
     "dataset_path": "dataset_name",
     "dataset_splits": "dataset_train_split and dataset_test_split",

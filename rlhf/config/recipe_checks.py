@@ -30,19 +30,29 @@ def expand_paths(values: dict[str, Any], where: Callable[[str], str]) -> None:
     """
     for key in PATHS:
         value = values.get(key)
-        if not isinstance(value, str):
-            continue
-        if value.startswith("~"):
-            value = values[key] = os.path.expanduser(value)
-            if value.startswith("~"):
-                raise UserError(f"{where(key)}: {key} {quote(value)}: no such user; write the full path")
-        size = max(len(part) for part in value.encode().split(b"/"))
-        if size > MAX_NAME or len(value.encode()) > MAX_PATH:
-            raise UserError(
-                f"{where(key)}: {key} {quote(value)} has a name of {size} bytes; the maximum is {MAX_NAME} "
-                f"(and {MAX_PATH} for the path)"
-            )
+        if isinstance(value, str):
+            values[key] = _expanded(value, key, where)
+        elif isinstance(value, list) and key == "dataset_name":
+            values[key] = [
+                _expanded(item, key, where) if isinstance(item, str)
+                else {**item, "name": _expanded(item["name"], key, where)} if isinstance(item.get("name"), str) else item
+                for item in value
+            ]  # fmt: skip
     _check_output_dir(values.get("output_dir"), lambda: where("output_dir"))
+
+
+def _expanded(value: str, key: str, where: Callable[[str], str]) -> str:
+    if value.startswith("~"):
+        value = os.path.expanduser(value)
+        if value.startswith("~"):
+            raise UserError(f"{where(key)}: {key} {quote(value)}: no such user; write the full path")
+    size = max(len(part) for part in value.encode().split(b"/"))
+    if size > MAX_NAME or len(value.encode()) > MAX_PATH:
+        raise UserError(
+            f"{where(key)}: {key} {quote(value)} has a name of {size} bytes; the maximum is {MAX_NAME} "
+            f"(and {MAX_PATH} for the path)"
+        )
+    return value
 
 
 def _check_output_dir(value: str | None, where: Callable[[], str]) -> None:

@@ -13,9 +13,12 @@ class StageConfig:
     """Keys of SFT, reward and DPO recipes beyond those of TRL's classes."""
 
     stage: str = field(default="", metadata={"choices": list(STAGES), "help": "Which stage this recipe is for."})
-    dataset_name: str | None = field(
+    dataset_name: str | list[str | dict] | None = field(
         default=None,
-        metadata={"help": "Hub id, directory, or .jsonl/.json/.csv/.parquet file, or embedded:sample."},
+        metadata={
+            "help": "Hub id, directory, or .jsonl/.json/.csv/.parquet file, or embedded:sample; or a list of them to be mixed, "
+            "each a name or a mapping of `name` and an amount (fraction, rows, epochs or weight)."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -131,7 +134,7 @@ class EvaluateConfig:
     sft_model: str | None = field(default=None, metadata={"help": "Output of the sft stage."})
     reward_model: str | None = field(default=None, metadata={"help": "Output of the reward stage."})
     dpo_model: str | None = field(default=None, metadata={"help": "Output of the dpo stage."})
-    dataset_name: str | None = None
+    dataset_name: str | list[str | dict] | None = None
     dataset_config: str | None = None
     dataset_train_split: str | None = field(
         default=None, metadata={"help": "Split that `heldout` takes from; default: train, or the entire file."}

@@ -21,11 +21,10 @@ import numpy as np
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.console import quiet_libraries
-from rlhf.data.heldout import check_heldout
+from rlhf.data.mix import data_name
 from rlhf.data.prepare import Prepared, plain_rows, write_skipped
-from rlhf.data.prepare import prepare as prepare_rows
-from rlhf.data.rows import format_options
-from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
+from rlhf.data.rows import named_rows, split_off
+from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME
 from rlhf.data.store import Rows
 from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
@@ -58,7 +57,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     """
     recipe = load_recipe(recipe_path, "evaluate", overrides)
     config = EvaluateConfig(**recipe.values)
-    source, found, rows = read_rows(recipe, config)
+    digest, found, rows = read_rows(recipe, config)
     names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
     overlap, seen = find_overlap(rows, names)
     if overlap.left_out:
@@ -72,7 +71,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     if check_only and any(waiting.values()):
         say(f"{recipe.path}: ok (waits for: {', '.join(w for w in waiting.values() if w)})")
         return None
-    inputs = {"dataset_name": source.digest} | {key: model_digest(name) for key, name in names.items()}
+    inputs = {"dataset_name": digest} | {key: model_digest(name) for key, name in names.items()}
     run = open_run(recipe, inputs)
     if run.complete:
         say(f"{'Evaluation':<12} complete: {run.folder}")
@@ -82,7 +81,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     if not check_only:
         say(f"\n=== Evaluation: {recipe.path}")
     for text in about:
-        say(f"{config.dataset_name}: {text}")
+        say(f"{data_name(config.dataset_name)}: {text}")
     if check_only:
         check_finished_models(recipe, names, waiting)
         say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
@@ -174,21 +173,18 @@ def write_results(folder: Path, pairs: list[dict], answers: list[dict], results:
     write_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, Prepared, Rows]:
-    """(source, what was prepared of it, the pairs to evaluate on)"""
+def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[str, Prepared, Rows]:
+    """(digest of the data, what was prepared of it, the pairs to evaluate on)"""
     split = config.dataset_train_split if config.heldout else config.dataset_test_split
     if split is None and config.heldout and config.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
-    where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
-    default = "train" if config.heldout else "test"
-    source = load_source(recipe.values["dataset_name"], split, config.dataset_config, where, default)
-    options = format_options(recipe)
+    where = "dataset_test_split" if config.dataset_test_split else "dataset_name"
+    most, default = (None, "train") if config.heldout else (config.max_eval_examples, "test")
+    found = named_rows(recipe, "pairs", split, most, config.bad_rows, where, default)
     if not config.heldout:
-        found = prepare_rows(source.head(config.max_eval_examples), "pairs", options, config.bad_rows, True)
-        return source, found, found.rows
-    found = prepare_rows(source, "pairs", options, config.bad_rows, True)
-    sides = check_heldout(config.heldout, found.rows, recipe.where("heldout"), source.name)
-    return source, found, found.rows.select(np.flatnonzero(sides)).head(config.max_eval_examples)
+        rows = found.mixed(np.arange(len(found.rows), dtype=np.int64), recipe, repeat=False)
+        return found.digest, found, rows.head(config.max_eval_examples)
+    return found.digest, found, split_off(found, config.heldout, recipe)[1].head(config.max_eval_examples)
 
 
 def read_beta(dpo_model: str | None) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
 from rlhf.data.messages import answer_text
+from rlhf.data.mix import data_name
 from rlhf.data.prepare import prepare
 from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
 from rlhf.data.store import Rows
@@ -205,6 +206,8 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
     train = recipe.get("dataset_train_split", "train")
     if recipe.get("heldout") and recipe["dataset_name"] == SAMPLE_NAME:
         train = ALL_ROWS
+    if isinstance(recipe["dataset_name"], list):
+        return [{"split": data_name(recipe["dataset_name"]), "gone": "is a mix, which is not counted here"}]
     splits = [(train, "dataset_name", None if recipe.get("heldout") else "max_train_examples")]
     if recipe.get("dataset_test_split") and not recipe.get("eval_dataset_name"):
         splits.append((recipe["dataset_test_split"], "heldout", "max_eval_examples"))

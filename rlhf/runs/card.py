@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from rlhf.data.mix import data_name
 from rlhf.files import read_json, write_file
 from rlhf.models import embedded
 from rlhf.runs.command import TOKEN, shell_line
@@ -86,7 +87,7 @@ def refresh_cards(
         The cards that could not be written, each with the reason.
     """
     recipe = _recipe(evaluation)
-    data = f"{public(str(recipe.get('dataset_name')))}, split `{recipe.get('dataset_test_split', 'test')}`"
+    data = f"{public(data_name(recipe.get('dataset_name')))}, split `{recipe.get('dataset_test_split', 'test')}`"
     failed = []
     for key in ("sft_model", "reward_model", "dpo_model"):
         folder = Path(names.get(key) or "/nowhere")
@@ -185,7 +186,7 @@ def method(found: dict[str, Any]) -> str:
 def data_rows(recipe: dict[str, Any], provenance: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(purpose, name, sha256) of each data set the run used."""
     inputs = provenance.get("inputs") or {}
-    name, split = recipe.get("dataset_name"), recipe.get("dataset_train_split", "train")
+    name, split = data_name(recipe.get("dataset_name") or ""), recipe.get("dataset_train_split", "train")
     rows = [("training", f"{name}, split {split}", inputs.get("dataset_name"))] if name else []
     for side in ("chosen", "rejected"):
         key = f"{side}_dataset_name"
@@ -232,7 +233,7 @@ def card_text(folder: Path, provenance: dict, summary: dict | None, measured: di
 
 def front_matter(recipe: dict[str, Any], stage: str, names: list[str], is_adapter: bool) -> str:
     """The YAML front matter for the hub, without models and data sets that are not on the hub."""
-    base, data = _base(names, is_adapter), hub_id(str(recipe.get("dataset_name") or ""))
+    base, data = _base(names, is_adapter), hub_id(data_name(recipe.get("dataset_name") or ""))
     found: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-classification" if stage == "reward" else "text-generation",

@@ -8,6 +8,7 @@ so the ids are the same (`same_when_split` checks it for each tokenizer).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -176,7 +177,7 @@ class Tokenise:
         for row in texts:
             cut, token = last_split(row, self.splits)
             heads.append((cut, token))
-            if cut:
+            if cut:  # never without texts
                 segments.append(row[0][:cut])
                 segments += [text[cut - len(token) :] for text in row]  # each starts with the special token
             else:
@@ -191,20 +192,21 @@ class Tokenise:
     def _sft(self, rows: list[dict]) -> list[dict[str, Any]]:
         if self.settings.assistant_only_loss:
             return [self._with_mask(row) for row in rows]
-        texts = []
+        texts: list[list[str]] = []
+        plain = self._texts([row["text"] for row in rows if "text" in row])
         for row in rows:
             if "text" in row:
-                eos = self.tokenizer.eos_token
-                texts.append([row["text"] if row["text"].endswith(eos) else row["text"] + eos])
+                texts.append([])
             elif "messages" in row:
                 texts.append([self._render(row, row["messages"])])
             else:
                 start = self._render(row, row["prompt"], add_generation_prompt=True)
                 texts.append([start, self._render(row, row["prompt"] + row["completion"])])
-        if rows and "text" in rows[0]:  # no template: the tokenizer adds its own special tokens
-            return [self._labelled(ids) for ids in self.tokenizer([text for (text,) in texts])["input_ids"]]
         found = []
         for ids in self._encode_sharing(texts):
+            if not ids:
+                found.append(self._labelled(next(plain)))
+                continue
             if len(ids) == 1:
                 found.append(self._labelled(ids[0]))
                 continue
@@ -216,6 +218,12 @@ class Tokenise:
                 {"input_ids": whole, "labels": labels, "prompt": cut if only else 0, "unequal": cut < len(prompt)}
             )
         return found
+
+    def _texts(self, texts: list[str]) -> Iterator[list[int]]:
+        """The ids of texts without a template, to which the tokenizer adds its own special tokens, each ending with EOS."""
+        eos = self.tokenizer.eos_token
+        ended = [text if text.endswith(eos) else text + eos for text in texts]
+        return iter(self.tokenizer(ended)["input_ids"] if ended else [])
 
     @staticmethod
     def _labelled(ids: list[int]) -> dict[str, Any]:
