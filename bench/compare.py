@@ -8,7 +8,6 @@ trainer's own loop. Losses of the same step are compared, so that a speed-up tha
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import os
@@ -151,22 +150,18 @@ def make_model(shape: str, folder: Path) -> str:
 
 def read_rows(args) -> list[dict[str, Any]]:
     """Just as many canonical pairs as are trained on; rows of a file that the data checks refuse are left out."""
-    from rlhf.data.formats import preference_rows
-    from rlhf.data.sources import Source
+    from rlhf.data.prepare import plain_rows, prepare
+    from rlhf.data.sources import load_source
 
     count = args.examples * (args.steps + 1)
     if args.data in LENGTHS:
         return generate(count, LENGTHS[args.data])
-    opener = gzip.open if args.data.endswith(".gz") else open
-    rows: list[dict[str, Any]] = []
-    with opener(args.data, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows += preference_rows(Source(args.data, [json.loads(line)], [number], ""))
-            except ValueError as error:
-                print(f"left out: {error}", file=sys.stderr)
-            if len(rows) == count:
-                return rows
+    found = prepare(load_source(args.data), "pairs", bad_rows="skip")
+    for row in found.skipped:
+        print(f"left out: {row['place']}: {row['reason']}", file=sys.stderr)
+    rows = plain_rows(found.rows.head(count))
+    if len(rows) == count:
+        return rows
     raise SystemExit(f"{args.data} holds {len(rows)} usable pairs; {count} are needed (--examples x (--steps + 1))")
 
 
