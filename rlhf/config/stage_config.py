@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 STAGES = ("sft", "reward", "dpo", "evaluate")
 TRAINING_STAGES = ("sft", "reward", "dpo")
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")  # of messages, as chat templates know them
 
 
 @dataclass(frozen=True)

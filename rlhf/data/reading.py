@@ -74,7 +74,6 @@ def each(source: Source, convert: Callable[[dict, set[str]], dict], reading: Rea
     for index, row in enumerate(source.rows):
         used: set[str] = set()
         try:
-            columns.reject_columns(row)
             new = convert(row, used)
         except RowError as error:
             reading.skipped.append({"place": source.where(index), "reason": str(error)})
@@ -89,23 +88,27 @@ def without_repeated_prompts(rows: list[dict], sides: tuple[str, ...], reading: 
     """Remove the prompt from the answers if all start with it (full texts, as for a base model); else record which do."""
     repeated = [_repeats(row, sides) for row in rows]
     reading.repeats = [place for place, count in zip(reading.places, repeated, strict=True) if count]
-    if not rows or min(repeated) < len(sides) or max(len(row["prompt"][-1]["content"]) for row in rows) < LONG_PROMPT:
+    if not rows or min(repeated) < len(sides) or max(len(prompt_end(row)) for row in rows) < LONG_PROMPT:
         return rows
     reading.stripped = True
     for row in rows:
         for side in sides:
-            content = row[side][0]["content"][len(row["prompt"][-1]["content"]) :]
-            row[side] = [{"role": "assistant", "content": text(content, side)}]
+            first = row[side][0]
+            row[side] = [{**first, "content": text(first["content"][len(prompt_end(row)) :], side)}, *row[side][1:]]
     return rows
 
 
 def _repeats(row: dict, sides: tuple[str, ...]) -> int:
     """How many of the answers start with the prompt's last message and continue it."""
-    if "prompt" not in row:
+    if "prompt" not in row or not (last := prompt_end(row)):
         return 0
-    last = row["prompt"][-1]["content"]
-    answers = (row[side][0]["content"] for side in sides)
+    answers = (row[side][0]["content"] or "" for side in sides)
     return sum(answer.startswith(last) and bool(answer[len(last) :].strip(INVISIBLE)) for answer in answers)
+
+
+def prompt_end(row: dict) -> str:
+    """The text of the prompt's last message."""
+    return row["prompt"][-1]["content"] or ""
 
 
 def write_skipped(folder: Path, skipped: list[dict[str, str]]) -> None:
