@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlhf.data.messages import Messages, RowError, messages
+from rlhf.data.messages import INVISIBLE, Messages, RowError, messages, text
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _START = re.compile(r"\s*Human:")
 _NVIDIA_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+_LAST = "\n\nAssistant:"
 _ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
 
 
@@ -37,6 +38,27 @@ def no_dialogue(key: str) -> str:
         f"there is no 'prompt', and '{key}' is not a dialogue of Human: and Assistant: turns; name the column of the prompt "
         "with `columns: {prompt: …}`; `format: plain` takes the common start of both texts as the prompt"
     )
+
+
+def split_texts(chosen: Any, rejected: Any, keys: tuple[str, str]) -> tuple[Messages, Messages, Messages] | None:
+    """(prompt, chosen, rejected) of two dialogues that differ in their last turn alone, the usual case, read once.
+
+    Returns:
+        None if the texts have to be read turn by turn.
+    """
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return None
+    end = chosen.rfind(_LAST)
+    if end < 0 or rejected.rfind(_LAST) != end or chosen[:end] != rejected[:end]:
+        return None
+    answers = [value[end + len(_LAST) :] for value in (chosen, rejected)]
+    if any("\n\nHuman:" in answer or not answer.strip(INVISIBLE) for answer in answers):
+        return None
+    prompt = turns(f"{chosen[:end]}{_LAST} …", keys[0])[:-1]
+    if prompt[-1]["role"] != "user":
+        return None
+    found = [[{"role": "assistant", "content": text(_turn_text(a), k)}] for a, k in zip(answers, keys, strict=True)]
+    return prompt, found[0], found[1]
 
 
 def prompt_turns(value: str, key: str) -> Messages | None:

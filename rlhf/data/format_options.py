@@ -15,16 +15,6 @@ VERSION = (
     1  # of what the converters make of a row; raise it with any change of that, so that prepared data is made again
 )
 
-# What `columns` may set: the names that some format reads.
-TARGETS = frozenset(
-    "prompt question instruction input query context history system system_prompt chosen rejected completion response output "
-    "answer messages conversations conversation text tools chat_template_kwargs margin label kto_tag train "
-    "response_0 response_1 better_response_id safer_response_id response_j response_k human_ref_A human_ref_B labels score_A "
-    "score_B response_1 response_2 preference_strength response1 response2 overall_preference preferred_output "
-    "non_preferred_output answer_0 answer_1 score_0 score_1 info summaries choice conversation_a conversation_b winner "
-    "completions responses generations answers candidates outputs scores ratings rating rewards ranks rankings helpfulness "
-    "score_chosen score_rejected".split()
-)
 SCORES = "scores"  # `columns: {margin: scores}`: the difference of the two answers' scores
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.messages import Messages
 from rlhf.data.prompts import normalise_prompt, prompt_hash
 from rlhf.errors import UserError, quote
 from rlhf.files import write_file
@@ -20,7 +21,7 @@ TRAIN_PROMPTS = "prompts.hashes"  # 8 bytes per prompt, sorted: 80 MB for ten mi
 BYTES = 8
 
 
-def prompt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+def prompt_messages(row: dict[str, Any]) -> Messages:
     """The messages before a row's answer; the entire text if it has no turns."""
     if "text" in row:
         return [{"role": "user", "content": row["text"]}]

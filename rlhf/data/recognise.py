@@ -134,7 +134,7 @@ def _recognise(kind: str, rows: list[Row], options: FormatOptions) -> tuple[str,
         usual = [name for name in found if name in _USUAL and name != "text"]
         if kind == "sft" and len(usual) > 1:
             _reject_other_readings(rows, usual)
-        return found[0], STANDARD
+        return found[0], "pairs" if kind == "sft" and found[0] == "pairs" else STANDARD
     if len(found) > 1:
         raise _ambiguous(found)
     return found[0], found[0]

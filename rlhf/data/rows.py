@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config.recipe import Recipe
+from rlhf.data.format_options import DEFAULT, FormatOptions
 from rlhf.data.formats import join_chosen_rejected, reject_margins_in_some_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading
@@ -50,7 +51,7 @@ class StageData:
 
 def read_data(
     recipe: Recipe,
-    to_rows: Callable[[Source, Reading], list[dict[str, Any]]],
+    to_rows: Callable[[Source, Reading, FormatOptions], list[dict[str, Any]]],
     given: Mapping[str, Source] | None = None,
 ) -> StageData:
     """Read, validate and convert the training rows and the held-out rows of a recipe.
@@ -61,25 +62,27 @@ def read_data(
     """
     reading, heldout_reading = (Reading(recipe.ours.bad_rows, can_skip=True) for _ in range(2))
     given = given or {}
+    options = FormatOptions.of(recipe.values, recipe.where)
     if "dataset_name" in given:
         source, digests = given["dataset_name"], {"dataset_name": given["dataset_name"].digest}
     else:
-        source, digests = _training_source(recipe, reading)
+        source, digests = _training_source(recipe, reading, options)
+    joined = DEFAULT if recipe.ours.chosen_dataset_name else options  # a join has canonical rows
     heldout = given["eval_dataset_name"] if "eval_dataset_name" in given else _heldout_source(recipe)
     limit, heldout_limit = recipe.ours.max_train_examples, recipe.ours.max_eval_examples
     heldout_rows = None
     if share := recipe.ours.heldout:
-        rows = to_rows(source, reading)
+        rows = to_rows(source, reading, joined)
         heldout_rows, heldout_reading.places = _split_off(rows, reading, share, recipe, source.name)
         heldout_rows = heldout_rows[:heldout_limit]
         heldout_reading.places = heldout_reading.places[:heldout_limit]
         digests["heldout"] = f"{share:g} of {source.digest}"
         rows, reading.places = rows[:limit], reading.places[:limit]
     else:
-        rows = to_rows(source.head(limit), reading)
+        rows = to_rows(source.head(limit), reading, joined)
         if heldout:
             digests["heldout"] = heldout.digest
-            heldout_rows = to_rows(heldout.head(heldout_limit), heldout_reading)
+            heldout_rows = to_rows(heldout.head(heldout_limit), heldout_reading, options)
     if recipe.stage == "reward":
         reject_margins_in_some_rows(rows, reading.places)
     elif any("margin" in row for row in rows):
@@ -90,7 +93,7 @@ def read_data(
     return StageData(name, train, heldout_rows, digests, summary, reading.skipped + heldout_reading.skipped)
 
 
-def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str, str]]:
+def _training_source(recipe: Recipe, reading: Reading, options: FormatOptions) -> tuple[Source, dict[str, str]]:
     """(source of the training rows, digests of its files by key)"""
     split = recipe.get("dataset_train_split")
     if split is None and recipe.ours.heldout and recipe.ours.dataset_name == SAMPLE_NAME:
@@ -98,7 +101,7 @@ def _training_source(recipe: Recipe, reading: Reading) -> tuple[Source, dict[str
     if recipe.ours.chosen_dataset_name:
         chosen, rejected = (load_source(recipe.get(k), split, None, recipe.where(k)) for k in _SIDES)
         digests = {_SIDES[0]: chosen.digest, _SIDES[1]: rejected.digest}
-        return join_chosen_rejected(chosen, rejected, reading), digests
+        return join_chosen_rejected(chosen, rejected, reading, options), digests
     name, config = recipe.values["dataset_name"], recipe.ours.dataset_config
     source = load_source(name, split, config, recipe.where("dataset_name"))
     return source, {"dataset_name": source.digest}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.data import columns
-from rlhf.data.dialogue_text import is_dialogue, no_dialogue, prompt_turns, turns
+from rlhf.data.dialogue_text import is_dialogue, no_dialogue, prompt_turns, split_texts, turns
 from rlhf.data.messages import Messages, RowError, excluded_answers, has, is_empty, messages, text
 
 SFT_SHAPES = "prompt + completion; prompt + chosen; messages; conversations; instruction (+ input) + output; question + answer; text"
@@ -210,6 +210,15 @@ def _is_whole(value: Any) -> bool:
 
 def _split_dialogues(row: dict, used: set[str], sides: tuple[str, str]) -> tuple[Messages, Messages, Messages]:
     """(prompt, chosen, rejected): the prompt is the longest common start that ends before an assistant's turn."""
+    if (split := split_texts(row[sides[0]], row[sides[1]], sides)) is not None:
+        prompt, *answers = split
+    else:
+        prompt, *answers = _split_messages(row, sides)
+    columns.history(row, used, None)
+    return columns.add_system(row, used, prompt), answers[0], answers[1]
+
+
+def _split_messages(row: dict, sides: tuple[str, str]) -> tuple[Messages, Messages, Messages]:
     chosen, rejected = (_dialogue(row[side], side) for side in sides)
     end = 0
     for i in range(min(len(chosen), len(rejected)) - 1):
@@ -228,8 +237,7 @@ def _split_dialogues(row: dict, used: set[str], sides: tuple[str, str]) -> tuple
             raise RowError(
                 f"'{side}' has an answer that is excluded from training (weight: 0 or train: false); remove the row"
             )
-    columns.history(row, used, None)
-    return columns.add_system(row, used, chosen[:end]), chosen[end:], rejected[end:]
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _difference(chosen: Messages, rejected: Messages) -> str:

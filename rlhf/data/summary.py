@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.heldout import prompt_messages
+from rlhf.data.messages import answer_text, message_text
 from rlhf.data.prompts import prompt_hash
 from rlhf.data.reading import Reading
 from rlhf.errors import one_line
@@ -107,7 +108,7 @@ def summarise(
         for name in names:
             before = found.get(name, Count())
             found[name] = Count(before.rows + 1, before.first or place)
-        longer += pairs and len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
+        longer += pairs and len(answer_text(row["chosen"])) > len(answer_text(row["rejected"]))
     for name in ("low_scores", "equal_scores", "repeats"):
         places = getattr(reading, name)
         found[name] = Count(len(places), places[0]) if places else Count()
@@ -136,15 +137,15 @@ def _hashes(row: dict[str, Any]) -> tuple[bytes, bytes | None]:
         return base.digest(), None
     flipped = base.copy()
     for hashed, sides in ((base, ("chosen", "rejected")), (flipped, ("rejected", "chosen"))):
-        hashed.update("\x1f".join(repr(row[side][0]["content"]) for side in sides).encode())
+        hashed.update("\x1f".join(repr(answer_text(row[side])) for side in sides).encode())
     return base.digest(), flipped.digest()
 
 
 def _looks(row: dict[str, Any]) -> Iterable[tuple[str, bool]]:
     """Findings in a single row, by the summary's field name."""
-    answers = [row[side][0]["content"] for side in ("completion", "chosen", "rejected") if side in row]
+    answers = [answer_text(row[side]) for side in ("completion", "chosen", "rejected") if side in row]
     turns = prompt_messages(row) if "messages" not in row else row["messages"]
-    texts = answers + [m["content"] for m in turns]
+    texts = answers + [message_text(m) for m in turns]
     yield "markers", any(MARKERS.search(text) for text in texts)
     yield "garbled", any(not text.isascii() and GARBLED.search(text) for text in texts)
     yield "turn_order", "text" not in row and _is_odd([m["role"] for m in turns])
@@ -154,11 +155,13 @@ def _looks(row: dict[str, Any]) -> Iterable[tuple[str, bool]]:
 
 
 def _is_odd(roles: list[str]) -> bool:
-    spoken = [role for role in roles if role != "system"]
+    spoken = [role for role in roles if role not in ("system", "developer")]
     return (
         "system" in roles[1:]
         or spoken[:1] == ["assistant"]
-        or any(a == b for a, b in zip(spoken, spoken[1:], strict=False))
+        or any(
+            a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False)
+        )  # several tools may be called at once
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.console import quiet_libraries
+from rlhf.data.format_options import FormatOptions
 from rlhf.data.formats import preference_rows
 from rlhf.data.heldout import check_heldout
 from rlhf.data.reading import Reading, write_skipped
@@ -175,12 +176,13 @@ def read_rows(recipe: Recipe, config: EvaluateConfig) -> tuple[Source, list[dict
     split = config.dataset_train_split if config.heldout else config.dataset_test_split
     if split is None and config.heldout and config.dataset_name == SAMPLE_NAME:
         split = ALL_ROWS
+    options = FormatOptions.of(recipe.values, recipe.where)
     where = recipe.where("dataset_test_split" if config.dataset_test_split else "dataset_name")
     default = "train" if config.heldout else "test"
     source = load_source(recipe.values["dataset_name"], split, config.dataset_config, where, default)
     if not config.heldout:
-        return source, preference_rows(source.head(config.max_eval_examples), reading), reading
-    rows = preference_rows(source, reading)
+        return source, preference_rows(source.head(config.max_eval_examples), reading, options), reading
+    rows = preference_rows(source, reading, options)
     sides = check_heldout(config.heldout, rows, recipe.where("heldout"), source.name)
     kept = [number for number, side in enumerate(sides) if side][: config.max_eval_examples]
     rows, reading.places = [rows[i] for i in kept], [reading.places[i] for i in kept]

@@ -17,7 +17,9 @@ from typing import Any
 
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
+from rlhf.data.format_options import FormatOptions
 from rlhf.data.formats import preference_rows
+from rlhf.data.messages import answer_text
 from rlhf.data.reading import Reading
 from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, load_source
 from rlhf.distributed.processes import say
@@ -207,8 +209,11 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
         splits.append((recipe["dataset_test_split"], "heldout", "max_eval_examples"))
     for split, key, most in splits:
         try:
+            options = FormatOptions.of(recipe, lambda key: "")
             source = load_source(recipe["dataset_name"], split, recipe.get("dataset_config"))
-            rows = preference_rows(source.head(recipe.get(most or "")), Reading(recipe.get("bad_rows", "error")))
+            rows = preference_rows(
+                source.head(recipe.get(most or "")), Reading(recipe.get("bad_rows", "error")), options
+            )
         except UserError:
             found.append({"split": split, "gone": "can no longer be read"})
             continue
@@ -223,7 +228,7 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def _count(rows: list[dict], raw: list[dict]) -> dict[str, Any]:
-    words = {k: [sum(len(m["content"].split()) for m in r[k]) for r in rows] for k in ("prompt", "chosen", "rejected")}
+    words = {k: [len(answer_text(r[k]).split()) for r in rows] for k in ("prompt", "chosen", "rejected")}
     tasks: dict[str, int] = {}
     for row in raw:
         if row.get("task"):

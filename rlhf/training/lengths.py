@@ -87,18 +87,17 @@ def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
     """(number of prompt tokens, token ids of each answer); a dialogue or a text is an answer without a prompt."""
     from trl.data_utils import common_prefix_length
 
-    from rlhf.models.tokenizer import tokenize_pair
+    from rlhf.models.tokenizer import render, tokenize_pair
 
     if "chosen" in row:
         ids = tokenize_pair(tokenizer, row)
         return len(ids["prompt_ids"]), [ids["chosen_ids"], ids["rejected_ids"]]
-    render = lambda messages, **kw: tokenizer.apply_chat_template(messages, return_dict=True, **kw)["input_ids"]  # noqa: E731
     if "prompt" in row:
-        ids = render(row["prompt"] + row["completion"])
-        cut = common_prefix_length(render(row["prompt"], add_generation_prompt=True), ids)
+        ids = render(tokenizer, row, row["prompt"] + row["completion"])
+        cut = common_prefix_length(render(tokenizer, row, row["prompt"], add_generation_prompt=True), ids)
         return cut, [ids[cut:]]
     if "messages" in row:
-        return 0, [render(row["messages"])]
+        return 0, [render(tokenizer, row, row["messages"])]
     text = row["text"]
     return 0, [tokenizer(text=text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token)["input_ids"]]
 

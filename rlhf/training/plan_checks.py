@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config.key_effects import without_effect
 from rlhf.config.recipe import Recipe
+from rlhf.data.messages import message_text
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
 from rlhf.models.embedded import is_fetched
@@ -247,7 +248,7 @@ def _texts(row: dict) -> list[str]:
     if "text" in row:
         return [row["text"]]
     return [
-        m["content"] for key in ("prompt", "completion", "chosen", "rejected", "messages") for m in row.get(key, ())
+        message_text(m) for key in ("prompt", "completion", "chosen", "rejected", "messages") for m in row.get(key, ())
     ]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import StageConfig
+from rlhf.data.format_options import FormatOptions
 from rlhf.data.reading import Reading
 from rlhf.data.rows import StageData
 from rlhf.data.sources import Source
@@ -95,7 +96,7 @@ class Stage:
 
     name: str
     title: str
-    to_rows: Callable[[Source, Reading], list[dict[str, Any]]]
+    to_rows: Callable[[Source, Reading, FormatOptions], list[dict[str, Any]]]
     load: Callable[[Plan], Loaded]
     build: Callable[[Plan, Stopper | None], CheckpointMixin]
     probe: Callable[[Dataset], list[list[int]]]

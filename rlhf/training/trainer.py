@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlhf.config.build import is_flash
+from rlhf.data.trl_dataset import trl_dataset
 from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
@@ -386,12 +387,10 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
 
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
     """The constructor arguments that TRL's three trainers have in common."""
-    from datasets import Dataset
-
     return {
         "model": loaded.model, "args": plan.args, "processing_class": loaded.tokenizer, "peft_config": loaded.peft_config,
-        "train_dataset": Dataset.from_list(plan.data.train),
-        "eval_dataset": Dataset.from_list(plan.data.heldout) if plan.data.heldout else None,
+        "train_dataset": trl_dataset(plan.data.train),
+        "eval_dataset": trl_dataset(plan.data.heldout) if plan.data.heldout else None,
     }  # fmt: skip
 
 
