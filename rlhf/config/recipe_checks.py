@@ -109,8 +109,14 @@ def check_formats(values: dict[str, Any], where: Callable[[str], str]) -> None:
             if name not in allowed:
                 near = difflib.get_close_matches(name[:100], sorted(allowed), n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                what = f"expected one of {', '.join(allowed)}" if key == "roles" else "no format reads a column of that name"
+                what = (
+                    f"expected one of {', '.join(allowed)}"
+                    if key == "roles"
+                    else "no format reads a column of that name"
+                )
                 raise UserError(f"{where(key)}: {key}: {quote(name)}: {what}{hint}")
+    if values.get("format") == "plain" and values.get("chosen_dataset_name"):
+        raise UserError(f"{where('format')}: `format: plain` takes one file of pairs, not chosen and rejected files")
     if values.get("format") == "plain" and values.get("stage") != "evaluate" and values.get("chat_template") != "plain":
         raise UserError(
             f"{where('format')}: `format: plain` keeps prompts and answers as plain texts, and a chat template would write turns "

@@ -70,7 +70,9 @@ class StageConfig:
     max_eval_examples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "alpaca, chatml, plain (texts as they are) or a .jinja file; default: the model's own, or alpaca if it has none."},
+        metadata={
+            "help": "alpaca, chatml, plain (texts as they are) or a .jinja file; default: the model's own, or alpaca if it has none."
+        },
     )
     packing: bool = field(
         default=True,

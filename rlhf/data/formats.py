@@ -80,26 +80,26 @@ def join_chosen_rejected(
     convert = source_converter("sft", rejected, options)
 
     def rejected_row(row: Row, used: set[str]) -> Row:
-        new = convert({**row, "label": None}, used)  # `label: false` is expected here
+        new = convert(row | {"label": None}, used)  # `label: false` is expected here
         used.add("label")
         return new
 
     rejected_rows = each(rejected, rejected_row, sides[1])
     for index, row in enumerate(rejected_rows):
-        unmatched.setdefault(repr(row.get("prompt")), []).append(index)
-    pairs = []
+        unmatched.setdefault(_asked(row), []).append(index)
+    pairs: list[Row] = []
     for index, row in enumerate(each(chosen, source_converter("sft", chosen, options), sides[0])):
         if "prompt" not in row:
             raise UserError(
                 f"{chosen.where(index)}: expected prompt + response, to be joined with the rejected answers"
             )
-        matches = unmatched.get(repr(row["prompt"]))
+        matches = unmatched.get(_asked(row))
         if not matches:
             raise UserError(
                 f"{chosen.where(index)}: no answer to this prompt in {rejected.name}; each prompt needs one in both"
             )
         other = rejected_rows[matches.pop(0)]
-        more = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+        more: Row = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
         pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": other["completion"], **more})
     left = [index for indices in unmatched.values() for index in indices]
     if left:
@@ -111,6 +111,11 @@ def join_chosen_rejected(
             reading.num_unused.update(side.num_unused)
     digest = chosen.digest[:32] + rejected.digest[:32]
     return Source(chosen.name, pairs, chosen.lines, digest)
+
+
+def _asked(row: Row) -> str:
+    """What the model reads before the answer."""
+    return repr([row.get(key) for key in ("prompt", "tools", "chat_template_kwargs")])
 
 
 def reject_margins_in_some_rows(rows: list[Row], places: list[str]) -> None:

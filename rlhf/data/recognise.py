@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from rlhf.data import columns, unpaired
 from rlhf.data import standard_rows as standard
@@ -72,18 +72,14 @@ def _conversion(kind: str, reading: str) -> Convert:
     fmt = BY_NAME[reading]
     found = fmt.conversion(kind)
     if found is None and kind == "sft" and fmt.pairs:
-        return _PreferredAnswer(fmt.pairs)
+        return functools.partial(_better_answer, fmt.pairs)
     assert found is not None, "recognise has checked it"
     return found
 
 
-class _PreferredAnswer(NamedTuple):
+def _better_answer(convert: Convert, row: Row, used: set[str]) -> Row:
     """SFT on pairs: the better answer of each."""
-
-    pairs: Convert
-
-    def __call__(self, row: Row, used: set[str]) -> Row:
-        return standard.preferred(self.pairs(row, used), used)
+    return standard.preferred(convert(row, used), used)
 
 
 # --- recognition -----------------------------------------------------------------------------------------------------
@@ -188,10 +184,10 @@ def _reject_other_readings(rows: list[Row], names: list[str]) -> None:
                     read[name] = _spoken(_conversion("sft", name)(row, set()))
                 except RowError:  # the rest of the rows decide
                     continue
-        first = next(iter(read), None)
+        first = next(iter(read), "")
         differ |= {(first, name) for name in read if read[name] != read[first]}
     if differ:
-        raise _ambiguous(sorted({name for pair in differ for name in pair if name}, key=names.index))
+        raise _ambiguous(sorted({name for pair in differ for name in pair}, key=names.index))
 
 
 def _spoken(row: Row) -> tuple[str, str]:

@@ -149,10 +149,10 @@ def pair_row(row: dict, used: set[str]) -> dict[str, Any]:
     if _holds_prompt(row, used, sides):
         prompt, chosen, rejected = _split_dialogues(row, used, sides)
         return make_pair(row, used, prompt, chosen, rejected)
-    prompt = _prompt(row, used)
-    if prompt is None:
+    asked = _prompt(row, used)
+    if asked is None:
         raise RowError(no_dialogue(sides[0]))
-    (prompt, chosen), (other, rejected) = (_answer(row[side], side, prompt) for side in sides)
+    (prompt, chosen), (other, rejected) = (_answer(row[side], side, asked) for side in sides)
     if prompt != other:
         raise RowError(f"'chosen' and 'rejected' differ before the last answer{_difference(prompt, other)}")
     return make_pair(row, used, prompt, chosen, rejected)

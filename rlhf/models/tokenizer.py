@@ -171,16 +171,21 @@ def _reductions(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "tools", {**row, "tools": None}
     kwargs = row.get("chat_template_kwargs") or {}
     for name in kwargs:
-        yield f"chat_template_kwargs.{name}", {**row, "chat_template_kwargs": {k: v for k, v in kwargs.items() if k != name}}
-    parts = [key for key in ("prompt", "completion", "chosen", "rejected", "messages") if key in row]
-    every = [message for part in parts for message in row[part]]
+        yield (
+            f"chat_template_kwargs.{name}",
+            {**row, "chat_template_kwargs": {k: v for k, v in kwargs.items() if k != name}},
+        )
+    parts: dict[str, Messages] = {
+        key: row[key] for key in ("prompt", "completion", "chosen", "rejected", "messages") if key in row
+    }
+    every = [message for found in parts.values() for message in found]
     for field in KEPT_FIELDS:
         if any(message.get(field) for message in every):
-            bare = {p: [{k: v for k, v in m.items() if k != field} for m in row[p]] for p in parts}
-            yield field, {**row, **bare}
+            bare = {part: [{k: v for k, v in m.items() if k != field} for m in found] for part, found in parts.items()}
+            yield field, row | bare
     for role in ("system", "developer", "tool"):
         if any(message["role"] == role for message in every):
-            yield f"role {role}", {**row, **{p: [m for m in row[p] if m["role"] != role] for p in parts}}
+            yield f"role {role}", row | {part: [m for m in found if m["role"] != role] for part, found in parts.items()}
 
 
 def fit_tokenizer(model, tokenizer):

@@ -93,9 +93,9 @@ def _tokens(tokenizer, row: dict) -> tuple[int, list[list[int]]]:
         ids = tokenize_pair(tokenizer, row)
         return len(ids["prompt_ids"]), [ids["chosen_ids"], ids["rejected_ids"]]
     if "prompt" in row:
-        ids = render(tokenizer, row, row["prompt"] + row["completion"])
-        cut = common_prefix_length(render(tokenizer, row, row["prompt"], add_generation_prompt=True), ids)
-        return cut, [ids[cut:]]
+        both = render(tokenizer, row, row["prompt"] + row["completion"])
+        cut = common_prefix_length(render(tokenizer, row, row["prompt"], add_generation_prompt=True), both)
+        return cut, [both[cut:]]
     if "messages" in row:
         return 0, [render(tokenizer, row, row["messages"])]
     text = row["text"]

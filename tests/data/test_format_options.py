@@ -76,7 +76,9 @@ def test_chosen_and_rejected_decide_over_the_answers_they_were_made_from():
 def test_sft_readings_that_differ_are_ambiguous():
     row = {"messages": [user("Q"), assistant("A")], "prompt": "Other", "completion": "A"}
     message = error(sft_rows, row)
-    assert message.startswith("f.jsonl: the rows fit several formats: messages (") and "; prompt-completion (" in message
+    assert (
+        message.startswith("f.jsonl: the rows fit several formats: messages (") and "; prompt-completion (" in message
+    )
     assert sft_rows(source(row), None, options(format="messages")) == [SFT]
     other = sft_rows(source(row), None, options(format="prompt-completion"))
     assert other == [{**SFT, "prompt": [user("Other")]}]
@@ -198,7 +200,9 @@ def test_margin_is_the_difference_of_scores_only_if_asked_for():
     for row, margin in ((rated, 4.0), (scored, 1.5)):
         assert preference_rows(source(row)) == [PAIR]
         assert preference_rows(source(row), None, options(columns={"margin": "scores"})) == [{**PAIR, "margin": margin}]
-    assert "needs the scores of both answers; this row has none" in error(preference_rows, PAIR, columns={"margin": "scores"})
+    assert "needs the scores of both answers; this row has none" in error(
+        preference_rows, PAIR, columns={"margin": "scores"}
+    )
 
 
 def test_a_numeric_column_called_scores_is_a_margin_as_any_other():
@@ -280,10 +284,16 @@ def test_a_recipe_reads_its_data_so(tmp_path, recipe):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"columns": {"promt": "q"}}, "columns: 'promt': no format reads a column of that name; did you mean 'prompt'?"),
+        (
+            {"columns": {"promt": "q"}},
+            "columns: 'promt': no format reads a column of that name; did you mean 'prompt'?",
+        ),
         ({"columns": ["prompt"]}, "'columns' is ['prompt']; expected "),
         ({"columns": {"prompt": 3}}, "'columns' is {'prompt': 3}; expected names, as in `columns: {prompt: question}`"),
-        ({"roles": {"human": "usr"}}, "roles: 'usr': expected one of system, developer, user, assistant, tool; did you mean 'user'?"),
+        (
+            {"roles": {"human": "usr"}},
+            "roles: 'usr': expected one of system, developer, user, assistant, tool; did you mean 'user'?",
+        ),
         ({"format": "share-gpt"}, "'format' is 'share-gpt'; expected one of messages, sharegpt, "),
         ({"format": "plain"}, "`format: plain` keeps prompts and answers as plain texts, "),
     ],

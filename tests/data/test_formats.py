@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -261,10 +262,15 @@ def test_the_recipe_knows_every_format():
     assert NAMES == tuple(fmt.name for fmt in FORMATS)
 
 
+def test_the_page_names_every_format():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if f"`{name}`" not in page] == []
+
+
 @pytest.mark.parametrize("kind, rows", [("pairs", PAIRS), ("sft", SFTS)], ids=["pairs", "sft"])
 def test_a_converter_is_picklable_and_keeps_no_state(kind, rows):
     for row, expected in rows.values():
-        convert = pickle.loads(pickle.dumps(converter(kind, [row])))
+        convert = pickle.loads(pickle.dumps(converter(kind, [row])))  # noqa: S301 (what it just wrote)
         before = json.dumps(row)
         assert [convert(row, set()), convert(row, set())] == [expected] * 2
         assert json.dumps(row) == before
@@ -283,11 +289,23 @@ def error(convert, *rows, **more):
     "row, message",
     [
         ({**PAIRS["SHP"][0], "labels": 2}, "'labels' is int '2'; expected 0 or 1"),
-        ({**PAIRS["HelpSteer2 preferences"][0], "preference_strength": 0}, "'preference_strength' is 0, so there is no better"),
+        (
+            {**PAIRS["HelpSteer2 preferences"][0], "preference_strength": 0},
+            "'preference_strength' is 0, so there is no better",
+        ),
         ({**PAIRS["HelpSteer3"][0], "overall_preference": "x"}, "'overall_preference' is str 'x'; expected a number"),
-        ({**PAIRS["WebGPT"][0], "score_0": -0.5}, "'score_0' and 'score_1' are both -0.5, so there is no better answer"),
-        ({**PAIRS["Chatbot Arena"][0], "winner": "tie (bothbad)"}, "'winner' is 'tie (bothbad)', so there is no better"),
-        ({**PAIRS["scored list of texts"][0], "ratings": [4, 4, 4]}, "all 3 answers have the score 4, so there is no better"),
+        (
+            {**PAIRS["WebGPT"][0], "score_0": -0.5},
+            "'score_0' and 'score_1' are both -0.5, so there is no better answer",
+        ),
+        (
+            {**PAIRS["Chatbot Arena"][0], "winner": "tie (bothbad)"},
+            "'winner' is 'tie (bothbad)', so there is no better",
+        ),
+        (
+            {**PAIRS["scored list of texts"][0], "ratings": [4, 4, 4]},
+            "all 3 answers have the score 4, so there is no better",
+        ),
         ({**PAIRS["scored list of texts"][0], "ratings": [4, None, 4]}, "answer 2 has no 'ratings' that is a number"),
         ({**PAIRS["Nectar"][0], "answers": [{"answer": "x", "rank": 1}]}, "'answers' has 1 answer; a pair needs two"),
         ({**PAIRS["stack-exchange-paired"][0], "response_k": BLUE}, "'chosen' and 'rejected' are equal"),
@@ -299,7 +317,10 @@ def test_row_without_a_better_answer(row, message):
 
 
 def test_row_of_another_format_than_the_first_rows():
-    assert error(preference_rows, *[PAIRS["SHP"][0]] * 20, PAIR) == "f.jsonl:147: 'labels' is missing; the first rows have it"
+    assert (
+        error(preference_rows, *[PAIRS["SHP"][0]] * 20, PAIR)
+        == "f.jsonl:147: 'labels' is missing; the first rows have it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,7 +355,10 @@ def test_an_image_in_a_message_is_refused_by_name():
 
 def test_texts_without_a_prompt_say_what_could_read_them():
     message = error(preference_rows, {"chosen": "The sky is blue.", "rejected": "The sky is green."})
-    assert message.startswith("f.jsonl:7: there is no 'prompt', and 'chosen' is not a dialogue") and "`format: plain`" in message
+    assert (
+        message.startswith("f.jsonl:7: there is no 'prompt', and 'chosen' is not a dialogue")
+        and "`format: plain`" in message
+    )
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
@@ -345,15 +369,30 @@ def test_texts_without_a_prompt_say_what_could_read_them():
     [
         ([*Q, assistant("", tool_calls="[")], "'messages', message 2: 'tool_calls' is str '['; expected JSON"),
         ([*Q, assistant("", tool_calls=[{"f": 1}])], "'messages', message 2: 'tool_calls' is list "),
-        ([user("Q") | {"tool_calls": [CALL]}, *A], "'messages', message 1: 'tool_calls' in a message of the user; only"),
+        (
+            [user("Q") | {"tool_calls": [CALL]}, *A],
+            "'messages', message 1: 'tool_calls' in a message of the user; only",
+        ),
         ([*Q, assistant(BLUE, reasoning_content=["x"])], "'messages', message 2: 'reasoning_content' is list "),
         ([*Q, assistant(BLUE, function_call={"name": "f"})], "'messages', message 2: 'function_call' is set"),
-        ([*Q, {"role": "function", "content": "5"}, *A], "'messages', message 2: role 'function'; expected one of system, "),
+        (
+            [*Q, {"role": "function", "content": "5"}, *A],
+            "'messages', message 2: role 'function'; expected one of system, ",
+        ),
         ([{"from": "someone", "value": "Q"}, *A], "'messages', message 1: role 'someone'; expected one of system, "),
-        ([*Q, {"from": "function_call", "value": "call f"}, *A], "'messages', message 2: a function call is str 'call f'"),
+        (
+            [*Q, {"from": "function_call", "value": "call f"}, *A],
+            "'messages', message 2: a function call is str 'call f'",
+        ),
         ([*Q, assistant(None)], "'messages, message 2' is NoneType 'None'; expected a string"),
-        ([*Q, assistant("x", reasoning_content="\ud800")], "'messages, message 2, reasoning_content' has a lone surrogate"),
-        ([*Q, assistant("", tool_calls=[{"function": {"name": "\ud800"}}])], "'messages', message 2: 'tool_calls' is list "),
+        (
+            [*Q, assistant("x", reasoning_content="\ud800")],
+            "'messages, message 2, reasoning_content' has a lone surrogate",
+        ),
+        (
+            [*Q, assistant("", tool_calls=[{"function": {"name": "\ud800"}}])],
+            "'messages', message 2: 'tool_calls' is list ",
+        ),
     ],
 )
 def test_message_that_cannot_be_used(messages, message):
@@ -361,13 +400,19 @@ def test_message_that_cannot_be_used(messages, message):
 
 
 def test_a_role_to_be_mapped_says_how():
-    assert error(sft_rows, {"messages": [{"role": "Human", "content": "Q"}, *A]}).endswith("`roles: {Human: user}` maps it")
+    assert error(sft_rows, {"messages": [{"role": "Human", "content": "Q"}, *A]}).endswith(
+        "`roles: {Human: user}` maps it"
+    )
 
 
 def test_nulls_of_a_table_are_no_fields():
     """Arrow gives every message of a column the fields of all others."""
     nulls = {"tool_calls": None, "reasoning_content": None, "name": None, "tool_call_id": None}
-    row = {"messages": [{**user(SKY), **nulls}, {**assistant(BLUE), **nulls}], "tools": None, "chat_template_kwargs": None}
+    row = {
+        "messages": [{**user(SKY), **nulls}, {**assistant(BLUE), **nulls}],
+        "tools": None,
+        "chat_template_kwargs": None,
+    }
     assert sft_rows(source(row)) == [SFT]
 
 
@@ -387,7 +432,9 @@ def test_template_fields_that_cannot_be_used(more, message):
 
 def test_an_answer_with_two_assistant_messages_in_a_row():
     row = {"prompt": Q, "chosen": [*A, *A], "rejected": B}
-    assert "'chosen' has roles ['assistant', 'assistant']; expected one assistant message" in error(preference_rows, row)
+    assert "'chosen' has roles ['assistant', 'assistant']; expected one assistant message" in error(
+        preference_rows, row
+    )
 
 
 def test_an_excluded_answer_within_an_answer_of_several_turns():

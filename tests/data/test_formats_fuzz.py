@@ -37,7 +37,7 @@ NAMES = st.sampled_from(sorted(COLUMN_NAMES | {"images", "train", "functions", "
 def damaged(draw):
     """A row of a known format with one of its parts, however deep, replaced or removed, and columns added."""
     row = copy.deepcopy(draw(KNOWN))
-    for _ in range(draw(st.integers(1, 2))):
+    for _ in range(draw(st.integers(0, 2))):
         place = row
         while True:
             keys = list(place) if isinstance(place, dict) else range(len(place))
@@ -59,7 +59,9 @@ ROWS = damaged() | st.dictionaries(NAMES, VALUES, max_size=5)
 OPTIONS = st.builds(
     FormatOptions,
     st.none() | st.sampled_from(FORMATS),
-    st.lists(st.tuples(st.sampled_from(sorted(COLUMN_NAMES)), NAMES | st.just("input.messages")), max_size=2).map(tuple),
+    st.lists(st.tuples(st.sampled_from(sorted(COLUMN_NAMES)), NAMES | st.just("input.messages")), max_size=2).map(
+        tuple
+    ),
     st.lists(st.tuples(st.sampled_from(["gpt", "x"]), st.sampled_from(CHAT_ROLES)), max_size=1).map(tuple),
 )
 
@@ -72,12 +74,13 @@ def is_canonical(row):
     for key in ("chosen", "rejected", "completion"):
         if key in row:
             assert row[key][0]["role"] == row[key][-1]["role"] == "assistant"
-            assert row["prompt"][-1]["role"] in ("user", "tool")
+    if "chosen" in row:
+        assert row["prompt"][-1]["role"] in ("user", "tool")
     json.dumps(row, ensure_ascii=False, allow_nan=True).encode("utf-8")
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=3), options=st.just(FormatOptions()) | OPTIONS)
-@settings(max_examples=600)
+@settings(max_examples=300)
 def test_any_rows_are_canonical_or_refused_in_a_sentence(rows, options):
     before = repr(rows)
     for convert, kind in ((sft_rows, "sft"), (preference_rows, "pairs")):
@@ -98,7 +101,7 @@ def test_any_rows_are_canonical_or_refused_in_a_sentence(rows, options):
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=2))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_single_answers_too(rows):
     try:
         convert = converter("unpaired", rows)

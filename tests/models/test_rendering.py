@@ -45,7 +45,11 @@ def tool_of(name, **properties):
 WEATHER, TIME = tool_of("weather", city="string"), tool_of("time", zone="integer", format="string")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 Q, A, B = [user("What color is the sky?")], [assistant("It is blue.")], [assistant("It is green.")]
-CALLING = [assistant("", tool_calls=[CALL]), {"role": "tool", "name": "weather", "content": "18"}, assistant("18 degrees.")]
+CALLING = [
+    assistant("", tool_calls=[CALL]),
+    {"role": "tool", "name": "weather", "content": "18"},
+    assistant("18 degrees."),
+]
 PAIRS = {
     "explicit": {"prompt": Q, "chosen": A, "rejected": B},
     "implicit": {"chosen": [*Q, *A], "rejected": [*Q, *B]},
@@ -78,7 +82,11 @@ def tokenizer(request, tiny_llama):
 def trl_prepares(trainer, tokenizer, dataset):
     """Rows of token ids, by TRL's own method; only what it reads of a trainer is there."""
     args = SimpleNamespace(
-        dataset_num_proc=None, max_length=None, dataset_text_field="text", assistant_only_loss=False, truncation_mode="keep_start",
+        dataset_num_proc=None,
+        max_length=None,
+        dataset_text_field="text",
+        assistant_only_loss=False,
+        truncation_mode="keep_start",
         shuffle_dataset=False,
     )
     holder = SimpleNamespace(_tokenizer=tokenizer, chat_template=tokenizer.chat_template, completion_only_loss=True)
@@ -125,7 +133,9 @@ def test_rows_of_one_data_set_don_t_give_each_other_nulls(tiny_llama, template):
     rows = preference_rows(source(*PAIRS.values()))
     together = trl_prepares(DPOTrainer, tokenizer, trl_dataset([{**row, "place": "f:1"} for row in rows]))
     for row, ids in zip(rows, together, strict=True):
-        assert {side: ids[side] for side in ("prompt_ids", "chosen_ids", "rejected_ids")} == tokenize_pair(tokenizer, row)
+        assert {side: ids[side] for side in ("prompt_ids", "chosen_ids", "rejected_ids")} == tokenize_pair(
+            tokenizer, row
+        )
 
 
 def test_plain_rows_stay_an_ordinary_data_set():
@@ -188,7 +198,11 @@ def test_plain_sft_has_trls_tokens(plain_tokenizer):
 
 
 def test_plain_keeps_a_prompt_that_all_answers_repeat():
-    row = {"prompt": "The sky over Paris is", "chosen": "The sky over Paris is blue", "rejected": "The sky over Paris is red"}
+    row = {
+        "prompt": "The sky over Paris is",
+        "chosen": "The sky over Paris is blue",
+        "rejected": "The sky over Paris is red",
+    }
     assert preference_rows(source(row), None, PLAIN)[0]["chosen"] == [assistant(row["chosen"])]
 
 
