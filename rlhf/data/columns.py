@@ -132,7 +132,17 @@ def _tools(value: Any, sharegpt: bool) -> list[dict]:
     if not tools or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"'tools' is {describe(value)}; expected a list of JSON schemas of functions")
     bare = sharegpt and all("function" not in tool and "name" in tool for tool in tools)
+    tools = [_without_nulls(tool) for tool in tools]
     return [{"type": "function", "function": tool} for tool in tools] if bare else tools
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A JSON schema without the nulls that a table puts where other tools have a parameter or keyword; none is valid there."""
+    if isinstance(schema, list):
+        return [_without_nulls(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: _without_nulls(v) for k, v in schema.items() if v is not None or k in ("default", "const")}
 
 
 def margin(row: dict, used: set[str]) -> float | None:

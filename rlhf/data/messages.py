@@ -161,7 +161,7 @@ def messages(value: Any, key: str) -> Messages:
     Messages are `{"role", "content"}` (OpenAI, TRL), `{"from", "value"}` (ShareGPT) or `{"input", "output"}` (two turns).
     """
     if isinstance(value, dict) and ("role" in value or "from" in value):
-        value = [value]
+        value = _transposed(value)
     if not isinstance(value, list) or not value:
         raise RowError(f"'{key}' is {describe(value)}; expected a string or a list of messages")
     found: Messages = []
@@ -179,6 +179,14 @@ def messages(value: Any, key: str) -> Messages:
         else:
             found.append(_message(message, key, number))
     return found
+
+
+def _transposed(value: dict) -> list:
+    """One message in a list; or a mapping of lists, as `datasets` gives a sequence of mappings, as a list of messages."""
+    lists = [part for part in value.values() if isinstance(part, list)]
+    if isinstance(value.get("role", value.get("from")), list) and len({len(part) for part in lists}) == 1:
+        return [{key: part[i] for key, part in value.items() if isinstance(part, list)} for i in range(len(lists[0]))]
+    return [value]
 
 
 def _message(message: dict, key: str, number: int) -> Message:

@@ -59,7 +59,7 @@ class Reading:
     def note(self, row: dict, used: set[str], place: str) -> None:
         self.places.append(place)
         self.num_unused.update(columns.unused(row, used))
-        scores = columns.scores(row) if "rejected" in used else None
+        scores = None if used.isdisjoint(("rejected", "rejected_response")) else columns.scores(row)
         if scores and scores[0] <= scores[1]:
             (self.equal_scores if scores[0] == scores[1] else self.low_scores).append(place)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from trl.data_utils import common_prefix_length
 
@@ -109,9 +110,17 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(tokenizer, row: dict[str, Any], messages: Messages, **options) -> list[int]:
-    """Token ids of messages of a canonical row, as TRL's trainers make them."""
+    """Token ids of messages of a canonical row, as TRL's trainers make them.
+
+    Raises:
+        UserError: the template can't render them; with the row's place.
+    """
     options = {**template_arguments(row), **options}
-    return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+    except (TemplateError, TypeError, AttributeError) as error:
+        place = f"{row['place']}: " if "place" in row else ""
+        raise UserError(f"{place}the chat template can't render this row: {one_line(error, 200)}") from None
 
 
 def tokenize_pair(tokenizer, row: dict[str, Any]) -> dict[str, list[int]]:

@@ -18,6 +18,7 @@ from rlhf.models.folder import base_of, commit_of, revision_of
 from rlhf.runs.lineage import maker_of
 from rlhf.training.lengths import too_long
 from rlhf.training.stage import Plan
+from rlhf.training.template_check import check_template
 
 if TYPE_CHECKING:
     from rlhf.training.stage import TrainingConfig
@@ -225,6 +226,7 @@ def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
     from rlhf.training.lengths import answers_cut, cost, line
 
     args, stage_args, recipe, rows = plan.args, plan.stage_args, plan.recipe, plan.data.train
+    check_template(rows, tokenizer, recipe)
     report = answers_cut(
         rows, tokenizer, args.max_length, recipe.stage, getattr(args, "truncation_mode", "keep_start"), MOST_ROWS
     )

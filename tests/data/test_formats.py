@@ -416,6 +416,19 @@ def test_nulls_of_a_table_are_no_fields():
     assert sft_rows(source(row)) == [SFT]
 
 
+def test_nulls_of_a_table_are_no_parameters():
+    """Arrow gives every tool of a column the parameters of all others."""
+    filled = json.loads(json.dumps(WEATHER))
+    filled["function"]["parameters"]["properties"] |= {"zone": None, "city": {"type": "string", "enum": None}}
+    assert preference_rows(source({**PAIR, "tools": [filled]}))[0]["tools"] == [WEATHER]
+
+
+def test_a_sequence_of_mappings_is_a_mapping_of_lists():
+    """What `datasets` gives for a feature of the type Sequence({...})."""
+    row = {"conversations": {"from": ["human", "gpt"], "value": [SKY, BLUE]}}
+    assert sft_rows(source(row)) == [SFT]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
