@@ -187,6 +187,7 @@ def _add_data(commands) -> None:
     pairs.add_argument("dataset", metavar="DATASET", help="embedded:sample, a file, a folder or a hub id")
     pairs.add_argument("--split", help="split to read, if there are several (default: train)")
     pairs.add_argument("--limit", type=number(int, 1, 1e12), help="only the first N pairs")
+    pairs.add_argument("--format", metavar="NAME", help="of the rows, if several fit (docs/data.md)")
     pairs.add_argument("--output_dir", default="data/processed")
     merge = commands.add_parser(
         "merge",
@@ -310,7 +311,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
     elif options.command == "pairs":
         from rlhf.data.pairs import write_pair_files
 
-        count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit)
+        count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit, options.format)
         print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
     elif options.command == "merge":
         from rlhf.models.merge import merge_command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from rlhf.config.key_effects import without_effect
 from rlhf.config.keys import scheduler_arguments
+from rlhf.config.stage_config import CHAT_ROLES, COLUMN_NAMES
 from rlhf.errors import UserError, quote
 
 # Keys that may name a file or a folder; `~` that the shell has not expanded is expanded here.
@@ -99,9 +101,43 @@ def _check_heldout(values: dict[str, Any], where: Callable[[str], str]) -> None:
             )
 
 
+def check_formats(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    """Check `columns` and `roles`: mappings of texts; roles of chat templates.
+
+    Raises:
+        UserError: with the place of the key.
+    """
+    for key, example in (("columns", "{prompt: question}"), ("roles", "{human: user, gpt: assistant}")):
+        found = values.get(key)
+        if found is None:
+            continue
+        texts = isinstance(found, dict) and all(isinstance(v, str) and v for pair in found.items() for v in pair)
+        if not texts:
+            raise UserError(f"{where(key)}: '{key}' is {quote(found)}; expected names, as in `{key}: {example}`")
+        allowed = CHAT_ROLES if key == "roles" else COLUMN_NAMES
+        for name in found.values() if key == "roles" else found:
+            if name not in allowed:
+                near = difflib.get_close_matches(name[:100], sorted(allowed), n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                what = (
+                    f"expected one of {', '.join(allowed)}"
+                    if key == "roles"
+                    else "no format reads a column of that name"
+                )
+                raise UserError(f"{where(key)}: {key}: {quote(name)}: {what}{hint}")
+    if values.get("format") == "plain" and values.get("chosen_dataset_name"):
+        raise UserError(f"{where('format')}: `format: plain` takes one file of pairs, not chosen and rejected files")
+    if values.get("format") == "plain" and values.get("stage") != "evaluate" and values.get("chat_template") != "plain":
+        raise UserError(
+            f"{where('format')}: `format: plain` keeps prompts and answers as plain texts, and a chat template would write turns "
+            "around them; set `chat_template: plain` too"
+        )
+
+
 def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> None:
     """Reject incompatible values, which TRL would only report after seconds of imports."""
     _check_heldout(values, where)
+    check_formats(values, where)
     get = values.get
     if get("bf16") and get("fp16"):
         raise UserError(f"{where('fp16')}: bf16 and fp16 are both true; keep one (bf16 if the GPU supports it)")

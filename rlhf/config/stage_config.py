@@ -6,6 +6,30 @@ from dataclasses import dataclass, field
 
 STAGES = ("sft", "reward", "dpo", "evaluate")
 TRAINING_STAGES = ("sft", "reward", "dpo")
+# How rows can be read; rlhf/data/format_table.py has their conversions.
+FORMATS = (
+    "messages", "sharegpt", "prompt-completion", "text", "pairs", "plain", "openai-preference", "stack-exchange-paired",
+    "pku-saferlhf-better", "pku-saferlhf-safer", "shp", "helpsteer2-preference", "helpsteer3", "webgpt",
+    "summarize-from-feedback", "chatbot-arena", "nectar", "ultrafeedback", "ultrafeedback-overall", "scored-list", "kto",
+    "helpsteer2",
+)  # fmt: skip
+_FORMAT = {"choices": list(FORMATS), "help": "How rows are read; default: recognised by their content."}
+_COLUMNS = {
+    "help": "Columns of the file under other names: `{prompt: question, chosen: answers.good}`; a dot enters a mapping. "
+    "`{margin: scores}` takes the difference of the answers' scores as margin."
+}
+_ROLES = {"help": "Roles of messages under other names: `{customer: user, agent: assistant}`."}
+# What `columns` may name: the columns that some format reads.
+COLUMN_NAMES = frozenset(
+    "prompt question instruction input query context history system system_prompt chosen rejected completion response output "
+    "answer messages conversations conversation text tools chat_template_kwargs margin label kto_tag train "
+    "response_0 response_1 better_response_id safer_response_id response_j response_k human_ref_A human_ref_B labels score_A "
+    "score_B response_1 response_2 preference_strength response1 response2 overall_preference preferred_output "
+    "non_preferred_output answer_0 answer_1 score_0 score_1 info summaries choice conversation_a conversation_b winner "
+    "completions responses generations answers candidates outputs scores ratings rating rewards ranks rankings helpfulness "
+    "chosen_response rejected_response context_messages score_chosen score_rejected".split()
+)
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")  # of messages, as chat templates know them
 
 
 @dataclass(frozen=True)
@@ -35,6 +59,9 @@ class StageConfig:
         default=None, metadata={"help": "Chosen answers (prompt, response), joined with the rejected ones by prompt."}
     )
     rejected_dataset_name: str | None = field(default=None, metadata={"help": "Rejected answers (prompt, response)."})
+    format: str | None = field(default=None, metadata=_FORMAT)
+    columns: dict | str | None = field(default=None, metadata=_COLUMNS)
+    roles: dict | str | None = field(default=None, metadata=_ROLES)
     bad_rows: str = field(
         default="error",
         metadata={
@@ -54,7 +81,9 @@ class StageConfig:
     )
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "alpaca, chatml or a .jinja file; default: the model's own, or alpaca if it has none."},
+        metadata={
+            "help": "alpaca, chatml, plain (texts as they are) or a .jinja file; default: the model's own, or alpaca if it has none."
+        },
     )
     packing: bool = field(
         default=True,
@@ -149,6 +178,9 @@ class EvaluateConfig:
             "Every stage and evaluation with the same value and data holds out the same prompts."
         },
     )
+    format: str | None = field(default=None, metadata=_FORMAT)
+    columns: dict | str | None = field(default=None, metadata=_COLUMNS)
+    roles: dict | str | None = field(default=None, metadata=_ROLES)
     bad_rows: str = field(default="error", metadata={"choices": ["error", "skip"]})
     max_eval_examples: int | None = None
     output_dir: str | None = None

@@ -1,59 +1,59 @@
-"""Columns besides prompt and answers: used (system, history, margin), rejected by name, or listed as unused."""
+"""Columns besides prompt and answers: used (system, history, tools, margin), rejected by name, or listed as unused."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, TypeGuard
 
-from rlhf.data.messages import Messages, RowError, describe, has, is_empty, reject_unsupported, text
+from rlhf.data.messages import (
+    KEPT_FIELDS,
+    Messages,
+    RowError,
+    describe,
+    from_json,
+    has,
+    is_empty,
+    reject_unsupported,
+    text,
+)  # fmt: skip
 
 SYSTEM = ("system", "system_prompt")
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"), ("rating_chosen", "rating_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)  # fmt: skip
 _SCORE_NAMES = frozenset(name for names in SCORES for name in names)
-_KNOWN_FIELDS = {"role", "content", "weight", "train", "training"}
+_KNOWN_FIELDS = {"role", "content", "from", "value", "input", "output", "weight", "train", "training", *KEPT_FIELDS}
 
-# Unsupported formats, by columns that only they have, and how to convert them.
-FORMATS = {
-    ("conversations",): (
-        "a ShareGPT row: rename 'conversations' to 'messages', 'from' to 'role' (human: user, gpt: assistant) and 'value' to "
-        "'content'"
-    ),
-    (
-        "prompt",
-        "completion",
-        "label",
-    ): "a KTO row, with one answer and its label; pair the good answers with the bad ones",
+# Formats that hold no pair per row, by columns that only they have, and what to do.
+OTHER_FORMATS = {
+    ("prompt", "completions", "labels"): "stepwise supervision, which trains process reward models; no stage takes it",
     ("response_0", "response_1"): "a row with two responses: name the better one 'chosen' and the other 'rejected'",
-    (
-        "response_j",
-        "response_k",
-    ): "a row with two responses: rename 'response_j' to 'chosen' and 'response_k' to 'rejected'",
-    (
-        "human_ref_A",
-        "human_ref_B",
-    ): "an SHP row: name the better of human_ref_A and human_ref_B 'chosen', 'history' 'prompt'",
-    ("preferred_output", "non_preferred_output"): (
-        "an OpenAI preference row: use input's messages as 'prompt', and name the outputs 'chosen' and 'rejected'"
-    ),
+    ("response_a", "response_b"): "a row with two responses: name the better one 'chosen' and the other 'rejected'",
 }
 
 
 def format_hint(row: dict) -> str:
     """The unsupported format that a row looks like, and how to convert it; '' if none."""
-    return next((f"; this looks like {hint}" for keys, hint in FORMATS.items() if set(keys) <= set(row)), "")
+    return next((f"; this looks like {hint}" for keys, hint in OTHER_FORMATS.items() if set(keys) <= set(row)), "")
 
 
 def reject_columns(row: dict) -> None:
     """Raise RowError for columns that change the meaning of the row but would be ignored."""
     reject_unsupported(row)
     for key in ("train", "training"):
-        if is_false(row.get(key)):
+        if key in row and is_false(row[key]):
             raise RowError(f"'{key}' is false, but every row is trained; remove the row")
 
 
 def is_false(value: Any) -> bool:
     """Whether a value is false in JSON or Parquet, or `false` in CSV."""
     return value is False or isinstance(value, str) and value.strip().lower() == "false"
+
+
+def is_true(value: Any) -> bool:
+    return value is True or isinstance(value, str) and value.strip().lower() == "true"
 
 
 def add_context(row: dict, used: set[str], prompt: Messages) -> Messages:
@@ -96,19 +96,74 @@ def history(row: dict, used: set[str], prompt: Messages | None) -> Messages:
     return turns
 
 
+def template_fields(row: dict, used: set[str], sharegpt: bool = False) -> dict[str, Any]:
+    """`tools` and `chat_template_kwargs`, which TRL hands to the chat template; without those that are empty.
+
+    Args:
+        sharegpt: LLaMA-Factory's tools are bare functions; templates expect `{"type": "function", "function": …}`.
+    """
+    found: dict[str, Any] = {}
+    if "tools" in row and not is_empty(row["tools"]):
+        used.add("tools")
+        found["tools"] = _tools(row["tools"], sharegpt)
+    if "chat_template_kwargs" in row and not is_empty(row["chat_template_kwargs"]):
+        used.add("chat_template_kwargs")
+        kwargs = from_json(row["chat_template_kwargs"], "'chat_template_kwargs'")
+        if not isinstance(kwargs, dict) or kwargs.keys() & _RESERVED:
+            raise RowError(
+                f"'chat_template_kwargs' is {describe(kwargs)}; expected a mapping of the template's own variables"
+            )
+        found["chat_template_kwargs"] = {key: value for key, value in kwargs.items() if value is not None}
+    return found
+
+
+# Arguments of `apply_chat_template` that decide what is returned, not what the template says.
+_RESERVED = frozenset(
+    "conversation tools documents chat_template add_generation_prompt continue_final_message tokenize padding truncation "
+    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs messages".split()
+)
+
+
+def _tools(value: Any, sharegpt: bool) -> list[dict]:
+    value = from_json(value, "'tools'")
+    tools = (
+        [from_json(tool, f"'tools', tool {n}") for n, tool in enumerate(value, 1)] if isinstance(value, list) else []
+    )
+    if not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"'tools' is {describe(value)}; expected a list of JSON schemas of functions")
+    bare = sharegpt and all("function" not in tool and "name" in tool for tool in tools)
+    tools = [_without_nulls(tool) for tool in tools]
+    return [{"type": "function", "function": tool} for tool in tools] if bare else tools
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A JSON schema without the nulls that a table puts where other tools have a parameter or keyword; none is valid there."""
+    if isinstance(schema, list):
+        return [_without_nulls(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: _without_nulls(v) for k, v in schema.items() if v is not None or k in ("default", "const")}
+
+
 def margin(row: dict, used: set[str]) -> float | None:
     """By how much chosen is better, as a finite number; None if the row has no margin."""
     value = row.get("margin")
     if value is None or value == "":
         return None
     used.add("margin")
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if not math.isfinite(number):
+    found = number(value)
+    if found is None:
         raise RowError(f"'margin' is {describe(value)}; expected a finite number")
-    return number
+    return found
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also where a CSV file has it as text; None if it is none."""
+    try:
+        found = math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def scores(row: dict) -> tuple[float, float] | None:
@@ -123,12 +178,29 @@ def scores(row: dict) -> tuple[float, float] | None:
 
 
 def unused(row: dict, used: set[str]) -> set[str]:
-    """Columns and message fields that are not empty and not used."""
+    """Columns and message fields that are not empty and not used.
+
+    Args:
+        used: columns, or parts of them with a dotted name (`input.messages`); the other parts of such a column are unused.
+    """
     checked = _SCORE_NAMES if scores(row) else frozenset()
-    found = {str(key) for key in row.keys() - used - checked if not is_empty(row[key])}
+    found = set()
+    dotted = [name for name in used if "." in name]
+    for key in row.keys() - used - checked:
+        if is_empty(row[key]):
+            continue
+        parts = {name[len(key) + 1 :].split(".")[0] for name in dotted if name.startswith(f"{key}.")}
+        if parts and isinstance(row[key], dict):
+            found |= {f"{key}.{part}" for part in row[key].keys() - parts if not is_empty(row[key][part])}
+        elif not parts:
+            found.add(str(key))
     for key in used & row.keys():
         for message in row[key] if isinstance(row[key], list) else ():
-            if isinstance(message, dict) and not message.keys() <= _KNOWN_FIELDS:
+            if (
+                isinstance(message, dict)
+                and not message.keys() <= _KNOWN_FIELDS
+                and ("role" in message or "from" in message)
+            ):
                 found |= {f"{key}[].{k}" for k in message.keys() - _KNOWN_FIELDS if not is_empty(message[k])}
     return found
 

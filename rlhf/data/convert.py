@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 from rlhf.data import columns
 from rlhf.data.features import BIT
-from rlhf.data.formats import FormatOptions, converter
+from rlhf.data.format_options import FormatOptions
 from rlhf.data.json_reader import LineError, json_lines
-from rlhf.data.messages import INVISIBLE, RowError, answer_text
+from rlhf.data.messages import INVISIBLE, RowError
+from rlhf.data.recognise import FIRST_ROWS, Converter, converter
 from rlhf.data.store import PartWriter
 from rlhf.files import write_file
 
 Kind = Literal["sft", "pairs"]
-FIRST_ROWS = 200  # of a source, by which its format is recognised
 MAX_BAD = 1000  # unusable rows of one range after which reading ends, unless they are skipped
 SHARED = frozenset(("tools", "chat_template_kwargs", "margin"))  # keys that rows of one shape may have or lack
 
@@ -60,7 +60,7 @@ class Report:
 
 
 def convert(
-    stream: Iterable[tuple[dict[str, Any], int]], to_canonical: Callable[[dict, set[str]], dict], writer: PartWriter,
+    stream: Iterable[tuple[dict[str, Any], int]], to_canonical: Converter, writer: PartWriter,
     bad_rows: str, report: Report | None = None,
 ) -> Report:  # fmt: skip
     """Convert rows and add them to a part.
@@ -77,7 +77,6 @@ def convert(
         report.lines = line
         used: set[str] = set()
         try:
-            columns.reject_columns(row)
             new = to_canonical(row, used)
             _check_shape(report, new)
         except RowError as error:
@@ -103,7 +102,7 @@ def _check_shape(report: Report, new: dict[str, Any]) -> None:
 
 
 def _row_flags(report: Report, row: dict, new: dict[str, Any], used: set[str]) -> int:
-    flags, scores = 0, columns.scores(row) if "rejected" in used else None
+    flags, scores = 0, None if used.isdisjoint(("rejected", "rejected_response")) else columns.scores(row)
     if scores and scores[0] <= scores[1]:
         flags |= BIT["equal_scores" if scores[0] == scores[1] else "low_scores"]
     repeats = count_repeats(new)
@@ -112,17 +111,21 @@ def _row_flags(report: Report, row: dict, new: dict[str, Any], used: set[str]) -
     if report.fewest_repeats is None or repeats < report.fewest_repeats:
         report.fewest_repeats = repeats
     if "prompt" in new:
-        report.longest_prompt = max(report.longest_prompt, len(answer_text(new["prompt"][-1:])))
+        report.longest_prompt = max(report.longest_prompt, len(prompt_end(new)))
     return flags
 
 
 def count_repeats(row: dict[str, Any]) -> int:
     """How many of the answers start with the prompt's last message and continue it."""
-    if "prompt" not in row:
+    if "prompt" not in row or not (last := prompt_end(row)):
         return 0
-    last = answer_text(row["prompt"][-1:])
-    answers = (answer_text(row[side][:1]) for side in ("completion", "chosen", "rejected") if side in row)
+    answers = (row[side][0]["content"] or "" for side in ("completion", "chosen", "rejected") if side in row)
     return sum(answer.startswith(last) and bool(answer[len(last) :].strip(INVISIBLE)) for answer in answers)
+
+
+def prompt_end(row: dict[str, Any]) -> str:
+    """The text of the prompt's last message."""
+    return row["prompt"][-1]["content"] or ""
 
 
 def first_rows(stream: Iterable[tuple[dict[str, Any], int]]) -> list[dict[str, Any]]:
@@ -135,7 +138,9 @@ def first_rows(stream: Iterable[tuple[dict[str, Any], int]]) -> list[dict[str, A
 def convert_range(job: dict[str, Any]) -> Report:
     """Convert the lines of `job["path"]` that start in [start, end), to the part `job["out"]`."""
     path = Path(job["path"])
-    to_canonical = converter(job["kind"], first_rows(json_lines(path)), FormatOptions(**job["options"]))
+    to_canonical = converter(
+        job["kind"], first_rows(json_lines(path)), FormatOptions(**{k: _tuples(v) for k, v in job["options"].items()})
+    )
     report, writer = Report(), PartWriter(Path(job["out"]))
     read = Progress(job["end"] - job["start"])
     try:
@@ -145,6 +150,10 @@ def convert_range(job: dict[str, Any]) -> Report:
     finally:
         writer.close()
     return report
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 class Progress:

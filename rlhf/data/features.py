@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import Any, NamedTuple
 
-from rlhf.data.messages import answer_text
+from rlhf.data.messages import answer_text, message_text
 
 # Markers that chat templates write around turns; inside a text, tokenizers read them as real ones.
 MARKERS = re.compile(
@@ -54,7 +54,7 @@ class Features(NamedTuple):
 def features(row: dict[str, Any]) -> Features:
     """The features of a canonical row."""
     messages = prompt_messages(row) if "messages" not in row else row["messages"]
-    turns = [(message["role"], answer_text([message])) for message in messages]
+    turns = [(message["role"], message_text(message)) for message in messages]
     answers = [answer_text(row[side]) for side in ANSWERS if side in row]
     own, flipped = _hashes("\x1e".join("\x1f".join(turn) for turn in turns), answers)
     if "messages" in row:
@@ -92,11 +92,13 @@ def _flags(row: dict[str, Any], turns: list[tuple[str, str]], answers: list[str]
 
 def is_odd(roles: list[str]) -> bool:
     """Whether turns are in an odd order: two of one role, the assistant first, or a late system message."""
-    spoken = [role for role in roles if role not in ("system", "tool", "developer")]
+    spoken = [role for role in roles if role not in ("system", "developer")]
     return (
         "system" in roles[1:]
         or spoken[:1] == ["assistant"]
-        or ("tool" not in roles and any(a == b for a, b in zip(spoken, spoken[1:], strict=False)))
+        or any(
+            a == b != "tool" for a, b in zip(spoken, spoken[1:], strict=False)
+        )  # several tools may be called at once
     )
 
 
@@ -128,7 +130,7 @@ def normalise_prompt(messages: list[dict[str, Any]]) -> str:
 
     Example: [{"role": "user", "content": " What\\n IS it? "}] -> "user\\x1fwhat is it?".
     """
-    return _normalise([(message["role"], answer_text([message])) for message in messages])
+    return _normalise([(message["role"], message_text(message)) for message in messages])
 
 
 def _normalise(turns: list[tuple[str, str]]) -> str:
@@ -143,7 +145,7 @@ def _normalise(turns: list[tuple[str, str]]) -> str:
 
 def prompt_hash(messages: list[dict[str, Any]]) -> int:
     """The first 8 bytes of the sha256 of the normalised prompt, as a number."""
-    return _hash64([(message["role"], answer_text([message])) for message in messages])
+    return _hash64([(message["role"], message_text(message)) for message in messages])
 
 
 def _hash64(turns: list[tuple[str, str]]) -> int:

@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.data.formats import FormatOptions
+from rlhf.data.format_options import DEFAULT, FormatOptions
 from rlhf.data.prepare import Prepared, prepare
 from rlhf.data.sources import Source
 from rlhf.data.store import Rows
 from rlhf.errors import UserError
 
 
-def join_chosen_rejected(
-    chosen: Source, rejected: Source, options: FormatOptions | None = None
-) -> tuple[Prepared, str]:
+def join_chosen_rejected(chosen: Source, rejected: Source, options: FormatOptions = DEFAULT) -> tuple[Prepared, str]:
     """Pairs of accepted and rejected answers to the same prompt, in the order of the accepted ones.
 
     Rows are prompt (or instruction + input) and response (or output, completion, answer). Several answers to one
@@ -38,7 +36,8 @@ def join_chosen_rejected(
         lines = accepted.column("line")
         for index, row in enumerate(accepted):
             answer = other[int(partners[index])]["completion"]
-            yield {"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer}, int(lines[index])
+            more: dict[str, Any] = {k: row[k] for k in ("tools", "chat_template_kwargs") if k in row}
+            yield {"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer, **more}, int(lines[index])
 
     digest = chosen.digest[:32] + rejected.digest[:32]
     source = Source(chosen.name, None, None, digest, read=pairs, has_lines=chosen.has_lines,
@@ -77,14 +76,15 @@ def _partners(accepted: Rows, other: Rows, name: str, other_name: str) -> np.nda
 
 
 def _prompt_keys(rows: Rows, name: str) -> np.ndarray:
-    """8 bytes of a hash of each row's exact prompt."""
+    """8 bytes of a hash of what each row's answer is given to: the exact prompt, tools and template variables."""
     keys = np.zeros(len(rows), np.uint64)
     for index, row in enumerate(rows):
         if "prompt" not in row:
             raise UserError(
                 f"{row['place']}: expected prompt + response, to be joined with the answers of another file"
             )
-        exact = json.dumps(row["prompt"], sort_keys=True).encode()
+        asked = [row.get(key) for key in ("prompt", "tools", "chat_template_kwargs")]
+        exact = json.dumps(asked, sort_keys=True).encode()
         keys[index] = int.from_bytes(hashlib.blake2b(exact, digest_size=8).digest(), "big")
     return keys
 

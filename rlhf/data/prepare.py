@@ -19,16 +19,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.convert import Kind, Report, convert, count_repeats, first_rows
+from rlhf.data.convert import Kind, Report, convert, count_repeats, first_rows, prompt_end
 from rlhf.data.features import BIT
-from rlhf.data.formats import FormatOptions, converter
+from rlhf.data.format_options import DEFAULT, FormatOptions
 from rlhf.data.json_reader import LineError
-from rlhf.data.messages import answer_text, text
+from rlhf.data.messages import text
+from rlhf.data.recognise import Converter, converter
 from rlhf.data.sources import SMALL_BYTES, Source, place
 from rlhf.data.store import Part, PartWriter, Rows, read_part
 from rlhf.errors import UserError
@@ -59,7 +60,7 @@ class Prepared:
 
 
 def prepare(
-    source: Source, kind: Kind, options: FormatOptions | None = None, bad_rows: str = "error", can_skip: bool = False
+    source: Source, kind: Kind, options: FormatOptions = DEFAULT, bad_rows: str = "error", can_skip: bool = False
 ) -> Prepared:
     """The canonical rows of a source.
 
@@ -71,16 +72,15 @@ def prepare(
     Raises:
         UserError: a row can't be used, with its place and the reason; an unreadable line; none of the rows can be used.
     """
-    options = options or FormatOptions()
     job = _Job(source, kind, options, bad_rows, can_skip)
     if source.num_bytes <= SMALL_BYTES:
         return job.in_memory()
     return job.from_cache()
 
 
-def is_prepared(source: Source, kind: Kind, options: FormatOptions | None = None, bad_rows: str = "error") -> bool:
+def is_prepared(source: Source, kind: Kind, options: FormatOptions = DEFAULT, bad_rows: str = "error") -> bool:
     """Whether the rows are in the cache, or need not be."""
-    job = _Job(source, kind, options or FormatOptions(), bad_rows, False)
+    job = _Job(source, kind, options, bad_rows, False)
     return source.num_bytes <= SMALL_BYTES or job.open() is not None
 
 
@@ -112,11 +112,11 @@ class _Job:
 
     def in_memory(self) -> Prepared:
         writer = PartWriter()
-        report = convert(self.source.stream(), self._converter(), writer, self.bad_rows)
+        report = convert(self.source.stream(), self.converter, writer, self.bad_rows)
         writer.close()
         self._check(report)
         part = Part(self.source.name, self.source.has_lines, 0, writer.batches)
-        rows, stripped = Rows([part]), _to_strip(report)
+        rows, stripped = Rows([part]), not self.converter.keeps_texts and _to_strip(report)
         if stripped:
             rows = strip_prompts(rows, PartWriter())
         return Prepared(rows, self._skipped(report), report.num_unused, stripped)
@@ -207,7 +207,7 @@ class _Job:
         whole = _merged(reports)
         self._check_shapes(reports, parts)
         self._check(whole)
-        stripped = _to_strip(whole)
+        stripped = not self.converter.keeps_texts and _to_strip(whole)
         if stripped:
             opened = [Part("", False, p["line_offset"], read_part(partial / p["file"])) for p in parts]
             strip_prompts(Rows(opened), PartWriter(partial / "stripped.arrow"))
@@ -222,9 +222,9 @@ class _Job:
         if self.source.lines_file is None or self.source.num_bytes <= RANGE_BYTES // 4:
             writer = PartWriter(partial / "part-00000.arrow")
             with contextlib.closing(writer):
-                yield convert(_counted(self.source), self._converter(), writer, self.bad_rows)
+                yield convert(_counted(self.source), self.converter, writer, self.bad_rows)
             return
-        self._converter()  # an unknown format is found before processes start
+        assert self.converter  # an unknown format is found before processes start
         yield from convert_in_parallel(
             self.source.lines_file,
             self.kind,
@@ -234,8 +234,13 @@ class _Job:
             self.source.num_bytes,
         )
 
-    def _converter(self) -> Callable[[dict, set[str]], dict[str, Any]]:
-        return converter(self.kind, first_rows(self.source.stream()), self.options)
+    @functools.cached_property
+    def converter(self) -> Converter:
+        """By the first rows; its errors name the source."""
+        try:
+            return converter(self.kind, first_rows(self.source.stream()), self.options)
+        except UserError as error:
+            raise UserError(f"{self.source.name}: {error}") from None
 
     def _check_shapes(self, reports: list[Report], parts: list[dict]) -> None:
         with_rows = [report for report in reports if report.rows]
@@ -341,7 +346,7 @@ def strip_prompts(rows: Rows, writer: PartWriter) -> Rows:
         lines = only.column("line")
         for at, row in enumerate(only):
             del row["place"]
-            last = answer_text(row["prompt"][-1:])
+            last = prompt_end(row)
             for side in ANSWERS:
                 if side in row:
                     first, *others = row[side]

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf.config.recipe import Recipe
 from rlhf.data.convert import Kind
-from rlhf.data.formats import FormatOptions
+from rlhf.data.format_options import FormatOptions
 from rlhf.data.heldout import check_heldout
 from rlhf.data.joining import join_chosen_rejected
 from rlhf.data.mix import Entry, amounts, choose, data_name, mix_lines, read_mix, shuffle
@@ -155,8 +155,7 @@ def mix_seed(recipe: Recipe) -> int:
 
 def format_options(recipe: Recipe, of: Entry | None = None) -> FormatOptions:
     """What the recipe, or an entry of its mix, says of the data's format."""
-    named = {key: recipe.get(key) for key in ("format", "columns", "roles") if recipe.get(key) is not None}
-    return FormatOptions(**(named | ((of.format if of else None) or {})))
+    return FormatOptions.of({**recipe.values, **((of.format if of else None) or {})}, recipe.where)
 
 
 def _training_rows(recipe: Recipe, kind: Kind, given: Source | None) -> Whole:

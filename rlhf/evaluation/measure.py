@@ -50,13 +50,13 @@ def prepare(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
         tokenizer = load_tokenizer(names[key], encoder=short == "reward")
         if short == "reward":
             pairs: list[Any] = [
-                [encode_answer(tokenizer, row["prompt"], row[side][0]["content"]) for side in SIDES] for row in rows
+                [encode_answer(tokenizer, row["prompt"], row[side], row) for side in SIDES] for row in rows
             ]
             prompts = {}
         else:
             pairs = [encode_pair(tokenizer, row, config.max_length) for row in rows]
             asked = config.num_shown if short == "base" else len(rows)
-            prompts = {i: encode_prompt(tokenizer, row["prompt"]) for i, row in enumerate(rows[:asked])}
+            prompts = {i: encode_prompt(tokenizer, row["prompt"], row) for i, row in enumerate(rows[:asked])}
         subjects.append(Subject(short, names[key], tokenizer, pairs, prompts))
     return subjects
 
@@ -76,7 +76,10 @@ def measure(
     from transformers import set_seed
 
     set_seed(config.seed)
-    pairs: list[dict] = [{"row": i, "prompt": row["prompt"]} for i, row in enumerate(rows)]
+    pairs: list[dict] = [
+        {"row": i, **{key: row[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in row}}
+        for i, row in enumerate(rows)
+    ]
     answers: list[dict] = [dict(pair) for pair in pairs]
     for subject in subjects:
         if subject.short == "reward":
@@ -126,7 +129,7 @@ def measure_rewards(subject: Subject, config: EvaluateConfig, measured: Measured
         pairs[i]["reward"] = value
     for short in POLICIES:
         asked = {
-            i: encode_answer(tokenizer, answer["prompt"], answer[short])
+            i: encode_answer(tokenizer, answer["prompt"], answer[short], answer)
             for i, answer in enumerate(answers) if answer.get(short)
         }  # fmt: skip
         score = lambda batch, asked=asked: scores(model(), tokenizer, [asked[i] for i in batch])  # noqa: E731

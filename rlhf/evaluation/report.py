@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
+from rlhf.data.format_options import FormatOptions
 from rlhf.data.messages import answer_text
 from rlhf.data.mix import data_name
 from rlhf.data.prepare import prepare
@@ -214,7 +215,8 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
     for split, key, most in splits:
         try:
             source = load_source(recipe["dataset_name"], split, recipe.get("dataset_config"))
-            rows = prepare(source.head(recipe.get(most or "")), "pairs", None, recipe.get("bad_rows", "error")).rows
+            options = FormatOptions.of(recipe, lambda key: "")
+            rows = prepare(source.head(recipe.get(most or "")), "pairs", options, recipe.get("bad_rows", "error")).rows
         except UserError:
             found.append({"split": split, "gone": "can no longer be read"})
             continue
@@ -237,7 +239,7 @@ def _count(rows: Rows, source: Source) -> dict[str, Any]:
     for row in counted:
         turns += len(row["prompt"]) > 1
         for side, counts in words.items():
-            counts.append(sum(len(answer_text([message]).split()) for message in row[side]))
+            counts.append(len(answer_text(row[side]).split()))
     tasks = Counter(str(row["task"]) for row, _ in islice(source.stream(), MOST_COUNTED) if row.get("task"))
     shorter = sum(r < c for c, r in zip(words["chosen"], words["rejected"], strict=True))
     return {

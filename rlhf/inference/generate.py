@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 
 from rlhf.config.stage_config import EvaluateConfig
+from rlhf.models.tokenizer import render
 
 
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """The token ids of a conversation up to where the answer starts."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+def encode_prompt(tokenizer, messages: list[dict], row: dict | None = None) -> list[int]:
+    """The token ids of a conversation up to where the answer starts.
+
+    Args:
+        row: the canonical row that the conversation is of, for its tools and the chat template's variables.
+    """
+    return render(tokenizer, row or {}, messages, add_generation_prompt=True)
 
 
 def prompt_batches(prompts: dict[int, list[int]], batch_size: int) -> list[list[int]]:

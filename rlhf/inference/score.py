@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.errors import UserError
-from rlhf.models.tokenizer import tokenize_pair
+from rlhf.models.tokenizer import render, tokenize_pair
 from rlhf.packing import pack_backbone, packing_mode, why_not
 from rlhf.packing.attention import Segments
 from rlhf.packing.backbone import no_mask
@@ -68,10 +68,15 @@ def encode_pair(tokenizer, row: dict, max_length: int) -> Pair:
     return Pair(ids["prompt_ids"], ids["chosen_ids"][:room], ids["rejected_ids"][:room])
 
 
-def encode_answer(tokenizer, prompt: list[dict], answer: str) -> list[int]:
-    """The token ids of a conversation with an answer, as a reward model reads it."""
-    messages = [*prompt, {"role": "assistant", "content": answer}]
-    return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+def encode_answer(tokenizer, prompt: list[dict], answer: str | list[dict], row: dict | None = None) -> list[int]:
+    """The token ids of a conversation with an answer, as a reward model reads it.
+
+    Args:
+        answer: its text, or its messages.
+        row: the canonical row that the conversation is of, for its tools and the chat template's variables.
+    """
+    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    return render(tokenizer, row or {}, [*prompt, *answer])
 
 
 def token_batches(padded: dict[int, int], scored: dict[int, int] | None = None, vocabulary: int = 1) -> list[list[int]]:

@@ -223,9 +223,11 @@ def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
         UserError: no example is left, or one is longer than max_tokens_per_device.
     """
     from rlhf.training.lengths import answers_cut, cost, cut_report, line
+    from rlhf.training.template_check import check_template
     from rlhf.training.tokens import known_counts, settings_of
 
     args, stage_args, recipe, rows = plan.args, plan.stage_args, plan.recipe, plan.data.train
+    check_template(rows, tokenizer, recipe)
     settings = settings_of(plan)
     counts = known_counts(plan, tokenizer)
     if counts is not None:

@@ -14,8 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, one_line
+from rlhf.models.tokenizer import template_arguments
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,14 @@ class Tokenise:
     # --- rendering and encoding
 
     def _render(self, row: dict, messages: list[dict], **more: Any) -> str:
-        options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {}), **more}
+        options = {**template_arguments(row), **more}
         if self.template is not None:
             options["chat_template"] = self.template
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (TemplateError, TypeError, AttributeError) as error:
+            place = f"{row['place']}: " if "place" in row else ""
+            raise UserError(f"{place}the chat template can't render this row: {one_line(error, 200)}") from None
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return (
@@ -235,7 +241,7 @@ class Tokenise:
             raise UserError(
                 f"{row['place']}: assistant_only_loss needs messages, and this row is a text; remove the key"
             )
-        options: dict[str, Any] = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
+        options = template_arguments(row)
         if self.template is not None:
             options["chat_template"] = self.template
         messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]

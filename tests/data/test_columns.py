@@ -1,9 +1,9 @@
 """Columns and fields of the field's formats: used rightly, refused by name with place and fix, or listed as not used."""
 
 import pytest
-
 from rlhf.data.formats import join_chosen_rejected, preference_rows, reject_margins_in_some_rows, sft_rows
 from rlhf.data.reading import Reading
+
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 
@@ -161,24 +161,21 @@ def test_half_a_character_is_named():
 
 # --- refused by name -------------------------------------------------------------------------------------------------
 
-TOOLS = "tools and their calls are not supported: skip these rows"
+OLD_TOOLS = "this is OpenAI's old form: write `tools`, `tool_calls` and the role 'tool' instead"
 CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 REFUSED = {
-    "tools": (
-        {"tools": [{"name": "f"}]},
-        f"'tools' is set (list \"[{{'name': 'f'}}]\") and would be dropped; {TOOLS}",
+    "functions": (
+        {"functions": [{"name": "f"}]},
+        f"'functions' is set (list \"[{{'name': 'f'}}]\") and would be dropped; {OLD_TOOLS}",
     ),
+    "tool calls": ({"tool_calls": CALL}, "'tool_calls' is set (list "),
     "images": (
         {"images": ["a.png"]},
         "'images' is set (list \"['a.png']\") and would be dropped; only text is trained",
     ),
-    "template": (
-        {"chat_template_kwargs": {"enable_thinking": False}},
-        "'chat_template_kwargs' is set (dict \"{'enable_thinking': False}\") and would be dropped; it is not passed to",
-    ),
     "thoughts": (
         {"reasoning_content": "hm"},
-        "'reasoning_content' is set (str 'hm') and would be dropped; only 'content'",
+        "'reasoning_content' is set (str 'hm') and would be dropped; put it into the answer's message",
     ),
     "train": ({"train": False}, "'train' is false, but every row is trained; remove the row"),
 }
@@ -204,16 +201,18 @@ def test_flag_that_is_off_drops_nothing():
 
 
 @pytest.mark.parametrize("content", ["A", "", None], ids=["content", "empty content", "null content"])
-@pytest.mark.parametrize("field", ["tool_calls", "reasoning_content", "thinking", "function_call"])
+@pytest.mark.parametrize("field", ["function_call", "images", "train_detail"])
 def test_field_of_a_message_that_would_be_dropped(content, field):
     row = {"prompt": "Q", "chosen": [assistant(content, **{field: CALL})], "rejected": "B"}
     assert error(preference_rows, row).startswith(f"f.jsonl:7: 'chosen', message 1: '{field}' is set (list ")
 
 
-def test_role_tool_says_what_to_do():
-    row = {"messages": [user("Q"), {"role": "tool", "content": "5"}, assistant("A")]}
-    start = "f.jsonl:7: 'messages', message 2: role 'tool'; expected one of system, user, assistant; "
-    assert error(sft_rows, row).startswith(start + TOOLS)
+def test_role_of_old_says_what_to_do():
+    row = {"messages": [user("Q"), {"role": "ipython", "content": "5"}, assistant("A")]}
+    start = (
+        "f.jsonl:7: 'messages', message 2: role 'ipython'; expected one of system, developer, user, assistant, tool; "
+    )
+    assert error(sft_rows, row) == f"{start}`roles: {{ipython: tool}}` maps it"
 
 
 def test_parts_of_a_content():
@@ -292,9 +291,8 @@ def test_messages_written_as_a_text(text):
     "row, hint",
     [
         ({"prompt": "Q", "completion": "A", "label": True}, "a KTO row"),
-        ({"conversations": [], "chosen": {}}, "a ShareGPT row"),
-        ({"prompt": "Q", "response_0": "A", "response_1": "B", "safer_response_id": 0}, "a row with two responses"),
-        ({"question": "Q", "response_j": "A", "response_k": "B"}, "a row with two responses"),
+        ({"prompt": "Q", "response_0": "A", "response_1": "B", "preferred": 0}, "a row with two responses"),
+        ({"prompt": "Q", "response_a": "A", "response_b": "B"}, "a row with two responses"),
     ],
 )
 def test_other_formats_are_named(row, hint):
@@ -389,8 +387,8 @@ def test_rejected_file_may_label_its_answers_as_bad():
 
 def test_fields_of_messages_not_used_are_listed():
     reading = Reading()
-    sft_rows(source({"messages": [user("Q") | {"name": "Ann"}, assistant("A", weight=1, id=None)]}), reading)
-    assert reading.num_unused == {"messages[].name": 1}
+    sft_rows(source({"messages": [user("Q") | {"name": "Ann", "time": 3}, assistant("A", weight=1, id=None)]}), reading)
+    assert reading.num_unused == {"messages[].time": 1}
 
 
 def test_scores_that_contradict_the_choice_are_noted():
@@ -404,10 +402,10 @@ def test_scores_that_contradict_the_choice_are_noted():
 
 def test_rows_that_cannot_be_used_are_left_out():
     reading = Reading("skip")
-    rows = preference_rows(source({**PAIR, "chosen": ""}, PAIR, {**PAIR, "tools": "x"}), reading)
+    rows = preference_rows(source({**PAIR, "chosen": ""}, PAIR, {**PAIR, "images": "x"}), reading)
     assert (rows, reading.places) == (preference_rows(source(PAIR)), ["f.jsonl:14"])
     assert [(s["place"], s["reason"][:19]) for s in reading.skipped] == [
-        ("f.jsonl:7", "'chosen' is empty"), ("f.jsonl:21", "'tools' is set (str")
+        ("f.jsonl:7", "'chosen' is empty"), ("f.jsonl:21", "'images' is set (st")
     ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import os
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
 from rlhf.data.formats import PREFERENCE_SHAPES, SFT_SHAPES, join_chosen_rejected, preference_rows, sft_rows
+
 from rlhf.data.messages import INVISIBLE
 from rlhf.data.pairs import FILES, write_pair_files
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, Source, load_source
@@ -281,6 +281,7 @@ SFT_CASES = {
     "prompt + chosen (+ rejected)": {"prompt": "Q", "chosen": "A", "rejected": "B"},
     "prompt + response": {"prompt": "Q", "response": "A"},
     "messages": {"messages": [*Q, *A]},
+    "conversations": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
     "instruction + output": {"instruction": "Q", "output": "A"},
     "instruction + empty input + output": {"instruction": "Q", "input": "", "output": "A"},
     "question + answer": {"question": "Q", "answer": "A"},
@@ -314,12 +315,14 @@ def test_system_message_belongs_to_the_prompt():
     assert sft_rows(one({"messages": [SYSTEM, *Q, *A]})) == [{"prompt": [SYSTEM, *Q], "completion": A}]
 
 
-def test_message_keeps_role_and_content_only():
-    row = {"messages": [{**user("Q"), "id": 1}, {**assistant("A"), "name": "x"}]}
-    assert sft_rows(one(row)) == [{"prompt": Q, "completion": A}]
+def test_message_keeps_what_templates_read_only():
+    row = {"messages": [{**user("Q"), "id": 1, "name": "Ann"}, {**assistant("A"), "time": "x"}]}
+    assert sft_rows(one(row)) == [{"prompt": [{**user("Q"), "name": "Ann"}], "completion": A}]
 
 
-@pytest.mark.parametrize("name", ["prompt + completion", "prompt + chosen", "messages", "question + answer", "text"])
+@pytest.mark.parametrize(
+    "name", ["prompt + completion", "prompt + chosen", "messages", "conversations", "question + answer", "text"]
+)
 def test_every_named_shape_has_a_test(name):
     assert name in SFT_SHAPES.split("; ") and (name in SFT_CASES or name == "text")
 
@@ -355,7 +358,7 @@ def sft_error(row):
         ({"messages": ["hi"]}, "'messages', message 1: expected {'role': …, 'content': …}, found str 'hi'"),
         (
             {"messages": [{"role": "bot", "content": "x"}]},
-            "'messages', message 1: role 'bot'; expected one of system, user, assistant",
+            "'messages', message 1: role 'bot'; expected one of system, developer, user, assistant, tool; `roles: {bot: assist",
         ),
         ({"messages": [{"role": "user", "content": 3}]}, "'messages, message 1' is int '3'; expected a string"),
         (
@@ -401,6 +404,11 @@ PREFERENCE_CASES = {
     "question + chosen + rejected": {"question": "Q", "chosen": "A", "rejected": "B"},
     "chosen + rejected (full dialogues)": {"chosen": [*Q, *A], "rejected": [*Q, assistant("B")]},
     "UltraFeedback: prompt and whole dialogues": {"prompt": "Q", "chosen": [*Q, *A], "rejected": [*Q, assistant("B")]},
+    "conversations + chosen + rejected": {
+        "conversations": [{"from": "human", "value": "Q"}],
+        "chosen": A[0],
+        "rejected": {"from": "gpt", "value": "B"},
+    },
     "HH-RLHF": {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
     "HH-RLHF without leading breaks": {"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant: B"},
 }
