@@ -143,7 +143,7 @@ def work(side: str, job: str) -> None:
 
 def private_mb() -> float:
     text = Path("/proc/self/smaps_rollup").read_text()
-    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1e3
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_Dirty")) / 1e3
 
 
 def recipe(data: str, model: str):
