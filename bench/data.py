@@ -159,9 +159,11 @@ def rlhf_batch(data: str, model: str) -> str:
     from rlhf.distributed.topology import Topology
     from rlhf.training.dpo import DPO
     from rlhf.training.plan import make_plan
+    from rlhf.training.plan_checks import load_plan_tokenizer
     from rlhf.training.tokens import with_tokens
 
-    plan = with_tokens(make_plan(DPO, recipe(data, model), Topology("one process")))
+    plan = make_plan(DPO, recipe(data, model), Topology("one process"))
+    plan = with_tokens(plan, load_plan_tokenizer(plan))
     return digest(next(iter(DPO.build(plan, None).get_train_dataloader()))["micro_batches"][0]["batch"])
 
 

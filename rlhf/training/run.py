@@ -31,6 +31,7 @@ from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
+from rlhf.training.plan_checks import load_plan_tokenizer
 from rlhf.training.stage import Plan, Stage
 from rlhf.training.tokens import with_tokens
 
@@ -68,7 +69,7 @@ def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None 
     with Stopper(inputs.run.folder) as stopper:
         plan = make_plan(stage, recipe, topology_of_environment(), inputs)
         with open_folder(plan, inputs.run) as run, reporting_out_of_memory(plan):
-            plan = with_tokens(plan, stopper)
+            plan = with_tokens(plan, load_plan_tokenizer(plan), stopper)
             trainer = build(stage, plan, run, inputs.digests, stopper)
             seconds = train(plan, trainer, run, stopper)
             finish(stage, plan, trainer, run, seconds)

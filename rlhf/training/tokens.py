@@ -82,16 +82,13 @@ def tokenised(plan: Plan, tokenizer, side: str = "train", stopper: Stopper | Non
     return job.open()
 
 
-def with_tokens(plan: Plan, stopper: Stopper | None = None) -> Plan:
+def with_tokens(plan: Plan, tokenizer, stopper: Stopper | None = None) -> Plan:
     """The plan with the token ids of its rows.
 
     Raises:
         UserError: `too_long: error`; max_length leaves no example; no room on the disk.
         Stopped: a stop was requested, of a run of one process; what is done is kept.
     """
-    from rlhf.training.plan_checks import load_plan_tokenizer
-
-    tokenizer = load_plan_tokenizer(plan)
     found = {
         side: tokens
         for side in ("train", "heldout")

@@ -401,7 +401,7 @@ def tokens_of(dataset: Any, padded: bool) -> np.ndarray:
 
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
     """The constructor arguments that TRL's three trainers have in common."""
-    tokens = plan.tokens or with_tokens(plan).tokens
+    tokens = plan.tokens or with_tokens(plan, loaded.tokenizer).tokens
     heldout = tokens["heldout"].dataset if "heldout" in tokens else None
     return {
         "model": loaded.model, "args": plan.args, "processing_class": loaded.tokenizer, "peft_config": loaded.peft_config,
