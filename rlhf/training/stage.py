@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds
     from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
     from rlhf.runs.checkpointing import CheckpointMixin
-    from rlhf.training.tokens import Tokens
+    from rlhf.training.tokenise import Tokens
 
     TrainingConfig: TypeAlias = SFTConfig | RewardConfig | DPOConfig
 

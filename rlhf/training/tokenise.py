@@ -11,13 +11,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
 
 from rlhf.errors import UserError, one_line
 from rlhf.models.tokenizer import template_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,20 @@ class Counts:
                     mine[:] = value
             else:
                 mine[:] = [mine[0] + value[0], value[1] if mine[1] < 0 else mine[1]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokenised rows of one side (training or held out).
+
+    Attributes:
+        dataset: rows that are kept: ids, `example` (number of the row), `packed` and `padded` (tokens that it takes), for
+            DPO `pair_key`.
+        counts: what max_length did.
+    """
+
+    dataset: Dataset
+    counts: Counts
 
 
 class Tokenise:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,30 +29,13 @@ from rlhf.errors import UserError
 from rlhf.files import cache_dir, free_bytes, lock_file, read_json, write_file
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training.stage import Plan
-from rlhf.training.tokenise import Counts, Settings, Tokenise
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from rlhf.training.tokenise import Counts, Settings, Tokenise, Tokens
 
 BATCH_ROWS = 500  # tokenised at a time
 CHUNK_ROWS = 2_000, 20_000  # fewest and most rows of a chunk
 HELPERS_FROM = 4  # chunks: for fewer no process is started
 MAX_HELPERS = 16
 POLL_S = 0.2
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """The tokenised rows of one side (training or held out).
-
-    Attributes:
-        dataset: rows that are kept: ids, `example` (number of the row), `packed` and `padded` (tokens that it takes), for
-            DPO `pair_key`.
-        counts: what max_length did.
-    """
-
-    dataset: Dataset
-    counts: Counts
 
 
 def settings_of(plan: Plan) -> Settings:
