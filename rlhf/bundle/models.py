@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.bundle.archive import Item
+from rlhf.data.heldout import TRAIN_PROMPTS
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json
 from rlhf.models import embedded
@@ -18,7 +19,7 @@ HUB = "hub/models"  # HF_HUB_CACHE of a bundle, in the layout of the hub's clien
 EMBEDDED = f"cache/models/{embedded.NAME.removeprefix(embedded.PREFIX)}"
 # Configurations, tokenizers, templates, code, licences: what transformers may read beside weights.
 SMALL = frozenset((".json", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".bpe", ".vocab"))
-NAMES = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
+NAMES = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", TRAIN_PROMPTS))
 TEMPLATES = "additional_chat_templates"
 
 

@@ -95,7 +95,11 @@ def _check_room(file: Path, needed: int) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path, file: Path) -> Iterator[IO[bytes]]:
     """The partial file, empty, for one process alone; removed unless it has been renamed."""
-    with open(partial, "ab") as opened:
+    try:
+        number = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise UserError(f"{partial} can't be written: {error.strerror}; give -o another name") from None
+    with open(number, "wb") as opened:
         if not lock_file(opened):
             raise UserError(f"{file} is being written by another `rlhf bundle`; wait for it, or give -o another name")
         opened.truncate(0)

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from rlhf.bundle import wheels
@@ -58,7 +58,6 @@ def unbundle(file: str, folder: str | None, overwrite: bool = False) -> None:
                 copy.write(header["text"])
             _extract(members, header, partial, str(path))
             (partial / VERIFIED).touch()
-            (partial / MARK).unlink()
             aside = _move_aside(target) if overwrite else None
             try:
                 os.rename(partial, target)  # onto an empty folder too, but onto nothing else
@@ -66,6 +65,7 @@ def unbundle(file: str, folder: str | None, overwrite: bool = False) -> None:
                 raise UserError(
                     f"{target} has been made by somebody else meanwhile; nothing of it was changed"
                 ) from None
+            (target / MARK).unlink()
             sync_folder(target.parent)
     _report(header, target, aside)
 
@@ -131,6 +131,8 @@ def _sizes(values: dict[str, Any], name: str) -> dict[str, int]:
         if file in sizes or file in (HEADER, SUMS, MARK, VERIFIED):
             raise Damaged(f"{name}: {HEADER} lists {quote(file)} twice; it was not made by `rlhf bundle`")
         sizes[file] = size
+    if inner := next((file for file in sizes if any(str(parent) in sizes for parent in PurePosixPath(file).parents)), None):
+        raise Damaged(f"{name}: {HEADER} lists {quote(inner)} below a file; it was not made by `rlhf bundle`")
     if not isinstance(recipes, str) or not is_safe(recipes):
         raise Damaged(f"{name}: {HEADER} names no folder of recipes ({quote(recipes)}); copy the file again")
     return sizes
@@ -159,27 +161,37 @@ def _partial_folder(target: Path) -> Iterator[Path]:
     """A new folder `TARGET.partial`, for one process alone; one that a kill has left is replaced, anybody else's is not."""
     partial = target.with_name(f"{target.name}.partial")
     if os.path.lexists(partial):
-        try:
-            with open(partial / MARK, "rb") as mark:
-                free = lock_file(mark)
-        except OSError:
-            raise UserError(
-                f"{partial} exists, and no `rlhf unbundle` has made it; move it, or give another folder"
-            ) from None
-        if not free:
-            raise UserError(
-                f"{target} is being written by another `rlhf unbundle`; wait for it, or give another folder"
-            )
-        shutil.rmtree(partial)
-    partial.mkdir(mode=0o700)
+        _remove_leftover(partial, target)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise _busy(target) from None
     with open(partial / MARK, "wb") as mark:
         lock_file(mark)
         try:
             yield partial
-            partial = target
         finally:
-            if partial != target:
+            if partial.exists():
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftover(partial: Path, target: Path) -> None:
+    try:
+        with open(partial / MARK, "rb") as mark:
+            if not lock_file(mark):
+                raise _busy(target)
+        shutil.rmtree(partial)
+    except OSError:
+        try:
+            partial.rmdir()  # empty: killed before it was marked
+        except OSError:
+            raise UserError(
+                f"{partial} exists, and no `rlhf unbundle` has made it; move it, or give another folder"
+            ) from None
+
+
+def _busy(target: Path) -> UserError:
+    return UserError(f"{target} is being written by another `rlhf unbundle`; wait for it, or give another folder")
 
 
 def _extract(members: Members, header: dict[str, Any], folder: Path, name: str) -> None:
