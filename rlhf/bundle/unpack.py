@@ -131,7 +131,9 @@ def _sizes(values: dict[str, Any], name: str) -> dict[str, int]:
         if file in sizes or file in (HEADER, SUMS, MARK, VERIFIED):
             raise Damaged(f"{name}: {HEADER} lists {quote(file)} twice; it was not made by `rlhf bundle`")
         sizes[file] = size
-    if inner := next((file for file in sizes if any(str(parent) in sizes for parent in PurePosixPath(file).parents)), None):
+    if inner := next(
+        (file for file in sizes if any(str(parent) in sizes for parent in PurePosixPath(file).parents)), None
+    ):
         raise Damaged(f"{name}: {HEADER} lists {quote(inner)} below a file; it was not made by `rlhf bundle`")
     if not isinstance(recipes, str) or not is_safe(recipes):
         raise Damaged(f"{name}: {HEADER} names no folder of recipes ({quote(recipes)}); copy the file again")
