@@ -92,13 +92,14 @@ def collect(folder: Path, with_models: bool = True) -> Contents:
     _add_other_texts(contents, folder)
     for pattern in LAUNCH:
         for path in sorted(project.glob(pattern)):
-            check_no_secrets(path.read_text(encoding="utf-8"), path)
+            check_no_secrets(read_text(str(path), "text"), path)
             contents.add(Item.copy(path.relative_to(project).as_posix(), "launch", path))
     has_hub = any(item.name.startswith(f"{models.HUB}/") for item in contents.items.values())
     has_cache = any(item.name.startswith("cache/") for item in contents.items.values())
     for name, text, executable in scripts.launchers(contents.folder, has_hub or with_models, has_cache or with_models):
         contents.add(Item.text(name, "launch", text, executable))
     contents.left_out += _left_out(recipes, made, with_models, named(recipes, MODELS))
+    contents.left_out = list(dict.fromkeys(contents.left_out))
     return contents
 
 
@@ -175,14 +176,13 @@ def _add_data(contents: Contents, places: Places, recipes: list[Recipe]) -> None
             continue
         items, left = data.local_items(Path(item.value).expanduser(), places.of(item.value), item.where)
         contents.add(*items)
-        contents.left_out += [f"{name}: not data" for name in left if f"{name}: not data" not in contents.left_out]
+        contents.left_out += [f"{name}: not data" for name in left]
     for item in _templates(recipes):
         contents.add(Item.copy(places.of(item.value), "data", Path(item.value)))
 
 
 def _add_models(contents: Contents, places: Places, named_models: list[Model]) -> None:
     hub: dict[tuple[str, str], str] = {}
-    problems: dict[str, None] = {}
     for model in named_models:
         if model.name.startswith(embedded.PREFIX):
             contents.add(*models.embedded_items(model.where))
@@ -193,27 +193,36 @@ def _add_models(contents: Contents, places: Places, named_models: list[Model]) -
             beside = [path.name for path in models.folder_files(folder)[1]]
             if beside:
                 contents.left_out.append(f"{folder}: of this model, what loading does not read ({', '.join(beside)})")
-        elif not models.is_hub_id(model.name):
-            raise models.no_such_model(model.name, model.where)
-        else:
+        elif models.is_hub_id(model.name):
             hub.setdefault((model.name, model.revision), model.where)
+        else:
+            raise models.no_such_model(model.name, model.where)
+    _add_hub_models(contents, hub)
+
+
+def _add_hub_models(contents: Contents, hub: dict[tuple[str, str], str]) -> None:
+    """Hub models, and those that they need, out of the local cache; all that are missing are named at once.
+
+    Args:
+        hub: (name, revision), and where it is named.
+    """
+    problems: dict[str, None] = {}
     found: list[tuple[str, list[Item]]] = []
     waiting = list(hub)
-    for key in waiting:  # grows while models need others
+    for name, revision in waiting:  # grows while models need others
+        where = hub[name, revision]
         try:
-            name, revision = key
             if revision == "code":
-                found.append((revision, models.code_items(name, hub[key])))
+                found.append((revision, models.code_items(name, where)))
                 continue
-            items, needs = models.hub_items(name, revision, hub[key])
+            items, needs = models.hub_items(name, revision, where)
         except UserError as error:
             problems[str(error)] = None
             continue
         found.append((revision, items))
-        for need in needs:
-            if need not in hub:
-                hub[need] = hub[key]
-                waiting.append(need)
+        new = [need for need in needs if need not in hub]
+        hub.update(dict.fromkeys(new, where))
+        waiting += new
     if problems:
         raise UserError("; and ".join(problems))
     for _, items in sorted(found, key=lambda pair: pair[0] != "main"):  # its own `refs/main` comes first

@@ -59,7 +59,12 @@ def read_recipes(folder: Path) -> list[Recipe]:
         raise UserError(f"{quote_path(str(folder))} {what}; give a recipe folder, for example configs/quickstart")
     found = []
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and p.is_file()):
-        stage = read_flat(str(file))[0].get("stage")
+        try:
+            stage = read_flat(str(file))[0].get("stage")
+        except UserError:
+            if file.stem in STAGES:
+                raise
+            continue  # YAML for something else
         if stage in STAGES:
             found.append(load_recipe(str(file), stage))
     if not found:
@@ -139,11 +144,6 @@ def _scalar(value: str, style: str | None) -> str:
     ):
         return value
     return json.dumps(value, ensure_ascii=False)
-
-
-def same(one: str, other: str) -> bool:
-    """Whether two names are the same path, from the current folder."""
-    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def is_inside(path: str, folder: str) -> bool:

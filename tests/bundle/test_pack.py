@@ -129,6 +129,7 @@ def test_outputs_and_what_else_lies_there_are_left_out_and_told(job, capsys):
     (job.recipes / ".env").write_text("TOKEN=1\n")
     (job.recipes / "notes.md").write_text("kept\n")
     (job.recipes / "launch.yaml").write_text("num_processes: 2\n")
+    (job.recipes / "pods.yaml").write_text("kind: Pod\n---\nkind: Pod\n")
     (job.away / "tiny llama" / "optimizer.pt").write_text("x")
     (job.away / "tiny llama" / "old.safetensors").write_text("x")
     assert job.bundle() == 0
@@ -137,7 +138,13 @@ def test_outputs_and_what_else_lies_there_are_left_out_and_told(job, capsys):
     assert f"not bundled: {job.recipes}/.env: no recipe names it" in shown
     assert "(old.safetensors, optimizer.pt)" in shown
     found = names(job.file)
-    assert {"configs/mine/notes.md", "configs/mine/launch.yaml", "launch/ddp.yaml", "slurm/train.sbatch"} <= set(found)
+    assert {
+        "configs/mine/notes.md",
+        "configs/mine/launch.yaml",
+        "configs/mine/pods.yaml",
+        "launch/ddp.yaml",
+        "slurm/train.sbatch",
+    } <= set(found)
     assert not [n for n in found if n.endswith((".env", "optimizer.pt", "old.safetensors")) and n != "slurm/site.env"]
 
 
@@ -207,6 +214,36 @@ def test_a_model_whose_weights_are_not_in_the_cache_is_not_complete(job, hub, ca
     assert "not complete" in shown and "fetch it with: hf download org/tiny" in shown
 
 
+def test_a_hub_adapter_and_another_repositorys_code_bring_what_they_need(job, hub, capsys):
+    """Each by its name in the configuration; all that are missing are named at once."""
+    snapshot = hub / "snapshots" / ("a" * 40)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "org/code--modeling.M"}}))
+    adapter = hub.parent / "models--org--adapter" / "snapshots" / "d00d"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/tiny"}')
+    shutil.copy(snapshot / "model.safetensors", adapter / "adapter_model.safetensors")
+    (adapter.parents[1] / "refs").mkdir()
+    (adapter.parents[1] / "refs" / "main").write_text("d00d")
+    job.edit("sft", "^model_name_or_path: .*", "model_name_or_path: org/adapter")
+    job.edit("dpo", "^seed", "reference_model: org/none\nseed")
+    assert job.bundle() == 2
+    shown = capsys.readouterr().err
+    assert "hf download org/none; and " in shown and "hf download org/code" in shown
+    job.edit("dpo", "^reference_model.*\n", "")
+    code = hub.parent / "models--org--code" / "snapshots" / "c0de"
+    code.mkdir(parents=True)
+    (code / "modeling.py").write_text("M = 1\n")
+    (code / "README.md").write_text("x")
+    (code.parents[1] / "refs").mkdir()
+    (code.parents[1] / "refs" / "main").write_text("c0de")
+    assert job.bundle() == 0
+    found = {name.removeprefix("hub/models/models--org--") for name in names(job.file)}
+    assert {"adapter/snapshots/d00d/adapter_model.safetensors", f"tiny/snapshots/{'a' * 40}/model.safetensors"} <= found
+    assert {name for name in found if name.startswith("code/")} == {"code/snapshots/c0de/modeling.py", "code/refs/main"}
+
+
 def test_a_hub_data_set_that_is_not_in_the_cache(job, hub, capsys):
     job.edit("dpo", "^dataset_name: .*", "dataset_name: org/none\ndataset_config: en")
     assert job.bundle() == 2
@@ -263,6 +300,20 @@ def test_a_mistake_is_one_sentence_and_no_file(job, capsys, mistake):
     assert job.bundle() == 2
     shown = capsys.readouterr().err
     assert sentence in shown and shown.count("\n") == 1 and job.tree(job.root) == before
+
+
+def test_what_needs_a_network_there_is_told(job, capsys):
+    job.edit("dpo", "^seed", "report_to: [tensorboard, wandb]\nseed")
+    assert job.bundle() == 0
+    assert f"not bundled: a way to wandb: {job.recipes}/dpo.yaml:14 reports there" in capsys.readouterr().out
+
+
+def test_a_chat_template_goes_in(job):
+    (job.away / "my.jinja").write_text("{{ messages }}")
+    job.edit("sft", "^seed", f"chat_template: {job.away}/my.jinja\nseed")
+    assert (job.bundle(), job.unbundle()) == (0, 0)
+    assert "chat_template: templates/my.jinja" in (job.there / "configs/mine/sft.yaml").read_text()
+    assert (job.there / "templates/my.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_file_that_is_there_is_replaced_on_request_only(job, capsys):
