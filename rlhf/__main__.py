@@ -31,6 +31,8 @@ and around them:
   rlhf preflight RECIPE.yaml  before a long run: check hosts, versions, network, disks and clocks of all ranks
   rlhf merge ADAPTER OUT_DIR  write a LoRA adapter merged into its base, from disk to disk
   rlhf fetch                  fetch the embedded model (SmolLM2-135M-Instruct) into the cache
+  rlhf bundle RECIPE_DIR      recipes, data, models and wheels in one file, for a machine without a network
+  rlhf unbundle FILE          verify such a file and unpack it
 
 A recipe's keys can be set on the command line: `rlhf dpo configs/quickstart/dpo.yaml --beta 0.2 --output_dir runs/b02`.
 On several processes or GPUs: `accelerate launch --config_file launch/ddp.yaml -m rlhf dpo RECIPE.yaml`.
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` for details")
-    for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data):
+    for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data, _add_bundle):
         add(commands)
     return top
 
@@ -203,6 +205,34 @@ def _add_data(commands) -> None:
     fetch.add_argument("--wheel", metavar="FILE", help="a wheel that was downloaded by hand")
 
 
+def _add_bundle(commands) -> None:
+    bundle = commands.add_parser(
+        "bundle",
+        description="Put a recipe folder with the data, models, launch files and wheels that it needs into one file, with "
+        "checksums, for a machine without a network. Hub models and data sets come from the local cache.",
+    )
+    bundle.add_argument("folder", metavar="RECIPE_DIR", help="a folder of recipes, such as configs/quickstart")
+    bundle.add_argument(
+        "-o", "--output", metavar="FILE", help="default: NAME.tar here; a name in .gz or .zst is compressed"
+    )
+    bundle.add_argument(
+        "--no-wheels", action="store_true", help="leave the wheels out: the other machine has the software"
+    )
+    bundle.add_argument("--no-models", action="store_true", help="leave the models out: the other machine has them")
+    bundle.add_argument("--dry-run", action="store_true", help="list what would go in, with sizes, and write nothing")
+    bundle.add_argument("--overwrite", action="store_true", help="replace FILE once the new one is complete")
+    unbundle = commands.add_parser(
+        "unbundle", description="Verify the checksums of a bundle, unpack it into a new folder, and say how to run it."
+    )
+    unbundle.add_argument("file", metavar="FILE", help="what `rlhf bundle` has written")
+    unbundle.add_argument(
+        "folder", metavar="DIR", nargs="?", help="a new folder; default: the file's name without .tar"
+    )
+    unbundle.add_argument(
+        "--overwrite", action="store_true", help="move an existing DIR to DIR.old-1; nothing of it is deleted"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code (2: user error, reported in one sentence; 85: stopped on request)."""
     top = parser()
@@ -322,6 +352,21 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         plain_bars()
         print(fetch(options.wheel))
+    elif options.command == "bundle":
+        from rlhf.bundle.pack import bundle
+
+        bundle(
+            options.folder,
+            options.output,
+            not options.no_wheels,
+            not options.no_models,
+            options.dry_run,
+            options.overwrite,
+        )
+    elif options.command == "unbundle":
+        from rlhf.bundle.unpack import unbundle
+
+        unbundle(options.file, options.folder, options.overwrite)
     return None
 
 

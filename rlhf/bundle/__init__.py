@@ -1,0 +1,1 @@
+"""A recipe with all that it needs in one file, for a machine without a network."""
