@@ -26,6 +26,7 @@ from rlhf.bundle.recipes import (
 from rlhf.config.recipe import Recipe
 from rlhf.config.yaml_reader import read_text
 from rlhf.errors import UserError
+from rlhf.files import cache_dir
 from rlhf.models import embedded
 
 TEXTS = (".yaml", ".yml", ".jinja", ".md")  # that are taken from the recipe folder though no recipe names them
@@ -149,7 +150,7 @@ def _places(folder: Path, recipes: list[Recipe], named_models: list[Model]) -> P
     paths += [(item.value, "data") for item in _local_data(recipes)]
     paths += [(item.value, "templates") for item in _templates(recipes)]
     paths += [(model.name, "models") for model in named_models if models.is_local(model.name)]
-    in_cache = embedded.cache_dir() / "models" / Path(models.EMBEDDED).name
+    in_cache = cache_dir() / "models" / Path(models.EMBEDDED).name
     return Places(paths, Path.cwd(), {in_cache: models.EMBEDDED})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.bundle.archive import Item
 from rlhf.data.heldout import TRAIN_PROMPTS
 from rlhf.errors import UserError, quote
-from rlhf.files import read_json
+from rlhf.files import cache_dir, read_json
 from rlhf.models import embedded
 from rlhf.models.folder import base_of, check_model_folder, is_adapter, weight_files, weights_damage
 
@@ -76,8 +76,8 @@ def embedded_items(where: str) -> list[Item]:
         UserError: it has not been fetched.
     """
     if not embedded.is_fetched():
-        raise UserError(f"{where}: {embedded.NAME} is not in {embedded.cache_dir()}; fetch it with: rlhf fetch")
-    folder = embedded.cache_dir() / "models" / Path(EMBEDDED).name
+        raise UserError(f"{where}: {embedded.NAME} is not in {cache_dir()}; fetch it with: rlhf fetch")
+    folder = cache_dir() / "models" / Path(EMBEDDED).name
     return [Item.copy(f"{EMBEDDED}/{path.name}", "model", path) for path in sorted(folder.iterdir())]
 
 

@@ -76,8 +76,11 @@ def named(recipes: list[Recipe], keys: tuple[str, ...]) -> Iterator[Named]:
     """What recipes name under these keys."""
     for recipe in recipes:
         for key in keys:
-            if isinstance(value := recipe.get(key), str) and value:
-                yield Named(recipe, key, value)
+            value = recipe.get(key)
+            for item in value if isinstance(value, list) else [value]:  # the data sets of a mix
+                name = item.get("name") if isinstance(item, dict) else item
+                if isinstance(name, str) and name:
+                    yield Named(recipe, key, name)
 
 
 def check_no_secrets(text: str, path: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.bundle.places import Places
-from rlhf.bundle.recipes import check_no_secrets, rewrite
+from rlhf.bundle.recipes import check_no_secrets, named, rewrite
+from rlhf.config.recipe import Recipe
 from rlhf.config.yaml_reader import Loader
 from rlhf.errors import UserError
 
@@ -144,3 +145,10 @@ def test_a_secret_is_refused_with_its_line_and_not_repeated(secret, tmp_path):
 
 def test_what_is_no_secret_passes(tmp_path):
     check_no_secrets("# set HF_TOKEN or WANDB_API_KEY\nHF_TOKEN=\nurl: https://host/path\n", tmp_path / "a")
+
+
+def test_the_data_sets_of_a_mix_are_all_named():
+    values = {"dataset_name": ["a.jsonl", {"name": "org/b", "fraction": 0.5}], "eval_dataset_name": "c.jsonl"}
+    recipe = Recipe("dpo", "dpo.yaml", values, {"dataset_name": 3})
+    found = [(item.value, item.where) for item in named([recipe], ("dataset_name", "eval_dataset_name"))]
+    assert found == [("a.jsonl", "dpo.yaml:3"), ("org/b", "dpo.yaml:3"), ("c.jsonl", "dpo.yaml")]
