@@ -164,6 +164,8 @@ class _Job:
     def _prepare(self, failed: Path) -> None:
         """Write the folder, under the lock."""
         partial = self.folder.with_name(f"{self.key}.{os.getpid()}.partial")
+        for left in self.folder.parent.glob(f"{self.key}.*.partial"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         try:
             self._check_disk()
             partial.mkdir(parents=True)

@@ -210,6 +210,8 @@ class Job:
         with open(ids.with_suffix(".lock"), "a", encoding="utf-8") as lock:
             if not lock_file(lock) or counted.exists():
                 return False
+            for left in self.folder.glob(f"{ids.stem}.*.partial"):  # by a process that was killed
+                left.unlink(missing_ok=True)
             counts = Counts()
             partial = ids.with_suffix(f".{os.getpid()}.partial")
             try:
