@@ -11,7 +11,8 @@ from typing import Any
 
 from rlhf.data import columns
 from rlhf.data.messages import RowError, describe, has, is_empty, text
-from rlhf.data.standard_rows import answer_messages, make_pair, pair_row, prompt_messages
+from rlhf.data.pair_rows import make_pair, pair_row
+from rlhf.data.row_parts import answer_messages, prompt_messages
 
 Row = dict[str, Any]
 PROMPT_KEYS = ("prompt", "instruction", "question", "query", "input", "context")

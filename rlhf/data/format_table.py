@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rlhf.data import compared_rows, plain_rows, unpaired
-from rlhf.data import standard_rows as standard
+from rlhf.data import compared_rows, pair_rows, plain_rows, row_parts, sft_rows, unpaired
 from rlhf.data.messages import has
 
 Row = dict[str, Any]
@@ -38,11 +37,11 @@ def _have(*names: str) -> Callable[[Row], bool]:
 
 
 def _has_prompt(row: Row) -> bool:
-    return any(has(row, key) for key in (*standard.PROMPTS, *standard.OTHER_PROMPTS))
+    return any(has(row, key) for key in (*row_parts.PROMPTS, *row_parts.OTHER_PROMPTS))
 
 
 def _is_answered(row: Row) -> bool:
-    answer = next((k for k in standard.ANSWERS if has(row, k)), None)
+    answer = next((k for k in row_parts.ANSWERS if has(row, k)), None)
     return answer is not None and (answer != "chosen" or not has(row, "rejected")) and _has_prompt(row)
 
 
@@ -71,13 +70,13 @@ def _has_ratings(row: Row) -> bool:
 
 # In the order in which they are tried. The first four are one reading, `standard`, if none of them is asked for by name.
 FORMATS = (
-    Format("messages", _have("messages"), "messages, the last of them the assistant's", standard.messages_row),
+    Format("messages", _have("messages"), "messages, the last of them the assistant's", sft_rows.messages_row),
     Format("sharegpt", lambda row: has(row, "conversations") or has(row, "conversation"), "conversations of from and value",
-           standard.sharegpt_row),
-    Format("prompt-completion", _is_answered, "a prompt and a completion", standard.prompt_completion_row),
-    Format("text", _have("text"), "text", standard.text_row),
-    Format("pairs", lambda row: standard.sides_of(row) is not None, "chosen and rejected, with a prompt or as whole dialogues",
-           pairs=standard.pair_row),
+           sft_rows.sharegpt_row),
+    Format("prompt-completion", _is_answered, "a prompt and a completion", sft_rows.prompt_completion_row),
+    Format("text", _have("text"), "text", sft_rows.text_row),
+    Format("pairs", lambda row: row_parts.sides_of(row) is not None, "chosen and rejected, with a prompt or as whole dialogues",
+           pairs=pair_rows.pair_row),
     Format("plain", lambda row: False, "plain texts of a base model, unchanged", plain_rows.plain_sft_row,
            plain_rows.plain_pair_row),
     Format("openai-preference", _is_openai, "preferred_output against non_preferred_output", pairs=compared_rows.openai_row),

@@ -9,10 +9,11 @@ from __future__ import annotations
 from rlhf.data.format_options import DEFAULT, FormatOptions
 from rlhf.data.format_table import Row
 from rlhf.data.messages import RowError
+from rlhf.data.pair_rows import PREFERENCE_SHAPES  # noqa: F401 (part of this module's face)
 from rlhf.data.reading import Reading, each, without_repeated_prompts
 from rlhf.data.recognise import FIRST_ROWS, Converter, converter
+from rlhf.data.sft_rows import SFT_SHAPES  # noqa: F401
 from rlhf.data.sources import Source
-from rlhf.data.standard_rows import PREFERENCE_SHAPES, SFT_SHAPES  # noqa: F401 (part of this module's face)
 from rlhf.errors import UserError
 
 

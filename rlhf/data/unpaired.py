@@ -14,9 +14,8 @@ from typing import Any
 
 from rlhf.data import columns
 from rlhf.data.messages import RowError, answer_text, describe, has, messages
-from rlhf.data.standard_rows import ANSWERS, SIDES, prompt_completion_row
-
-LABELS = ("label", "kto_tag")
+from rlhf.data.row_parts import ANSWERS, LABELS, SIDES
+from rlhf.data.sft_rows import prompt_completion_row
 
 
 def label_of(row: dict) -> str | None:
