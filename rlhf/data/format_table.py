@@ -42,11 +42,18 @@ def _has_prompt(row: Row) -> bool:
 
 def _is_answered(row: Row) -> bool:
     answer = next((k for k in row_parts.ANSWERS if has(row, k)), None)
+    if answer == "output" and _is_comparison(row):
+        return False
     return answer is not None and (answer != "chosen" or not has(row, "rejected")) and _has_prompt(row)
 
 
 def _is_openai(row: Row) -> bool:
     return isinstance(row.get("input"), dict) and has(row, "preferred_output") and has(row, "non_preferred_output")
+
+
+def _is_comparison(row: Row) -> bool:
+    answers = row.get("output")
+    return has(row, "instruction") and isinstance(answers, list) and [type(a) for a in answers] == [str, str]
 
 
 def _items_have(key: str, field: str) -> Callable[[Row], bool]:
@@ -80,6 +87,8 @@ FORMATS = (
     Format("plain", lambda row: False, "plain texts of a base model, unchanged", plain_rows.plain_sft_row,
            plain_rows.plain_pair_row),
     Format("openai-preference", _is_openai, "preferred_output against non_preferred_output", pairs=compared_rows.openai_row),
+    Format("alpaca-comparison", _is_comparison, "an output of two answers, the better first",
+           pairs=compared_rows.alpaca_comparison_row),
     Format("stack-exchange-paired", _have("question", "response_j", "response_k"), "response_j against response_k",
            pairs=compared_rows.stack_exchange_row),
     Format("pku-saferlhf-better", _have("prompt", "response_0", "response_1", "better_response_id"),

@@ -21,9 +21,13 @@ from rlhf.data.sft_rows import prompt_completion_row
 def label_of(row: dict) -> str | None:
     """The column with a thumb up or down; None if the row has none."""
     for key in LABELS:
-        if key in row and (columns.is_true(row[key]) or columns.is_false(row[key])):
+        if key in row and (_is_up(row[key]) or row[key] == 0 or columns.is_false(row[key])):
             return key
     return None
+
+
+def _is_up(value: Any) -> bool:
+    return value == 1 or columns.is_true(value)
 
 
 def is_kto(row: dict) -> bool:
@@ -58,7 +62,7 @@ def kto_row(row: dict, used: set[str]) -> dict[str, Any]:
         }
     else:
         new = prompt_completion_row({**row, key: None}, used)
-    return {**new, "label": columns.is_true(row[key])}
+    return {**new, "label": _is_up(row[key])}
 
 
 def helpsteer_row(row: dict, used: set[str]) -> dict[str, Any]:
