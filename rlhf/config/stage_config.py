@@ -8,7 +8,7 @@ STAGES = ("sft", "reward", "dpo", "evaluate")
 TRAINING_STAGES = ("sft", "reward", "dpo")
 # How rows can be read; rlhf/data/format_table.py has their conversions.
 FORMATS = (
-    "messages", "sharegpt", "prompt-completion", "text", "pairs", "plain", "openai-preference", "stack-exchange-paired",
+    "messages", "sharegpt", "prompt-completion", "text", "pairs", "plain", "openai-preference", "alpaca-comparison", "stack-exchange-paired",
     "pku-saferlhf-better", "pku-saferlhf-safer", "shp", "helpsteer2-preference", "helpsteer3", "webgpt",
     "summarize-from-feedback", "chatbot-arena", "nectar", "ultrafeedback", "ultrafeedback-overall", "scored-list", "kto",
     "helpsteer2",

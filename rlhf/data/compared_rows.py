@@ -11,7 +11,8 @@ from typing import Any
 
 from rlhf.data import columns
 from rlhf.data.messages import RowError, describe, has, is_empty, text
-from rlhf.data.standard_rows import answer_messages, make_pair, pair_row, prompt_messages
+from rlhf.data.pair_rows import make_pair, pair_row
+from rlhf.data.row_parts import answer_messages, prompt_messages, read_prompt
 
 Row = dict[str, Any]
 PROMPT_KEYS = ("prompt", "instruction", "question", "query", "input", "context")
@@ -76,6 +77,19 @@ def _tie(what: str) -> RowError:
 def stack_exchange_row(row: Row, used: set[str]) -> Row:
     """stack-exchange-paired: `response_j` has more votes than `response_k`."""
     return judged(row, used, required(row, "question"), "question", ("response_j", "response_k"), 0)
+
+
+def alpaca_comparison_row(row: Row, used: set[str]) -> Row:
+    """LLaMA-Factory's older comparisons: `output` holds the better answer and the worse one."""
+    answers = required(row, "output")
+    if not isinstance(answers, list) or len(answers) != 2:
+        raise RowError(f"'output' is {describe(answers)}; expected a list of the better and the worse answer")
+    used.add("output")
+    prompt = read_prompt(row, used)
+    if prompt is None:
+        raise RowError("'instruction' is missing; the first rows have it")
+    chosen, rejected = (answer_messages(answer, f"output, answer {n}", prompt) for n, answer in enumerate(answers, 1))
+    return make_pair(row, used, prompt, chosen, rejected)
 
 
 def pku_better_row(row: Row, used: set[str]) -> Row:

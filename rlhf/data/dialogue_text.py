@@ -28,9 +28,10 @@ def turns(value: str, key: str) -> Messages:
     parts = _TURN.split(value.lstrip())
     if len(parts) < 5 or parts[0].strip():
         raise RowError(no_dialogue(key))
-    return messages(
-        [{"role": _ROLES[r], "content": _turn_text(t)} for r, t in zip(parts[1::2], parts[2::2], strict=True)], key
-    )
+    return [
+        {"role": _ROLES[role], "content": text(_turn_text(turn), key, number)}
+        for number, (role, turn) in enumerate(zip(parts[1::2], parts[2::2], strict=True), 1)
+    ]
 
 
 def no_dialogue(key: str) -> str:
@@ -81,4 +82,5 @@ def prompt_turns(value: str, key: str) -> Messages | None:
 
 def _turn_text(value: str) -> str:
     """Spaces after the colon are not indentation; those at the start of a line are."""
-    return value if value.lstrip(" ").startswith("\n") else value.strip()
+    value = value.lstrip(" ")
+    return value if value[:1] == "\n" else value.strip()

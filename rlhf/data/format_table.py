@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rlhf.data import compared_rows, plain_rows, unpaired
-from rlhf.data import standard_rows as standard
+from rlhf.data import compared_rows, pair_rows, plain_rows, row_parts, sft_rows, unpaired
 from rlhf.data.messages import has
 
 Row = dict[str, Any]
@@ -38,16 +37,23 @@ def _have(*names: str) -> Callable[[Row], bool]:
 
 
 def _has_prompt(row: Row) -> bool:
-    return any(has(row, key) for key in (*standard.PROMPTS, *standard.OTHER_PROMPTS))
+    return any(has(row, key) for key in (*row_parts.PROMPTS, *row_parts.OTHER_PROMPTS))
 
 
 def _is_answered(row: Row) -> bool:
-    answer = next((k for k in standard.ANSWERS if has(row, k)), None)
+    answer = next((k for k in row_parts.ANSWERS if has(row, k)), None)
+    if answer == "output" and _is_comparison(row):
+        return False
     return answer is not None and (answer != "chosen" or not has(row, "rejected")) and _has_prompt(row)
 
 
 def _is_openai(row: Row) -> bool:
     return isinstance(row.get("input"), dict) and has(row, "preferred_output") and has(row, "non_preferred_output")
+
+
+def _is_comparison(row: Row) -> bool:
+    answers = row.get("output")
+    return has(row, "instruction") and isinstance(answers, list) and [type(a) for a in answers] == [str, str]
 
 
 def _items_have(key: str, field: str) -> Callable[[Row], bool]:
@@ -71,16 +77,18 @@ def _has_ratings(row: Row) -> bool:
 
 # In the order in which they are tried. The first four are one reading, `standard`, if none of them is asked for by name.
 FORMATS = (
-    Format("messages", _have("messages"), "messages, the last of them the assistant's", standard.messages_row),
+    Format("messages", _have("messages"), "messages, the last of them the assistant's", sft_rows.messages_row),
     Format("sharegpt", lambda row: has(row, "conversations") or has(row, "conversation"), "conversations of from and value",
-           standard.sharegpt_row),
-    Format("prompt-completion", _is_answered, "a prompt and a completion", standard.prompt_completion_row),
-    Format("text", _have("text"), "text", standard.text_row),
-    Format("pairs", lambda row: standard.sides_of(row) is not None, "chosen and rejected, with a prompt or as whole dialogues",
-           pairs=standard.pair_row),
+           sft_rows.sharegpt_row),
+    Format("prompt-completion", _is_answered, "a prompt and a completion", sft_rows.prompt_completion_row),
+    Format("text", _have("text"), "text", sft_rows.text_row),
+    Format("pairs", lambda row: row_parts.sides_of(row) is not None, "chosen and rejected, with a prompt or as whole dialogues",
+           pairs=pair_rows.pair_row),
     Format("plain", lambda row: False, "plain texts of a base model, unchanged", plain_rows.plain_sft_row,
            plain_rows.plain_pair_row),
     Format("openai-preference", _is_openai, "preferred_output against non_preferred_output", pairs=compared_rows.openai_row),
+    Format("alpaca-comparison", _is_comparison, "an output of two answers, the better first",
+           pairs=compared_rows.alpaca_comparison_row),
     Format("stack-exchange-paired", _have("question", "response_j", "response_k"), "response_j against response_k",
            pairs=compared_rows.stack_exchange_row),
     Format("pku-saferlhf-better", _have("prompt", "response_0", "response_1", "better_response_id"),

@@ -9,7 +9,8 @@ from typing import Any
 
 from rlhf.data import columns
 from rlhf.data.messages import Messages, RowError, has, is_empty, verbatim
-from rlhf.data.standard_rows import ANSWERS, PROMPTS, make_pair, sides_of
+from rlhf.data.pair_rows import make_pair
+from rlhf.data.row_parts import ANSWERS, PROMPTS, sides_of
 
 
 def plain_pair_row(row: dict, used: set[str]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from rlhf.data import columns, unpaired
-from rlhf.data import standard_rows as standard
+from rlhf.data import columns, pair_rows, row_parts, sft_rows, unpaired
 from rlhf.data.format_options import DEFAULT, SCORES, FormatOptions, at
 from rlhf.data.format_table import BY_NAME, FORMATS, Convert, Row
 from rlhf.data.messages import RowError, answer_text
@@ -68,7 +67,7 @@ class Converter:
 
 def _conversion(kind: str, reading: str) -> Convert:
     if reading == STANDARD:
-        return {"sft": standard.sft_row, "pairs": standard.pair_row, "unpaired": unpaired.kto_row}[kind]
+        return {"sft": sft_rows.sft_row, "pairs": pair_rows.pair_row, "unpaired": unpaired.kto_row}[kind]
     fmt = BY_NAME[reading]
     found = fmt.conversion(kind)
     if found is None and kind == "sft" and fmt.pairs:
@@ -79,7 +78,7 @@ def _conversion(kind: str, reading: str) -> Convert:
 
 def _better_answer(convert: Convert, row: Row, used: set[str]) -> Row:
     """SFT on pairs: the better answer of each."""
-    return standard.preferred(convert(row, used), used)
+    return sft_rows.preferred(convert(row, used), used)
 
 
 # --- recognition -----------------------------------------------------------------------------------------------------
@@ -153,12 +152,12 @@ def _ambiguous(names: list[str]) -> UserError:
 def _reject_rivals(kind: str, rows: list[Row], options: FormatOptions) -> None:
     """Raise UserError if two columns could be the prompt, or the answer of SFT, and most rows have different texts there."""
     named = {target for target, _ in options.columns}
-    for target, names in (("prompt", standard.PROMPTS), ("completion", standard.ANSWERS)):
+    for target, names in (("prompt", row_parts.PROMPTS), ("completion", row_parts.ANSWERS)):
         if named & set(names) or (target == "completion" and kind != "sft"):
             continue
         differing: dict[tuple[str, str], int] = {}
         for row in rows:
-            if target == "completion" and (standard.sides_of(row) or standard.dialogue_of(row)):
+            if target == "completion" and (row_parts.sides_of(row) or row_parts.dialogue_of(row)):
                 continue
             texts = {name: row[name].strip() for name in names if isinstance(row.get(name), str) and row[name].strip()}
             first = next(iter(texts), "")

@@ -14,17 +14,20 @@ from typing import Any
 
 from rlhf.data import columns
 from rlhf.data.messages import RowError, answer_text, describe, has, messages
-from rlhf.data.standard_rows import ANSWERS, SIDES, prompt_completion_row
-
-LABELS = ("label", "kto_tag")
+from rlhf.data.row_parts import ANSWERS, LABELS, SIDES
+from rlhf.data.sft_rows import prompt_completion_row
 
 
 def label_of(row: dict) -> str | None:
     """The column with a thumb up or down; None if the row has none."""
     for key in LABELS:
-        if key in row and (columns.is_true(row[key]) or columns.is_false(row[key])):
+        if key in row and (_is_up(row[key]) or row[key] == 0 or columns.is_false(row[key])):
             return key
     return None
+
+
+def _is_up(value: Any) -> bool:
+    return value == 1 or columns.is_true(value)
 
 
 def is_kto(row: dict) -> bool:
@@ -59,7 +62,7 @@ def kto_row(row: dict, used: set[str]) -> dict[str, Any]:
         }
     else:
         new = prompt_completion_row({**row, key: None}, used)
-    return {**new, "label": columns.is_true(row[key])}
+    return {**new, "label": _is_up(row[key])}
 
 
 def helpsteer_row(row: dict, used: set[str]) -> dict[str, Any]:

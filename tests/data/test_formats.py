@@ -133,6 +133,7 @@ PAIRS = {
         "system": "S", "history": [["q", "a"]]},
         {"prompt": [system("S"), user("q"), assistant("a"), user("Translate.\n\nHallo")], "chosen": [assistant("Hello")],
          "rejected": [assistant("Bye")]}),
+    "LLaMA-Factory comparison": ({"instruction": SKY, "input": "", "output": [BLUE, GREEN]}, PAIR),
     "LLaMA-Factory sharegpt": ({"conversations": [human("Hi"), gpt("Hello."), human(SKY)], "chosen": gpt(BLUE),
         "rejected": gpt(GREEN), "system": "S", "tools": json.dumps([WEATHER["function"]])},
         {**PAIR, "prompt": [system("S"), *EARLIER, *Q], "tools": [WEATHER]}),
@@ -328,6 +329,7 @@ def test_row_of_another_format_than_the_first_rows():
     [
         ({"prompt": Q, "completion": A, "label": True}, "a KTO row"),
         ({"prompt": SKY, "completion": BLUE, "label": "False"}, "a KTO row"),
+        ({"prompt": SKY, "completion": BLUE, "label": 0}, "a KTO row"),
         ({"instruction": SKY, "input": "", "output": BLUE, "kto_tag": True}, "a KTO row"),
         ({"conversations": [human(SKY), gpt(BLUE)], "kto_tag": False}, "a KTO row"),
         (SFTS["HelpSteer2"][0], "a HelpSteer row"),

@@ -80,7 +80,7 @@ def is_canonical(row):
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=3), options=st.just(FormatOptions()) | OPTIONS)
-@settings(max_examples=300)
+@settings(max_examples=500)
 def test_any_rows_are_canonical_or_refused_in_a_sentence(rows, options):
     before = repr(rows)
     for convert, kind in ((sft_rows, "sft"), (preference_rows, "pairs")):

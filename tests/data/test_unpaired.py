@@ -36,6 +36,7 @@ def paired(*rows):
     [
         ({"prompt": [user("Q")], "completion": [assistant("A")], "label": True}, canonical("Q", "A", True)),
         ({"prompt": "Q", "completion": "A", "label": "false"}, canonical("Q", "A", False)),
+        ({"prompt": "Q", "completion": "A", "label": 1}, canonical("Q", "A", True)),
         ({"instruction": "Q", "input": "", "output": "A", "kto_tag": False}, canonical("Q", "A", False)),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "kto_tag": True},
          canonical("Q", "A", True)),
