@@ -174,6 +174,13 @@ TRL = [
             "_metrics": "the metrics of a global batch", "_total_train_tokens": "the count of tokens",
         }, in_code=True, only=stage)
     ),
+    *(
+        name
+        for stage, trainer in TRAINERS.items()
+        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "training/trainer.py", {
+            "_prepare_dataset dataset processing_class args": "training on the token ids that all processes made together",
+        }, only=stage)
+    ),
     *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/dpo.py", {
         "_precompute_ref_logps dataset name batch_size": "the reference cache",
     }, only="dpo"),
