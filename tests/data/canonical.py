@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.data import joining
+from rlhf.data import joining, rows
 from rlhf.data.features import BIT
 from rlhf.data.prepare import plain_rows, prepare
 from rlhf.data.sources import Source
+from rlhf.data.store import Part, PartWriter, Rows
 
 
 @dataclass
@@ -14,6 +15,7 @@ class Reading:
 
     Attributes:
         places: of the used rows, `file:line`.
+        rows: the prepared rows (store.Rows), for `summarise`.
         repeats: places of rows whose answer starts with the prompt, also if it was removed from all of them.
     """
 
@@ -26,11 +28,12 @@ class Reading:
     stripped: bool = False
     low_scores: list[str] = field(default_factory=list)
     equal_scores: list[str] = field(default_factory=list)
+    rows: Rows | None = None
 
     def fill(self, prepared) -> None:
-        rows, flags = prepared.rows, prepared.rows.column("flags")
-        having = lambda name: [self.places[i] for i in range(len(rows)) if flags[i] & BIT[name]]  # noqa: E731
-        self.places = [rows.place(i) for i in range(len(rows))]
+        self.rows, flags = prepared.rows, prepared.rows.column("flags")
+        self.places = [prepared.rows.place(i) for i in range(len(flags))]
+        having = lambda name: [place for place, bits in zip(self.places, flags, strict=True) if bits & BIT[name]]  # noqa: E731
         self.skipped, self.num_unused, self.stripped = prepared.skipped, prepared.num_unused, prepared.stripped
         self.repeats = list(self.places) if prepared.stripped else having("repeats")
         self.low_scores, self.equal_scores = having("low_scores"), having("equal_scores")
@@ -67,9 +70,18 @@ class Joined(Source):
         self.num_unused = prepared.num_unused
 
 
-def join_chosen_rejected(chosen, rejected, reading=None) -> Joined:
+def join_chosen_rejected(chosen, rejected, reading=None, options=None) -> Joined:
     """Pairs of accepted and rejected answers to the same prompt, in the order of the accepted ones."""
-    prepared, digest = joining.join_chosen_rejected(chosen, rejected)
+    prepared, digest = joining.join_chosen_rejected(chosen, rejected, options)
     if reading is not None:
         reading.fill(prepared)
     return Joined(prepared, chosen.name, chosen.has_lines, digest)
+
+
+def reject_margins_in_some_rows(pairs, places) -> None:
+    """`rows.reject_margins_in_some_rows` of canonical pairs at these places (`file:line`)."""
+    writer = PartWriter()
+    for row, place in zip(pairs, places, strict=True):
+        writer.add(row, int(place.rpartition(":")[2]))
+    writer.close()
+    rows.reject_margins_in_some_rows(Rows([Part(places[0].rpartition(":")[0], True, 0, writer.batches)]))
