@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 # add models: it allows later ones, and the list below decides whether one will do.
 VERIFIED = {
     "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
-    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
+    "peft": "0.21", "datasets": "5.2", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
 }  # fmt: skip
 
 
@@ -241,6 +241,7 @@ ACCELERATE_AND_PEFT = [
     *_of("peft.tuners.lora.layer", "Linear", "models/pieces.py", {
         "get_delta_weight adapter": "merging into a 4-bit base", "merge safe_merge adapter_names": "merging adapters",
     }),
+    *_of("datasets", "Dataset", "data/sources.py", {"_fingerprint": "knowing a data set again without reading it"}, in_code=True),
     *_of("peft.utils.integrations", "", "models/pieces.py", {"dequantize_module_weight module": "merging into a 4-bit base"}),
     *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
 ]  # fmt: skip

@@ -91,7 +91,9 @@ def test_a_boundary_at_every_byte(mark, tmp_path):
         assert counts[0].lines + counts[1].lines == 7, boundary
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8),
     breaks=st.lists(st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]), min_size=8, max_size=8),

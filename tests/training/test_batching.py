@@ -80,7 +80,9 @@ def test_steps_depend_on_the_seed_and_the_epoch():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**31), st.lists(st.integers(0, 30), min_size=1, max_size=5))
+@given(
+    st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**31), st.lists(st.integers(0, 30), min_size=1, max_size=5)
+)
 def test_the_rows_of_a_step_are_those_of_every_release(num_examples, global_batch_size, seed, steps):
     """A run that an older release has begun goes on with the same rows: the formula itself, in whatever order steps are asked."""
     for step in steps:

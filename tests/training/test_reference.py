@@ -102,7 +102,10 @@ alike = st.builds(bytes.__add__, st.sampled_from([bytes(8), b"a" * 8, b"\xff" * 
 
 
 @settings(max_examples=100, deadline=None)
-@given(entries | st.dictionaries(alike, st.tuples(*[st.floats(-9, 0, width=32)] * 2), max_size=9), st.lists(alike, max_size=9))
+@given(
+    entries | st.dictionaries(alike, st.tuples(*[st.floats(-9, 0, width=32)] * 2), max_size=9),
+    st.lists(alike, max_size=9),
+)
 def test_look_up(found, others):
     """Of known keys their values, of others NaN, also of keys whose first half another has."""
     half = [bytes(8) + key[8:] for key in found]
