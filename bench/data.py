@@ -159,8 +159,7 @@ def rlhf_batch(data: str, model: str) -> str:
     from rlhf.distributed.topology import Topology
     from rlhf.training.dpo import DPO
     from rlhf.training.plan import make_plan
-    from rlhf.training.plan_checks import load_plan_tokenizer
-    from rlhf.training.tokens import with_tokens
+    from rlhf.training.tokens import load_plan_tokenizer, with_tokens
 
     plan = make_plan(DPO, recipe(data, model), Topology("one process"))
     plan = with_tokens(plan, load_plan_tokenizer(plan))

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from rlhf.data.formats import preference_rows
+from rlhf.data.prepare import plain_rows, prepare
 from rlhf.data.sources import Source
 from rlhf.inference.generate import encode_prompt, generate, prompt_batches
 from rlhf.inference.score import SIDES, encode_pair, pack, pair_batches, pair_logps
@@ -28,7 +28,7 @@ def read_pairs(path: str, num: int) -> list[dict]:
     """The first pairs of a .jsonl or .jsonl.gz file."""
     with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(num), strict=False)]
-    return preference_rows(Source(path, rows, None, ""))
+    return plain_rows(prepare(Source(path, rows, None, ""), "pairs").rows)
 
 
 def timed(work) -> tuple[float, list[dict]]:

@@ -386,17 +386,17 @@ def read_lengths(data: str) -> list[tuple[int, int]]:
     """(tokens packed, tokens of both rows padded to the longer) of each pair, tokenised as DPO does."""
     from transformers import AutoTokenizer
 
-    from rlhf.data.formats import preference_rows
+    from rlhf.data.prepare import prepare
     from rlhf.data.sources import Source, load_source
     from rlhf.models.embedded import NAME, resolve
     from rlhf.models.tokenizer import tokenize_pair
-    from rlhf.training.lengths import count_tokens
+    from rlhf.training.tokenise import count_tokens
 
     tokenizer, lengths = AutoTokenizer.from_pretrained(resolve(NAME)), []
     rows = map(json.loads, gzip.open(data, "rt", encoding="utf-8")) if data.endswith(".gz") else load_source(data).rows
     for row in rows:
         try:
-            (pair,) = preference_rows(Source(data, [row], None, ""))
+            (pair,) = prepare(Source(data, [row], None, ""), "pairs").rows
         except ValueError:  # no answer in it: left out
             continue
         pair = tokenize_pair(tokenizer, pair)

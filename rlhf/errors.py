@@ -37,6 +37,12 @@ def one_line(message: object, limit: int = 600) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[3 - limit + limit // 2 :]}"
 
 
+def sentence(error: BaseException) -> str:
+    """A library's error on one line, at most 300 characters, ending with a full stop."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
 def quote(value: Any, limit: int = 80) -> str:
     """A value as it is quoted in a message: its repr on one line, cut to `limit` characters.
 

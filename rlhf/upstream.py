@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 # add models: it allows later ones, and the list below decides whether one will do.
 VERIFIED = {
     "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
-    "peft": "0.21", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
+    "peft": "0.21", "datasets": "5.2", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
 }  # fmt: skip
 
 
@@ -174,6 +174,13 @@ TRL = [
             "_metrics": "the metrics of a global batch", "_total_train_tokens": "the count of tokens",
         }, in_code=True, only=stage)
     ),
+    *(
+        name
+        for stage, trainer in TRAINERS.items()
+        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "training/trainer.py", {
+            "_prepare_dataset dataset processing_class args": "training on the token ids that all processes made together",
+        }, only=stage)
+    ),
     *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/dpo.py", {
         "_precompute_ref_logps dataset name batch_size": "the reference cache",
     }, only="dpo"),
@@ -234,6 +241,7 @@ ACCELERATE_AND_PEFT = [
     *_of("peft.tuners.lora.layer", "Linear", "models/pieces.py", {
         "get_delta_weight adapter": "merging into a 4-bit base", "merge safe_merge adapter_names": "merging adapters",
     }),
+    *_of("datasets", "Dataset", "data/sources.py", {"_fingerprint": "knowing a data set again without reading it"}, in_code=True),
     *_of("peft.utils.integrations", "", "models/pieces.py", {"dequantize_module_weight module": "merging into a 4-bit base"}),
     *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
 ]  # fmt: skip

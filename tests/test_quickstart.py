@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.data.formats import preference_rows
 from rlhf.data.heldout import held_out
+from rlhf.data.prepare import prepare
 from rlhf.data.sources import SAMPLE_NAME, load_source
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_the_quickstart(tmp_path):
 
     # the printed numbers again, from the saved models, by hand
     sample = load_source(SAMPLE_NAME, "all")
-    sides = held_out(preference_rows(sample), 0.2)
+    sides = held_out(prepare(sample, "pairs").rows.column("opening"), 0.2).tolist()
     rows = [row for row, side in zip(sample.rows, sides, strict=True) if side][:10]
     pairs = [json.loads(line) for line in (run / "evaluation" / "pairs.jsonl").read_text().splitlines()]
     for name in ("sft", "dpo"):

@@ -6,6 +6,7 @@ report, with all that must be known of the range's rows, is written beside the p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -93,8 +94,20 @@ def convert(
     return report
 
 
+def first_shape(rows: list[dict[str, Any]], to_canonical: Converter) -> list[str]:
+    """The shape of the first usable row, by which those of all ranges are measured; [] if none of these can be used."""
+    for row in rows:
+        with contextlib.suppress(RowError):
+            return _shape(to_canonical(row, set()))
+    return []
+
+
+def _shape(new: dict[str, Any]) -> list[str]:
+    return sorted(new.keys() - SHARED)
+
+
 def _check_shape(report: Report, new: dict[str, Any]) -> None:
-    shape = sorted(new.keys() - SHARED)
+    shape = _shape(new)
     if not report.shape:
         report.shape = shape
     elif shape != report.shape:
@@ -141,7 +154,7 @@ def convert_range(job: dict[str, Any]) -> Report:
     to_canonical = converter(
         job["kind"], first_rows(json_lines(path)), FormatOptions(**{k: _tuples(v) for k, v in job["options"].items()})
     )
-    report, writer = Report(), PartWriter(Path(job["out"]))
+    report, writer = Report(shape=job["shape"]), PartWriter(Path(job["out"]))
     read = Progress(job["end"] - job["start"])
     try:
         convert(read(json_lines(path, job["start"], job["end"], report)), to_canonical, writer, job["bad_rows"], report)

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.convert import Kind, Report, convert, count_repeats, first_rows, prompt_end
+from rlhf.data.convert import Kind, Report, convert, count_repeats, first_rows, first_shape, prompt_end
 from rlhf.data.features import BIT
 from rlhf.data.format_options import DEFAULT, FormatOptions
 from rlhf.data.json_reader import LineError
@@ -234,6 +234,7 @@ class _Job:
             self.bad_rows,
             partial,
             self.source.num_bytes,
+            first_shape(first_rows(self.source.stream()), self.converter),
         )
 
     @functools.cached_property
@@ -370,16 +371,20 @@ def np_bit(name: str) -> Any:
 
 
 def convert_in_parallel(
-    path: Path, kind: Kind, options: dict, bad_rows: str, folder: Path, num_bytes: int
+    path: Path, kind: Kind, options: dict, bad_rows: str, folder: Path, num_bytes: int, shape: list[str]
 ) -> Iterator[Report]:
-    """Convert a JSON Lines file range by range; yields the reports in the file's order, and ends early on an error."""
+    """Convert a JSON Lines file range by range; yields the reports in the file's order, and ends early on an error.
+
+    Args:
+        shape: of the file's first usable row; []: each range is measured by its own.
+    """
     from tqdm import tqdm
 
     cores = len(os.sched_getaffinity(0))
     size = max(1, min(RANGE_BYTES, -(-num_bytes // cores)))
     jobs = [
         {"path": str(path), "start": start, "end": min(num_bytes, start + size), "kind": kind, "options": options,
-         "bad_rows": bad_rows, "out": str(folder / f"part-{number:05d}.arrow"), "report": str(folder / f"report-{number:05d}.json")}
+         "bad_rows": bad_rows, "shape": shape, "out": str(folder / f"part-{number:05d}.arrow"), "report": str(folder / f"report-{number:05d}.json")}
         for number, start in enumerate(range(0, num_bytes, size))
     ]  # fmt: skip
     running: list[subprocess.Popen] = []

@@ -34,11 +34,11 @@ from rlhf.training.plan_checks import (
     check_reporters,
     check_scheduler,
     decide_max_length,
-    load_plan_tokenizer,
     note_disabled,
 )
 from rlhf.training.room import check_memory
 from rlhf.training.stage import Plan, Stage
+from rlhf.training.tokens import load_plan_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf.config.key_effects import without_effect
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
-from rlhf.errors import UserError, quote
+from rlhf.errors import UserError, quote, sentence
 from rlhf.models.embedded import is_fetched
 from rlhf.models.folder import base_of, commit_of, revision_of
 from rlhf.runs.lineage import maker_of
@@ -48,7 +48,7 @@ def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[s
             AutoTokenizer.from_pretrained(located)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(
-                f"{recipe.where(key)}: the tokenizer of {name} can't be loaded: {_sentence(error)}"
+                f"{recipe.where(key)}: the tokenizer of {name} can't be loaded: {sentence(error)}"
             ) from None
 
 
@@ -68,7 +68,7 @@ def check_scheduler(plan: Plan) -> None:
         name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         raise UserError(
             f"{recipe.where(key)}: the scheduler {name} can't be built with lr_scheduler_kwargs="
-            f"{quote(args.lr_scheduler_kwargs)}: {_sentence(error)}"
+            f"{quote(args.lr_scheduler_kwargs)}: {sentence(error)}"
         ) from None
 
 
@@ -83,7 +83,7 @@ def check_optimizer(plan: Plan) -> None:
         name = getattr(args.optim, "value", args.optim)
         if "model" in str(error).lower() and not isinstance(error, ImportError):
             return  # LOMO needs the model itself
-        raise UserError(f"{recipe.where('optim')}: optim {name} can't be used: {_sentence(error)}") from None
+        raise UserError(f"{recipe.where('optim')}: optim {name} can't be used: {sentence(error)}") from None
 
 
 def check_reporters(plan: Plan) -> None:
@@ -97,7 +97,7 @@ def check_reporters(plan: Plan) -> None:
     except (ImportError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{recipe.where('report_to')}: report_to {quote(recipe.get('report_to'))} can't be used: "
-            + _sentence(error).replace("pip install", f"{sys.executable} -m pip install")
+            + sentence(error).replace("pip install", f"{sys.executable} -m pip install")
         ) from None
 
 
@@ -111,31 +111,8 @@ def check_hub_login(plan: Plan) -> None:
         whoami()
     except Exception as error:  # as in models.locate: the hub's client raises a dozen types, from two HTTP libraries
         raise UserError(
-            f"{plan.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {_sentence(error)} "
+            f"{plan.recipe.where('push_to_hub')}: push_to_hub can't reach the hub with a login: {sentence(error)} "
             "Log in with `hf auth login` (or set HF_TOKEN), or remove push_to_hub and upload the finished folder later"
-        ) from None
-
-
-def load_plan_tokenizer(plan: Plan):
-    """The tokenizer with its chat template, as the stage loads it."""
-    from rlhf.models.tokenizer import load_tokenizer
-
-    args, recipe = plan.args, plan.recipe
-    template = plan.stage_args.chat_template
-    try:
-        return load_tokenizer(
-            plan.model_name,
-            template,
-            args.trust_remote_code,
-            encoder=recipe.stage == "reward",
-            revision=plan.model_args.model_revision,
-        )
-    except UserError as error:
-        where = recipe.where("chat_template" if template is not None else "model_name_or_path")
-        raise UserError(f"{where}: {error}") from None
-    except (OSError, ValueError, KeyError, ImportError) as error:  # missing or damaged files, a missing package
-        raise UserError(
-            f"{recipe.where('model_name_or_path')}: the tokenizer of {plan.model_name} can't be loaded: {_sentence(error)}"
         ) from None
 
 
@@ -170,7 +147,7 @@ def check_modules(plan: Plan) -> bool:
             model = auto.from_config(config, **options)
     except (ValueError, ImportError) as error:
         key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
-        raise UserError(f"{recipe.where(key)}: {plan.model_name} can't be built: {_sentence(error)}") from None
+        raise UserError(f"{recipe.where(key)}: {plan.model_name} can't be built: {sentence(error)}") from None
     packed = plan.packing_mode is not None and why_not(model) is None
     if not model_args.use_peft or plan.continues_adapter:
         return packed
@@ -189,7 +166,7 @@ def check_modules(plan: Plan) -> bool:
         with torch.device("meta"):
             get_peft_model(model, adapter)
     except ValueError as error:  # PEFT's NoMatchingPeftModuleError is one
-        reason = reason or _sentence(error)
+        reason = reason or sentence(error)
     if reason:
         key = "lora_target_modules" if recipe.get("lora_target_modules") else "use_peft"
         raise UserError(
@@ -252,12 +229,6 @@ def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
         )
     if stage_args.global_batch_size is not None and tokens > stage_args.max_tokens_per_device:
         raise too_long(recipe, rows.place(number), tokens, stage_args.max_tokens_per_device)
-
-
-def _sentence(error: BaseException) -> str:
-    """A library's error on one line, at most 300 characters, ending with a full stop."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.endswith((".", "!", "?")) else text + "."
 
 
 def note_disabled(recipe: Recipe) -> None:

@@ -31,9 +31,8 @@ from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
-from rlhf.training.plan_checks import load_plan_tokenizer
 from rlhf.training.stage import Plan, Stage
-from rlhf.training.tokens import with_tokens
+from rlhf.training.tokens import load_plan_tokenizer, with_tokens
 
 if TYPE_CHECKING:
     from rlhf.runs.checkpointing import CheckpointMixin

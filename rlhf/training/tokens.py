@@ -25,7 +25,7 @@ import numpy as np
 
 from rlhf.data.store import Part, Rows, read_part
 from rlhf.distributed.processes import is_main, local_rank, rank
-from rlhf.errors import UserError
+from rlhf.errors import UserError, sentence
 from rlhf.files import cache_dir, free_bytes, lock_file, read_json, write_file
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training.stage import Plan
@@ -82,6 +82,29 @@ def with_tokens(plan: Plan, tokenizer, stopper: Stopper | None = None) -> Plan:
             f"{plan.recipe.where('max_length')}: max_length={plan.args.max_length} leaves no training example; raise it"
         )
     return dataclasses.replace(plan, tokens=found)
+
+
+def load_plan_tokenizer(plan: Plan):
+    """The tokenizer with its chat template, as the stage loads it."""
+    from rlhf.models.tokenizer import load_tokenizer
+
+    args, recipe = plan.args, plan.recipe
+    template = plan.stage_args.chat_template
+    try:
+        return load_tokenizer(
+            plan.model_name,
+            template,
+            args.trust_remote_code,
+            encoder=recipe.stage == "reward",
+            revision=plan.model_args.model_revision,
+        )
+    except UserError as error:
+        where = recipe.where("chat_template" if template is not None else "model_name_or_path")
+        raise UserError(f"{where}: {error}") from None
+    except (OSError, ValueError, KeyError, ImportError) as error:  # missing or damaged files, a missing package
+        raise UserError(
+            f"{recipe.where('model_name_or_path')}: the tokenizer of {plan.model_name} can't be loaded: {sentence(error)}"
+        ) from None
 
 
 def known_counts(plan: Plan, tokenizer) -> Counts | None:

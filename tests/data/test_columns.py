@@ -1,8 +1,7 @@
 """Columns and fields of the field's formats: used rightly, refused by name with place and fix, or listed as not used."""
 
 import pytest
-from rlhf.data.formats import join_chosen_rejected, preference_rows, reject_margins_in_some_rows, sft_rows
-from rlhf.data.reading import Reading
+from canonical import Reading, join_chosen_rejected, preference_rows, reject_margins_in_some_rows, sft_rows
 
 from rlhf.data.sources import Source
 from rlhf.errors import UserError

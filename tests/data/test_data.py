@@ -4,12 +4,14 @@ import json
 import os
 
 import pytest
+from canonical import join_chosen_rejected, preference_rows, sft_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from rlhf.data.formats import PREFERENCE_SHAPES, SFT_SHAPES, join_chosen_rejected, preference_rows, sft_rows
 
 from rlhf.data.messages import INVISIBLE
+from rlhf.data.pair_rows import PREFERENCE_SHAPES
 from rlhf.data.pairs import FILES, write_pair_files
+from rlhf.data.sft_rows import SFT_SHAPES
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, Source, load_source
 from rlhf.errors import UserError
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from rlhf.data.formats import join_chosen_rejected, preference_rows, sft_rows
-from rlhf.data.reading import Reading
+from canonical import Reading, join_chosen_rejected, preference_rows, sft_rows
 
 from rlhf.config.stage_config import COLUMN_NAMES
 from rlhf.data.format_options import VERSION, FormatOptions, at

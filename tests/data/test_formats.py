@@ -5,8 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from rlhf.data.formats import preference_rows, sft_rows
-from rlhf.data.reading import Reading
+from canonical import Reading, preference_rows, sft_rows
 
 from rlhf.config.stage_config import FORMATS as NAMES
 from rlhf.data.format_table import FORMATS

@@ -3,11 +3,10 @@
 import copy
 import json
 
+from canonical import Reading, preference_rows, sft_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf.data.formats import preference_rows, sft_rows
 from rlhf.data.prompts import prompt_hash
-from rlhf.data.reading import Reading
 from test_formats import PAIRS, SFTS
 
 from rlhf.config.stage_config import CHAT_ROLES, COLUMN_NAMES, FORMATS

@@ -4,13 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.__main__ import main
-from rlhf.data.formats import preference_rows, sft_rows
 from rlhf.data.heldout import held_out, trained_on, write_train_prompts
+from rlhf.data.prepare import prepare
 from rlhf.data.sources import Source, load_source
 from rlhf.errors import UserError
 from rlhf.evaluation.overlap import find_overlap, heading
@@ -18,8 +19,13 @@ from rlhf.evaluation.overlap import find_overlap, heading
 ROOT = Path(__file__).parent.parent.parent
 
 
-def source(rows):
-    return Source("rows", rows, None, "0" * 64)
+def prepared(rows, kind="pairs"):
+    return prepare(Source("rows", rows, None, "0" * 64), kind).rows
+
+
+def sides(rows, share, kind="pairs"):
+    """For each row, whether it is held out."""
+    return held_out(prepared(rows, kind).column("opening"), share).tolist()
 
 
 def user(text):
@@ -46,31 +52,42 @@ def test_all_stages_agree_whatever_the_order_and_the_columns(prompts, dice, shar
     systems = [{"prompt": p, "system": "be brief", "chosen": "a", "rejected": "b"} for p in prompts]
     for rows in (pairs, alpaca, chats, systems):
         dice.shuffle(rows)
-    sides = {}
-    for rows, read, name in (
-        (pairs, preference_rows, "prompt"), (alpaca, sft_rows, "instruction"), (chats, sft_rows, "messages"),
-        (systems, preference_rows, "prompt"),
+    first = {}
+    for rows, kind, name in (
+        (pairs, "pairs", "prompt"), (alpaca, "sft", "instruction"), (chats, "sft", "messages"),
+        (systems, "pairs", "prompt"),
     ):  # fmt: skip
-        found = held_out(read(source(rows)), share)
+        found = sides(rows, share, kind)
         asked = [row[name] if isinstance(row[name], str) else row[name][0]["content"] for row in rows]
         normal = [" ".join(text.casefold().split()) for text in asked]
         assert any(found)
-        assert sides.setdefault("first", dict(zip(normal, found, strict=True))) == dict(zip(normal, found, strict=True))
+        assert first.setdefault("sides", dict(zip(normal, found, strict=True))) == dict(zip(normal, found, strict=True))
 
 
 def test_a_dialogue_and_its_continuation_stay_together():
     """10 dialogues, each also one turn shorter: the longer one's prompt holds the shorter one's, so they share a side."""
     long = [{"messages": user(f"q{i}") + assistant("a") + user("and?") + assistant("b")} for i in range(10)]
     short = [{"prompt": f"q{i}", "completion": "a"} for i in range(10)]
-    assert held_out(sft_rows(source(long)), 0.5) == held_out(sft_rows(source(short)), 0.5)
-    assert 0 < sum(held_out(sft_rows(source(short)), 0.5)) < 10
+    assert sides(long, 0.5, "sft") == sides(short, 0.5, "sft")
+    assert 0 < sum(sides(short, 0.5, "sft")) < 10
 
 
 def test_a_share_does_not_move_prompts_when_rows_are_added_and_a_count_is_exact():
-    rows = preference_rows(source([{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(1000)]))
-    assert held_out(rows, 0.1)[:500] == held_out(rows[:500], 0.1)
-    assert 70 < sum(held_out(rows, 0.1)) < 130  # 100 expected, standard deviation 9.5
-    assert sum(held_out(rows, 30)) == 30 and sum(held_out(rows + rows, 30)) == 60  # prompts, not rows
+    rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(1000)]
+    assert sides(rows, 0.1)[:500] == sides(rows[:500], 0.1)
+    assert 70 < sum(sides(rows, 0.1)) < 130  # 100 expected, standard deviation 9.5
+    assert sum(sides(rows, 30)) == 30 and sum(sides(rows + rows, 30)) == 60  # prompts, not rows
+
+
+def test_by_hand():
+    """Openings below 2**64 x the fraction; at least one, also if it is none; a number: the smallest ones."""
+    openings = np.array([3 << 60, 1 << 60, 3 << 60, (1 << 64) - 1], np.uint64)
+    assert held_out(openings, 0.1).tolist() == [False, True, False, False]  # 1.6 << 60
+    assert held_out(openings, 0.2).tolist() == [True, True, True, False]  # 3.2 << 60
+    assert held_out(openings, 0.01).tolist() == [False, True, False, False]
+    assert held_out(openings, 2).tolist() == [True, True, True, False]
+    assert held_out(openings[3:], 0.5).tolist() == [True]  # the only prompt
+    assert held_out(openings[:0], 0.5).tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -96,13 +113,11 @@ def test_refused_with_the_fix(values, key, words, recipe, tiny_llama, few_pairs,
 
 def test_prompts_are_kept_and_found(tmp_path):
     """A dialogue of two answers trains two prompts; 8 bytes each; case and white space don't matter."""
-    rows = sft_rows(source([{"messages": user("One?") + assistant("a") + user("Two?") + assistant("b")}]))
+    rows = prepared([{"messages": user("One?") + assistant("a") + user("Two?") + assistant("b")}], "sft")
     write_train_prompts(tmp_path, rows)
     assert (tmp_path / "prompts.hashes").stat().st_size == 16
-    wanted = preference_rows(
-        source([{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("one?", "Two?", " ONE? ")])
-    )
-    assert trained_on(tmp_path, wanted) == [True, False, True]
+    wanted = prepared([{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("one?", "Two?", " ONE? ")])
+    assert trained_on(tmp_path, wanted).tolist() == [True, False, True]
     assert trained_on(tmp_path / "nowhere", wanted) is None
     (tmp_path / "prompts.hashes").write_bytes(b"123")
     with pytest.raises(UserError, match="damaged"):
@@ -111,14 +126,14 @@ def test_prompts_are_kept_and_found(tmp_path):
 
 def test_overlap_follows_the_runs_that_a_model_came_from(tmp_path):
     """dpo was trained on q0 and started from sft, which was trained on q1: both are seen; q2 and q3 are held out."""
-    pairs = preference_rows(source([{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]))
+    pairs = prepared([{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)])
     for number, (name, start) in enumerate((("dpo", str(tmp_path / "sft")), ("sft", "hub/base"))):
         (tmp_path / name).mkdir()
         write_train_prompts(tmp_path / name, pairs[number : number + 1])
         provenance = {"arguments": {"model": {"model_name_or_path": start}}}
         (tmp_path / name / "provenance.json").write_text(json.dumps(provenance))
     overlap, seen = find_overlap(pairs, {"dpo_model": str(tmp_path / "dpo")})
-    assert seen == [True, True, False, False] and overlap.left_out == 2
+    assert seen.tolist() == [True, True, False, False] and overlap.left_out == 2
     assert overlap.by_run == {str(tmp_path / "dpo"): 1, str(tmp_path / "sft"): 1} and overlap.unknown == ["hub/base"]
     assert heading({"pairs": 2, "overlap": overlap.record()}) == "2 held-out pairs"
     overlap, _ = find_overlap(pairs[:2], {"dpo_model": str(tmp_path / "dpo")})

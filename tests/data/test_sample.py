@@ -6,9 +6,10 @@ import re
 from collections import Counter
 
 import pytest
+from canonical import preference_rows, sft_rows
 
-from rlhf.data.formats import preference_rows, sft_rows
 from rlhf.data.heldout import held_out
+from rlhf.data.prepare import prepare
 from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, load_source
 
 SPLITS = ("train", "heldout")
@@ -131,7 +132,7 @@ def test_no_held_out_question_is_nearly_a_training_question():
 def test_no_question_that_the_quickstart_holds_out_is_nearly_a_training_question():
     """Its recipes divide both files by the hash of the prompt (`heldout: 0.2`): 204 and 46 pairs, all tasks in both."""
     source = load_source(SAMPLE_NAME, "all")
-    sides = held_out(preference_rows(source), 0.2)
+    sides = held_out(prepare(source, "pairs").rows.column("opening"), 0.2).tolist()
     parts = [[row for row, side in zip(source.rows, sides, strict=True) if side is wanted] for wanted in (True, False)]
     assert [len(part) for part in parts] == [46, 204]
     assert {row["task"] for row in parts[0]} == {row["task"] for row in parts[1]}

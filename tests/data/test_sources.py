@@ -9,9 +9,9 @@ import os
 import pickle
 
 import pytest
+from canonical import preference_rows
 
 from rlhf.data import folders, raw
-from rlhf.data.formats import preference_rows
 from rlhf.data.pairs import FILES, write_pair_files
 from rlhf.data.sources import SAMPLE_NAME, Source, load_source
 from rlhf.errors import UserError

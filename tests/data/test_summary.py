@@ -4,12 +4,12 @@ import hashlib
 import json
 
 import pytest
-from rlhf.data.prompts import normalise_prompt, prompt_hash
 
 from rlhf.__main__ import main
-from rlhf.data.formats import preference_rows, sft_rows
-from rlhf.data.reading import Reading
+from rlhf.data.features import normalise_prompt, prompt_hash
+from rlhf.data.prepare import prepare
 from rlhf.data.sources import Source
+from rlhf.data.store import Rows
 from rlhf.data.summary import Count, leaks, line, skipped_line, summarise
 
 
@@ -17,12 +17,16 @@ def pair(prompt="Q", chosen="right", rejected="bad", **more):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
-def summary_of(*rows, convert=preference_rows, heldout=()):
+def prepared(name, rows, kind="pairs", bad_rows="error"):
+    """Of rows in NAME:1, NAME:2, ..."""
+    return prepare(Source(name, list(rows), list(range(1, len(rows) + 1)), ""), kind, bad_rows=bad_rows)
+
+
+def summary_of(*rows, kind="pairs", heldout=()):
     """Of rows in f:1, f:2, ...; held-out ones in h:1, h:2, ..."""
-    readings = Reading("skip"), Reading()
-    sources = [Source(n, list(r), list(range(1, len(r) + 1)), "") for n, r in (("f", rows), ("h", heldout))]
-    canonical = [convert(s, r) if s.rows else [] for s, r in zip(sources, readings, strict=True)]
-    return summarise(canonical[0], readings[0], canonical[1], readings[1].places)
+    found = prepared("f", rows, kind, "skip")
+    held = prepared("h", heldout, kind).rows if heldout else None
+    return summarise(found.rows, found.num_unused, len(found.skipped), found.stripped, held)
 
 
 def user(text):
@@ -38,7 +42,7 @@ def test_normalised_prompt():
     messages = [{"role": "system", "content": " Be\n\n  BRIEF "}, user("\ufb01nd \uff21 Straße")]
     expected = "user\x1ffind a strasse"  # the same question under another system message is the same prompt
     assert normalise_prompt(messages) == expected
-    assert prompt_hash(messages) == hashlib.sha256(expected.encode()).digest()[:16]
+    assert prompt_hash(messages) == int.from_bytes(hashlib.sha256(expected.encode()).digest()[:8], "big")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_line_says_that_repeated_prompts_were_cut_off():
     ids=["prompt", "text", "messages"],
 )
 def test_sft_rows_have_no_contradictions(row):
-    summary = summary_of(row, row, convert=sft_rows)
+    summary = summary_of(row, row, kind="sft")
     assert line(summary) == (
         "2 rows: 1 duplicate (first: f:2), template markers in 0, prompt repeated in the answer in 0"
     )
@@ -118,7 +122,9 @@ def test_held_out_prompts_are_found_in_other_case_and_white_space():
 
 
 def test_no_held_out_rows_no_leaks():
-    assert leaks([], [], []) == Count()
+    assert leaks(Rows([]), Rows([])) == Count()
+    assert leaks(prepared("f", [pair()]).rows, Rows([])) == Count()
+    assert summary_of(pair()).leaks == Count()
 
 
 def test_skipped_rows_are_named():

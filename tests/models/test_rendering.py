@@ -4,10 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from canonical import preference_rows, sft_rows
 from datasets import Dataset
-from rlhf.data.formats import preference_rows, sft_rows
-from rlhf.data.trl_dataset import trl_dataset
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
+from trl_dataset import trl_dataset
 
 from rlhf.data.format_options import FormatOptions
 from rlhf.data.sources import Source

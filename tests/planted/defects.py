@@ -220,7 +220,7 @@ REFERENCE = (
     ),
     Defect(
         "reference-without-template", "the cache's key covers the answers, not the prompt that a template writes",
-        "rlhf/training/reference.py",
+        "rlhf/training/tokenise.py",
         'digest.update(np.array([len(ids), num_prompt, *ids], dtype=np.int64).tobytes())',
         'digest.update(np.array([len(ids), num_prompt, *row[side]], dtype=np.int64).tobytes())',
         ("tests/training/test_reference.py::test_pair_key_changes_with",),
@@ -228,8 +228,8 @@ REFERENCE = (
     Defect(
         "reference-of-another-row", "reference values go to the rows in another order than they were computed",
         "rlhf/training/reference.py",
-        "return dict(zip(batch, zip(chosen.float()",
-        "return dict(zip(sorted(batch), zip(chosen.float()",
+        "missing.logps[numbers] = values",
+        "missing.logps[np.sort(numbers)] = values",
         ("tests/training/test_reference.py::test_values_are_trls_own_in_the_order_of_the_rows[lora-values0]",),
     ),
     Defect(
@@ -395,29 +395,29 @@ DATA = (
     Defect(
         "held-out-trained-on", "the rows that are held out stay in the training data",
         "rlhf/data/rows.py",
-        "if side is wanted]",
-        "if side or not wanted]",
+        "return whole.mixed(np.flatnonzero(~sides), recipe)",
+        "return whole.mixed(np.arange(len(sides)), recipe)",
         ("tests/data/test_heldout.py::test_the_quickstart_copied_for_one_csv",),
     ),
     Defect(
         "held-out-by-columns", "which rows are held out depends on columns and answers, not on the prompt alone",
-        "rlhf/data/heldout.py",
-        'hashlib.sha256(normalise_prompt(spoken[:1]).encode("utf-8"))',
-        'hashlib.sha256(repr(row).encode("utf-8"))',
+        "rlhf/data/features.py",
+        "opening = prompts[0] if len(prompts) == 1 == len(spoken) else _hash64(spoken[:1])",
+        "opening = own",
         ("tests/data/test_heldout.py::test_all_stages_agree_whatever_the_order_and_the_columns",),
     ),
     Defect(
         "seen-called-held-out", "an evaluation looks only at what its last model was trained on",
         "rlhf/evaluation/overlap.py",
-        "seen = [a or b for a, b in zip(seen, hits, strict=True)]",
+        "seen |= hits",
         "seen = hits",
         ("tests/data/test_heldout.py::test_overlap_follows_the_runs_that_a_model_came_from",),
     ),
     Defect(
         "skipped-not-counted", "a row that can't be used is left out without being counted",
-        "rlhf/data/reading.py",
-        'reading.skipped.append({"place": source.where(index), "reason": str(error)})\n            continue',
-        "continue",
+        "rlhf/data/convert.py",
+        "report.bad.append((line, str(error)))",
+        "pass",
         ("tests/data/test_columns.py::test_rows_that_cannot_be_used_are_left_out",),
     ),
     Defect(

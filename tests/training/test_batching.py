@@ -1,5 +1,6 @@
 """The split of a global batch: everything once, nothing too big, all processes alike, well balanced."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,3 +77,29 @@ def test_steps_depend_on_the_seed_and_the_epoch():
     orders = {tuple(step_examples(step, 50, 50, seed)) for step in (0, 1) for seed in (1, 2)}
     assert len(orders) == 4
     assert step_examples(3, 50, 8, 1) == step_examples(3, 50, 8, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**31), st.lists(st.integers(0, 30), min_size=1, max_size=5)
+)
+def test_the_rows_of_a_step_are_those_of_every_release(num_examples, global_batch_size, seed, steps):
+    """A run that an older release has begun goes on with the same rows: the formula itself, in whatever order steps are asked."""
+    for step in steps:
+        epoch, place = divmod(step, -(-num_examples // global_batch_size))
+        order = np.random.default_rng([seed, epoch]).permutation(num_examples)
+        expected = order[place * global_batch_size : (place + 1) * global_batch_size].tolist()
+        assert step_examples(step, num_examples, global_batch_size, seed) == expected
+
+
+def test_the_rows_of_a_step_by_hand():
+    assert [step_examples(k, 5, 2, seed=3) for k in range(4)] == [[4, 2], [1, 3], [0], [1, 4]]
+
+
+def test_an_epoch_is_permuted_once(monkeypatch):
+    """Not at each step: that takes half a second for ten million rows."""
+    made, real = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (made.append(seed), real(seed))[1])
+    for step in range(20):
+        step_examples(step, 30, 3, seed=987654)
+    assert made == [[987654, 0], [987654, 1]]

@@ -1,12 +1,14 @@
 """What max_length costs is what TRL's own preparation of the rows does."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
 from rlhf.data.summary import Count
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
-from rlhf.training.lengths import CutReport, answers_cut, line
+from rlhf.training.lengths import CutReport, answers_cut, cost, line
+from rlhf.training.tokenise import Settings, count_tokens
 
 
 def pair(prompt, chosen, rejected, place):
@@ -39,8 +41,9 @@ def limit(tokenizer):
 
 
 def test_dpo(tokenizer, limit):
-    report = answers_cut(ROWS, tokenizer, limit, "dpo")
+    report, counts = answers_cut(ROWS, tokenizer, Settings("dpo", limit))
     assert report == CutReport("dpo", limit, 4, Count(2, "f:2"), 3, Count(1, "f:2"), Count(1, "f:4"))
+    assert (counts.rows, counts.kept, counts.unequal) == (4, 3, [0, -1])
     assert line(report) == (
         f"max_length={limit}: cuts 3 answers in 2 of 4 pairs (first: f:2); 1 of 4 pairs have the same tokens for chosen and "
         "rejected (first: f:2); 1 of 4 pairs are left out, since the prompt alone fills it (first: f:4)"
@@ -48,36 +51,36 @@ def test_dpo(tokenizer, limit):
 
 
 def test_reward_leaves_out_what_is_longer(tokenizer, limit):
-    report = answers_cut(ROWS, tokenizer, limit, "reward")
+    report, _ = answers_cut(ROWS, tokenizer, Settings("reward", limit))
     assert (report.cut, report.same, report.left_out) == (Count(), Count(), Count(3, "f:2"))
     assert line(report) == f"max_length={limit}: 3 of 4 pairs are left out, since one side is longer (first: f:2)"
 
 
 def test_sft(tokenizer, limit):
     rows = [{"prompt": r["prompt"], "completion": r["rejected"], "place": r["place"]} for r in ROWS]
-    report = answers_cut(rows, tokenizer, limit, "sft")
+    report, _ = answers_cut(rows, tokenizer, Settings("sft", limit))
     assert (report.cut, report.answers, report.left_out) == (Count(2, "f:2"), 2, Count(1, "f:4"))
 
 
 def test_dialogues_and_texts_are_cut_and_never_left_out(tokenizer):
     dialogue = {"messages": [*ROWS[3]["prompt"], *ROWS[3]["chosen"]], "place": "f:1"}
     for row in (dialogue, {"text": "word " * 50, "place": "f:1"}):
-        report = answers_cut([row], tokenizer, 20, "sft")
+        report, _ = answers_cut([row], tokenizer, Settings("sft", 20))
         assert (report.cut, report.left_out) == (Count(1, "f:1"), Count())
 
 
 def test_keep_end_cuts_the_prompt_first(tokenizer, limit):
-    report = answers_cut(ROWS[3:], tokenizer, limit, "dpo", "keep_end")
+    report, _ = answers_cut(ROWS[3:], tokenizer, Settings("dpo", limit, "keep_end"))
     assert (report.cut, report.left_out) == (Count(), Count())
 
 
 @pytest.mark.parametrize("max_length", [None, 1000])
 def test_nothing_to_report(tokenizer, max_length):
-    assert line(answers_cut(ROWS, tokenizer, max_length, "dpo")) == ""
+    assert line(answers_cut(ROWS, tokenizer, Settings("dpo", max_length))[0]) == ""
 
 
 def test_a_sample_is_spread_over_all_rows(tokenizer, limit):
-    report = answers_cut(ROWS, tokenizer, limit, "dpo", at_most=2)  # rows 1 and 3
+    report, _ = answers_cut(ROWS, tokenizer, Settings("dpo", limit), at_most=2)  # rows 1 and 3
     assert (report.rows, report.cut) == (2, Count(1, "f:3"))
 
 
@@ -92,7 +95,7 @@ def test_dpo_is_as_trl_cuts(tokenizer, limit, mode):
     batch = DataCollatorForPreference(0, max_length=limit, truncation_mode=mode)(list(prepared))
     kept = batch["completion_mask"].sum(-1).tolist()
     full = [len(row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in prepared]
-    report = answers_cut(ROWS, tokenizer, limit, "dpo", mode)
+    report, _ = answers_cut(ROWS, tokenizer, Settings("dpo", limit, mode))
     assert report.answers == sum(k < f for k, f in zip(kept, full, strict=True))
     assert report.left_out.rows == len(ROWS) - len(prepared)
     half = len(prepared)
@@ -106,7 +109,7 @@ def test_reward_is_as_trl_filters(tokenizer, limit):
 
     args = SimpleNamespace(dataset_num_proc=None, max_length=limit)
     prepared = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(ROWS), tokenizer, args, "train")
-    assert len(ROWS) - len(prepared) == answers_cut(ROWS, tokenizer, limit, "reward").left_out.rows
+    assert len(ROWS) - len(prepared) == answers_cut(ROWS, tokenizer, Settings("reward", limit))[0].left_out.rows
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
@@ -131,6 +134,22 @@ def test_sft_is_as_trl_cuts(tokenizer, limit, mode, shape):
     }
     rows = [{**shapes[shape](row), "place": row["place"]} for row in ROWS]
     whole, cut = learnt(prepare(None)), learnt(prepare(limit))
-    report = answers_cut(rows, tokenizer, limit, "sft", mode)
+    report, _ = answers_cut(rows, tokenizer, Settings("sft", limit, mode))
     assert (report.answers, report.left_out.rows) == (sum(cut[p] < whole[p] for p in cut), len(whole) - len(cut))
     assert report.answers > 0 or mode == "keep_end"
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_cost_of_the_longest_row_that_is_kept(tokenizer, limit, stage, padded):
+    """`too_long: error` raises at the start, not here."""
+    whole = [tokenize_pair(tokenizer, row) for row in ROWS]
+    if stage == "reward":  # the prompt is a part of both sides, found as their common prefix
+        whole = [{f"{s}_ids": p["prompt_ids"] + p[f"{s}_ids"] for s in ("chosen", "rejected")} for p in whole]
+    kept = [0] if stage == "reward" else [0, 1, 2]
+    tokens = {number: count_tokens(whole[number], limit, padded) for number in kept}
+    longest = max(tokens, key=tokens.get)
+    settings = Settings(stage, limit)
+    assert cost(tokenizer, ROWS, settings, padded) == (tokens[longest], longest)
+    strict = dataclasses.replace(settings, too_long="error")
+    assert cost(tokenizer, ROWS, strict, padded)[1] == 0  # rows beyond max_length are not kept

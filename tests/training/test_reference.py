@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -28,7 +29,17 @@ from rlhf.models.digests import weights_digest
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training import reference
-from rlhf.training.reference import Shards, add_reference_logps, decode, encode, pair_key, reference_key, token_batches
+from rlhf.training.reference import (
+    Shards,
+    add_reference_logps,
+    decode,
+    encode,
+    look_up,
+    pair_keys,
+    reference_key,
+    token_batches,
+)
+from rlhf.training.tokenise import pair_key
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 ROW = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [3, 6]}
@@ -70,10 +81,58 @@ entries = st.dictionaries(
 )
 
 
+def arrays(found):
+    """Keys (N, 16) uint8 and log-probabilities (N, 2) float32 of {key: (chosen, rejected)}."""
+    keys = np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
+    return keys, np.array(list(found.values()), np.float32).reshape(-1, 2)
+
+
+def entries_of(keys, logps):
+    assert keys.dtype == np.uint8 and logps.dtype == np.float32 and len(keys) == len(logps)
+    return {key.tobytes(): tuple(pair.tolist()) for key, pair in zip(keys, logps, strict=True)}
+
+
 @settings(max_examples=50, deadline=None)
 @given(entries)
 def test_encode_and_decode(found):
-    assert decode(encode(found)) == found
+    assert entries_of(*decode(encode(*arrays(found)))) == found
+
+
+alike = st.builds(bytes.__add__, st.sampled_from([bytes(8), b"a" * 8, b"\xff" * 8]), st.binary(min_size=8, max_size=8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    entries | st.dictionaries(alike, st.tuples(*[st.floats(-9, 0, width=32)] * 2), max_size=9),
+    st.lists(alike, max_size=9),
+)
+def test_look_up(found, others):
+    """Of known keys their values, of others NaN, also of keys whose first half another has."""
+    half = [bytes(8) + key[8:] for key in found]
+    wanted = [*others, *half, *found, *found]
+    got = look_up(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 16), *arrays(found))
+    for key, pair in zip(wanted, got.tolist(), strict=True):
+        assert tuple(pair) == found[key] if key in found else np.isnan(pair).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(alike, min_size=1, max_size=20))
+def test_distinct(keys):
+    """The first row of each different key, and for each row which of them is its own."""
+    first, same = reference._distinct(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16))
+    assert [keys[i] for i in first[same]] == keys
+    assert sorted(first.tolist()) == sorted(keys.index(key) for key in set(keys))
+
+
+def test_pair_keys_of_a_dataset():
+    """From their column, or computed from the ids."""
+    rows = [ROW, ROW | {"chosen_ids": [9]}]
+    expected = [pair_key(row, 4, "keep_end") for row in rows]
+    for columns in ({}, {"pair_key": expected}):
+        dataset = Dataset.from_list([row | {k: v[i] for k, v in columns.items()} for i, row in enumerate(rows)])
+        assert [key.tobytes() for key in pair_keys(dataset, 4, "keep_end")] == expected
+    kept = Dataset.from_list([row | {"pair_key": key} for row, key in zip(rows, expected[::-1], strict=True)])
+    assert [key.tobytes() for key in pair_keys(kept, 4, "keep_end")] == expected[::-1]
 
 
 def some(start, count=3):
@@ -82,52 +141,52 @@ def some(start, count=3):
 
 def test_shards_add_up(tmp_path):
     shards = Shards(tmp_path / "cache")
-    assert shards.read() == {}
-    shards.write({})
+    assert entries_of(*shards.read()) == {}
+    shards.write(*arrays({}))
     assert not (tmp_path / "cache").exists()
-    shards.write(some(0))
-    shards.write(some(3))
-    shards.write(some(3))  # a run beside this one has written the same
-    assert shards.read() == some(0) | some(3)
+    shards.write(*arrays(some(0)))
+    shards.write(*arrays(some(3)))
+    shards.write(*arrays(some(3)))  # a run beside this one has written the same
+    assert entries_of(*shards.read()) == some(0) | some(3)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit", "empty", "swapped"])
 def test_a_damaged_file_is_not_trusted(damage, tmp_path, capsys):
     shards = Shards(tmp_path)
-    shards.write(some(0))
+    shards.write(*arrays(some(0)))
     first = next(tmp_path.iterdir())
-    shards.write(some(3))
+    shards.write(*arrays(some(3)))
     content = bytearray(first.read_bytes())
     if damage == "bit":
         content[-3] ^= 4  # in a log-probability
     elif damage == "swapped":
-        content = bytearray(encode(some(7)))  # a good file under another one's name
+        content = bytearray(encode(*arrays(some(7))))  # a good file under another one's name
     first.write_bytes(content[: {"truncated": len(content) - 5, "empty": 0}.get(damage)])
-    assert shards.read() == some(3)
+    assert entries_of(*shards.read()) == some(3)
     assert f"{first} is damaged" in capsys.readouterr().out and not first.exists()
-    shards.write(some(0))
-    assert shards.read() == some(0) | some(3)
+    shards.write(*arrays(some(0)))
+    assert entries_of(*shards.read()) == some(0) | some(3)
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    Shards(tmp_path / "file" / "key").write(some(0))
+    Shards(tmp_path / "file" / "key").write(*arrays(some(0)))
     assert "can't be cached" in capsys.readouterr().out
 
 
 def test_a_half_written_file_is_no_file(tmp_path):
     shards = Shards(tmp_path)
-    shards.write(some(0))
-    (tmp_path / ".123-abc.safetensors.partial").write_bytes(encode(some(3))[:20])  # a kill while writing
-    assert shards.read() == some(0)
+    shards.write(*arrays(some(0)))
+    (tmp_path / ".123-abc.safetensors.partial").write_bytes(encode(*arrays(some(3)))[:20])  # a kill while writing
+    assert entries_of(*shards.read()) == some(0)
 
 
 def _write_and_read(folder, start):
     for i in range(20):
         shards = Shards(Path(folder))
-        shards.write(some(start + i, 1) | some(100, 2))
-        assert shards.read().items() >= (some(start + i, 1) | some(100, 2)).items()
+        shards.write(*arrays(some(start + i, 1) | some(100, 2)))
+        assert entries_of(*shards.read()).items() >= (some(start + i, 1) | some(100, 2)).items()
 
 
 def test_two_runs_share_a_folder(tmp_path):
@@ -140,7 +199,7 @@ def test_two_runs_share_a_folder(tmp_path):
     for start in (0, 40):
         for i in range(20):
             want |= some(start + i, 1)
-    assert Shards(tmp_path).read() == want
+    assert entries_of(*Shards(tmp_path).read()) == want
 
 
 # --- what is computed ------------------------------------------------------------------------------------------------
@@ -174,27 +233,33 @@ def test_values_are_trls_own_in_the_order_of_the_rows(lora, values, tiny_llama, 
         assert row["ref_rejected_logps"] == pytest.approx(rejected.item(), rel=1e-5)
     again = add_reference_logps(trainer, trainer.train_dataset, "files", "sdpa", tmp_path / "cache")
     for side in ("ref_chosen_logps", "ref_rejected_logps"):
-        assert again[side] == found[side]
+        assert again[side][:] == found[side][:]
 
 
 def test_token_batches():
     """Padded tokens of a batch: 2 rows a pair of the longest pair's length."""
     sizes = [(10, 5, 2), (1, 1, 1), (10, 2, 5), (2, 2, 2)]
     rows = [{"prompt_ids": [0] * p, "chosen_ids": [0] * c, "rejected_ids": [0] * r} for p, c, r in sizes]
-    keys = {name: i for i, name in enumerate(b"abcd")}
-    assert token_batches(rows, keys, 60) == [[ord("a"), ord("c")], [ord("d"), ord("b")]]
-    assert token_batches(rows, keys, 1) == [[ord("a")], [ord("c")], [ord("d")], [ord("b")]]  # never none at all
+    numbers = np.array([0, 1, 2, 3])
+    lengths = reference.padded_lengths(Dataset.from_list(rows), numbers)
+    assert lengths.tolist() == [15, 2, 15, 4]
+    padded = Dataset.from_list([row | {"padded": 2 * n} for row, n in zip(rows, (15, 2, 15, 4), strict=True)])
+    assert reference.padded_lengths(padded, numbers[[3, 0]]).tolist() == [4, 15]
+    batches = lambda most: [batch.tolist() for batch in token_batches(lengths, numbers, most)]  # noqa: E731
+    assert batches(60) == [[0, 2], [3, 1]]
+    assert batches(1) == [[0], [2], [3], [1]]  # never none at all
+    assert [b.tolist() for b in token_batches(lengths[[1, 3]], numbers[[1, 3]], 60)] == [[3, 1]]  # rows 1 and 3 only
 
 
 def test_an_interrupted_build_goes_on(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "MAX_TOKENS", 1)  # a pair a batch
     forward, calls = reference.forward_logps, []
 
-    def breaking(trainer, model, rows, batch, missing):
+    def breaking(trainer, model, rows, batch):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(batch)
-        return forward(trainer, model, rows, batch, missing)
+        return forward(trainer, model, rows, batch)
 
     trainer = make_trainer(tiny_llama, tmp_path / "out")
     monkeypatch.setattr(reference, "forward_logps", breaking)
@@ -411,7 +476,7 @@ def computed(monkeypatch):
     counts = []
     compute = reference.compute_logps
     monkeypatch.setattr(
-        reference, "compute_logps", lambda t, rows, missing, *rest: (counts.append(len(missing)), compute(t, rows, missing, *rest))[1]
+        reference, "compute_logps", lambda t, rows, missing, *rest: (counts.append(len(missing.rows)), compute(t, rows, missing, *rest))[1]
     )  # fmt: skip
     return counts
 
@@ -550,7 +615,12 @@ def test_a_wrong_value_is_caught_before_the_first_step(recipe, tiny_llama, few_p
     """A file that is whole and says something wrong: DPO would not start at ln 2."""
     decode_right = reference.decode
     dpo(recipe, tmp_path, "first", model_name_or_path=tiny_llama, dataset_name=few_pairs)
-    monkeypatch.setattr(reference, "decode", lambda c: {k: (a + 3, b) for k, (a, b) in decode_right(c).items()})
+
+    def wrong(content):
+        keys, logps = decode_right(content)
+        return keys, logps + np.array([3, 0], np.float32)
+
+    monkeypatch.setattr(reference, "decode", wrong)
     file = recipe("dpo", name="x", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), **LORA)  # fmt: skip
     assert main(["dpo", file]) == 2
     assert "DPO does not start from its reference" in capsys.readouterr().err

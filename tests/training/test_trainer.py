@@ -14,10 +14,10 @@ from rlhf.config.recipe import load_recipe
 from rlhf.distributed.topology import topology_of_environment
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
 from rlhf.runs.metrics import read_metrics
-from rlhf.training.lengths import count_tokens
 from rlhf.training.plan import make_plan
 from rlhf.training.reward import REWARD
 from rlhf.training.sft import SFT
+from rlhf.training.tokenise import count_tokens
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear"}
 OF_THE_SPLIT = {"time", "imbalance", "micro_batches", "padding"}
