@@ -60,7 +60,7 @@ def _without_labels(source: Source) -> Source:
 
 def _partners(accepted: Rows, other: Rows, name: str, other_name: str) -> np.ndarray:
     """For each accepted answer the row of its rejected one; holds 8 bytes a row and one prompt's rows at a time."""
-    keys, other_keys = (_prompt_keys(rows, n) for rows, n in ((accepted, name), (other, other_name)))
+    keys, other_keys = (_prompt_keys(rows, others) for rows, others in ((accepted, "rejected"), (other, "accepted")))
     order, other_order = (np.argsort(k, kind="stable") for k in (keys, other_keys))
     ranks, other_ranks = (_rank_among_equals(k, o) for k, o in ((keys, order), (other_keys, other_order)))
     partners = _match(keys, ranks, other_keys, other_ranks, other_order)
@@ -75,14 +75,16 @@ def _partners(accepted: Rows, other: Rows, name: str, other_name: str) -> np.nda
     return partners
 
 
-def _prompt_keys(rows: Rows, name: str) -> np.ndarray:
-    """8 bytes of a hash of what each row's answer is given to: the exact prompt, tools and template variables."""
+def _prompt_keys(rows: Rows, others: str) -> np.ndarray:
+    """8 bytes of a hash of what each row's answer is given to: the exact prompt, tools and template variables.
+
+    Args:
+        others: the answers of the other file, for the message: "rejected" or "accepted".
+    """
     keys = np.zeros(len(rows), np.uint64)
     for index, row in enumerate(rows):
         if "prompt" not in row:
-            raise UserError(
-                f"{row['place']}: expected prompt + response, to be joined with the answers of another file"
-            )
+            raise UserError(f"{row['place']}: expected prompt + response, to be joined with the {others} answers")
         asked = [row.get(key) for key in ("prompt", "tools", "chat_template_kwargs")]
         exact = json.dumps(asked, sort_keys=True).encode()
         keys[index] = int.from_bytes(hashlib.blake2b(exact, digest_size=8).digest(), "big")

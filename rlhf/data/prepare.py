@@ -240,8 +240,9 @@ class _Job:
     @functools.cached_property
     def converter(self) -> Converter:
         """By the first rows; its errors name the source."""
+        first = first_rows(self.source.stream())
         try:
-            return converter(self.kind, first_rows(self.source.stream()), self.options)
+            return converter(self.kind, first, self.options)
         except UserError as error:
             raise UserError(f"{self.source.name}: {error}") from None
 

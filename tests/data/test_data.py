@@ -563,9 +563,8 @@ def test_join_needs_prompts():
 
 
 def test_equal_answers_in_both_files_are_found_with_the_accepted_line():
-    joined = join_chosen_rejected(answers("yes", ("p", "1"), ("q", "2")), answers("no", ("p", "3"), ("q", "2")))
     with pytest.raises(UserError, match="^yes:2: 'chosen' and 'rejected' are equal"):
-        preference_rows(joined)
+        join_chosen_rejected(answers("yes", ("p", "1"), ("q", "2")), answers("no", ("p", "3"), ("q", "2")))
 
 
 def test_digest_of_a_join_follows_both_files():

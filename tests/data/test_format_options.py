@@ -7,6 +7,7 @@ from canonical import Reading, join_chosen_rejected, preference_rows, sft_rows
 
 from rlhf.config.stage_config import COLUMN_NAMES
 from rlhf.data.format_options import VERSION, FormatOptions, at
+from rlhf.data.prepare import plain_rows
 from rlhf.data.recognise import converter
 from rlhf.data.rows import read_data
 from rlhf.data.sources import Source
@@ -275,9 +276,9 @@ def test_a_recipe_reads_its_data_so(tmp_path, recipe):
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": "strength"}
     more = {"model_name_or_path": "m", "output_dir": "o", "dataset_name": str(data), "eval_dataset_name": str(data)}
     path = recipe("reward", columns=columns, eval_strategy="steps", **more)
-    found = read_data(load_recipe(path, "reward"), preference_rows)
+    found = read_data(load_recipe(path, "reward"), "pairs")
     assert [row["prompt"][0]["content"] for row in found.train] == ["Q0", "Q1", "Q2"]
-    assert found.heldout[1] == {**PAIR, "prompt": [user("Q1")], "margin": 1.0}
+    assert plain_rows(found.heldout)[1] == {**PAIR, "prompt": [user("Q1")], "margin": 1.0}
 
 
 @pytest.mark.parametrize(

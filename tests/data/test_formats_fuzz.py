@@ -6,12 +6,11 @@ import json
 from canonical import Reading, preference_rows, sft_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf.data.prompts import prompt_hash
 from test_formats import PAIRS, SFTS
 
 from rlhf.config.stage_config import CHAT_ROLES, COLUMN_NAMES, FORMATS
+from rlhf.data.features import features
 from rlhf.data.format_options import FormatOptions
-from rlhf.data.heldout import opening, prompt_messages
 from rlhf.data.messages import RowError, answer_text
 from rlhf.data.recognise import converter
 from rlhf.data.sources import Source
@@ -91,10 +90,9 @@ def test_any_rows_are_canonical_or_refused_in_a_sentence(rows, options):
             continue
         for row in found:
             is_canonical(row)
-            prompt_hash(prompt_messages(row))
-            opening(row)
+            assert features(row).prompts
             answer_text(row.get("chosen", []))
-        assert line(summarise(found, reading))
+        assert line(summarise(reading.rows, reading.num_unused))
         assert len(found) + len(reading.skipped) == len(rows), kind
     assert repr(rows) == before  # the rows of a source are read again by others
 

@@ -7,13 +7,13 @@ import pytest
 from canonical import preference_rows, sft_rows
 from datasets import Dataset
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
-from trl_dataset import trl_dataset
 
 from rlhf.data.format_options import FormatOptions
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.models.tokenizer import load_tokenizer, template_drops, tokenize_pair
-from rlhf.training.lengths import answers_cut, cost
+from rlhf.training.lengths import answers_cut
+from rlhf.training.tokenise import Counts, Settings, Tokenise
 
 # Tools, their calls and results, reasoning, a variable; asks `'tool_calls' in message`, as Llama's template does.
 TEMPLATE = """{%- if tools -%}<|im_start|>system
@@ -104,6 +104,10 @@ def as_trl_loads(raw):
     return Dataset.from_list([raw if tools is None or isinstance(tools, str) else {**raw, "tools": json.dumps(tools)}])
 
 
+def tokenised(stage, tokenizer, rows):
+    return Tokenise(tokenizer, Settings(stage, None))(rows, 0, Counts())
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_pair_has_trls_tokens(tokenizer, name):
     raw = PAIRS[name]
@@ -121,8 +125,8 @@ def test_sft_row_has_trls_tokens(tokenizer, name):
     raw = SFTS[name]
     (row,) = sft_rows(source(raw))
     theirs = trl_prepares(SFTTrainer, tokenizer, as_trl_loads(raw))[0]
-    assert cost(tokenizer, row, None, "sft", padded=False) == len(theirs["input_ids"])
-    assert trl_prepares(SFTTrainer, tokenizer, trl_dataset([row]))[0]["labels"] == theirs["labels"]
+    ours = tokenised("sft", tokenizer, [row])
+    assert (ours["input_ids"], ours["labels"]) == ([theirs["input_ids"]], [theirs["labels"]])
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, STRICT], ids=["lenient", "asks for the field"])
@@ -131,16 +135,10 @@ def test_rows_of_one_data_set_don_t_give_each_other_nulls(tiny_llama, template):
     tokenizer = load_tokenizer(tiny_llama)
     tokenizer.chat_template = template
     rows = preference_rows(source(*PAIRS.values()))
-    together = trl_prepares(DPOTrainer, tokenizer, trl_dataset([{**row, "place": "f:1"} for row in rows]))
-    for row, ids in zip(rows, together, strict=True):
-        assert {side: ids[side] for side in ("prompt_ids", "chosen_ids", "rejected_ids")} == tokenize_pair(
-            tokenizer, row
-        )
-
-
-def test_plain_rows_stay_an_ordinary_data_set():
-    rows = preference_rows(source(PAIRS["explicit"], PAIRS["implicit"]))
-    assert trl_dataset(rows).features == Dataset.from_list(rows).features
+    together = tokenised("dpo", tokenizer, rows)
+    for number, row in enumerate(rows):
+        alone = tokenize_pair(tokenizer, row)
+        assert {side: together[side][number] for side in alone} == alone
 
 
 def test_lengths_count_tools_and_all_turns(tiny_llama):
@@ -149,7 +147,8 @@ def test_lengths_count_tools_and_all_turns(tiny_llama):
     (row,) = preference_rows(source(PAIRS["tools"]))
     ids = tokenize_pair(tokenizer, row)
     longest = len(ids["prompt_ids"]) + len(ids["chosen_ids"])
-    assert [answers_cut([row], tokenizer, n, "dpo").cut.rows for n in (longest, longest - 1)] == [0, 1]
+    limits = (longest, longest - 1)
+    assert [answers_cut([row], tokenizer, Settings("dpo", n))[0].cut.rows for n in limits] == [0, 1]
 
 
 # --- texts of a base model -------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def test_plain_sft_has_trls_tokens(plain_tokenizer):
     raw = {"prompt": "The sky is", "completion": " blue.\n"}
     (row,) = sft_rows(source(raw), None, PLAIN)
     theirs = trl_prepares(SFTTrainer, plain_tokenizer, as_trl_loads(raw))[0]
-    assert trl_prepares(SFTTrainer, plain_tokenizer, trl_dataset([row]))[0]["labels"] == theirs["labels"]
+    assert tokenised("sft", plain_tokenizer, [row])["labels"] == [theirs["labels"]]
     assert sft_rows(source({"text": " The sky.\n"}), None, PLAIN) == [{"text": " The sky.\n"}]
 
 
