@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-FORMAT = 3  # part of every key: increment it when the computation changes
+FORMAT = 4  # part of every key: increment it when the computation changes
 MAX_TOKENS = 4096  # maximum per forward pass
 SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs or seconds
 WAIT_SECONDS = 2  # polling interval while another run builds the reference
@@ -81,11 +81,11 @@ class Shards:
 
 
 def encode(entries: Logps) -> bytes:
-    """Entries as a safetensors file: keys (N, 16) uint8, logps (N, 2) float32."""
+    """Entries as a safetensors file: keys (N, 16) uint8, logps (N, 2) float64."""
     from safetensors.numpy import save
 
     keys = np.frombuffer(b"".join(entries), dtype=np.uint8).reshape(len(entries), 16)
-    return save({"keys": keys, "logps": np.array(list(entries.values()), dtype=np.float32)})
+    return save({"keys": keys, "logps": np.array(list(entries.values()), dtype=np.float64)})
 
 
 def decode(content: bytes) -> Logps:
@@ -144,7 +144,7 @@ _ADAPTER_KEYS = frozenset(
 def add_reference_logps(
     trainer: DPOTrainer, dataset, source: str, path: str, folder: Path | None = None, stopper: Stopper | None = None
 ):
-    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer reads.
+    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float64, nats) that TRL's DPOTrainer reads.
 
     Args:
         trainer: TRL's DPOTrainer before its first update, packed or not.
@@ -175,7 +175,7 @@ def add_reference_logps(
         say(f"  reference {len(keys)} pairs, {len(set(keys)) - len(missing)} of them in the cache ({shards.folder})")
         if missing:
             known |= compute_logps(trainer, rows, missing, shards, stopper)
-    chosen, rejected = (np.array([known[k][side] for k in keys], dtype=np.float32) for side in (0, 1))
+    chosen, rejected = (np.array([known[k][side] for k in keys], dtype=np.float64) for side in (0, 1))
     return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
 
@@ -314,7 +314,7 @@ def forward_logps(trainer: DPOTrainer, model, rows, batch: list[bytes], missing:
     model.eval()
     chosen, rejected = trainer.compute_ref_log_probs(model, inputs)
     model.train(was_training)
-    return dict(zip(batch, zip(chosen.float().tolist(), rejected.float().tolist(), strict=True), strict=True))
+    return dict(zip(batch, zip(chosen.double().tolist(), rejected.double().tolist(), strict=True), strict=True))
 
 
 # --- a quantised reference -------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
 from rlhf.training.lengths import count_tokens, too_long
+from rlhf.training.precision import AccurateNorm
 from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
 
@@ -116,7 +117,7 @@ class GlobalBatch:
     num_tokens: list[int]
 
 
-class GlobalBatches(CheckpointMixin):
+class GlobalBatches(AccurateNorm, CheckpointMixin):
     """Mixin for SFTTrainer, RewardTrainer and DPOTrainer: makes a step process one global batch.
 
     Before `use_global_batches` is called it only corrects FSDP's mixed precision.
