@@ -3,7 +3,7 @@
 # make test        all tests but the slow ones (about 6 minutes on 2 cores)
 # make lint        ruff, mypy, shellcheck, hadolint
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
-# make scale-proof the same recipe on 1, 2 and 4 processes under every launch file: a table of differences (30 minutes)
+# make scale-proof the same recipe on 1 to 4 processes under every launch file: a table of differences (45 minutes)
 # make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
 # make fuzz        N odd inputs (3000): recipes, command lines, data, run folders, ...; a table and what went wrong
 # make planted     defects planted in a copy, one at a time: a table of the tests that find them (about 4 minutes)

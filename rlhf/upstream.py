@@ -111,6 +111,12 @@ TRANSFORMERS = [
         "_set_signature_columns_if_needed": "the columns of a global batch",
         "_wrap_model model training": "evaluating under every engine",
     }),
+    *_of("transformers.trainer", "Trainer", "training/precision.py", {
+        "_clip_grad_norm model": "the exact norm of a gradient on CPUs",
+    }),
+    *_of("transformers.trainer", "Trainer", "training/precision.py", {
+        "is_deepspeed_enabled": "the exact norm of a gradient on CPUs",
+    }, in_code=True),
     *_of("transformers.trainer", "Trainer", "training/trainer.py", {
         "_signature_columns": "the columns of a global batch",
         "is_deepspeed_enabled": "gradient all-reduce once per step",
@@ -194,6 +200,7 @@ TRL = [
         name: "the check of DPO's start"
         for name in ("loss_types", "loss_weights", "label_smoothing", "use_weighting", "ref_model", "precompute_ref_logps")
     }, in_code=True, only="dpo"),
+    *_of("trl.trainer.utils", "FusedCausalLMOutput", "training/precision.py", {"log_probs": "log-probabilities summed in float64"}, only="dpo"),
     *_of("trl.trainer.dpo_config", "DPOConfig", "training/plan.py", {"precompute_ref_log_probs": "the reference cache"}, only="dpo"),
     *_of("trl.trainer.dpo_trainer", "DPOTrainer", "training/reference.py", {
         "ref_chosen_logps": "the reference cache", "ref_rejected_logps": "the reference cache",  # columns

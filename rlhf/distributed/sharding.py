@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def is_zero3(parameter) -> bool:
@@ -100,3 +105,28 @@ def loading_unsharded():
         deepspeed._hf_deepspeed_config_weak_ref = config
         if fsdp is not None:
             os.environ["ACCELERATE_USE_FSDP"] = fsdp
+
+
+def sum_of_squares(tensors: Iterable[torch.Tensor]) -> float:
+    """The sum of squares of tensors, added in float64; those that FSDP2 has sharded over all their ranks.
+
+    A collective that all ranks must enter where one of them is sharded. No copy is larger than 8 MB.
+    """
+    import torch
+    import torch.distributed as dist
+
+    sums: dict[tuple[Any, ...], torch.Tensor] = {}  # by the groups of ranks that hold the shards
+    for tensor in tensors:
+        whole: Any = tensor.detach()
+        groups: tuple[Any, ...] = ()
+        if (mesh := getattr(whole, "device_mesh", None)) is not None:  # of fsdp2_hsdp's two dimensions one replicates
+            groups = tuple(mesh.get_group(i) for i, placed in enumerate(whole.placements) if placed.is_shard())
+            whole = whole.to_local()
+        total = sums.setdefault(groups, torch.zeros((), dtype=torch.float64, device=whole.device))
+        for piece in whole.reshape(-1).split(1 << 20):
+            exact = piece.double()
+            total += exact.dot(exact)
+    for groups, total in sums.items():
+        for group in groups:
+            dist.all_reduce(total, group=group)
+    return float(sum(sums.values()))

@@ -81,6 +81,7 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
     from rlhf.models.loading import load_policy
     from rlhf.models.on_disk import shard_model
     from rlhf.packing import pack_backbone
+    from rlhf.training.precision import adds_in_float64, sum_logps_in_float64
 
     args, name = cast("DPOConfig", plan.args), reference_name(plan)
     merged = Path(str(args.output_dir)) / MERGED_REFERENCE
@@ -89,6 +90,8 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
     model: Any = load_policy(name, trainer.processing_class, full, args.trust_remote_code, False, merged)
     model = model.eval().requires_grad_(False)
     add_fused_lm_head(model)  # as TRL's trainer calls it
+    if adds_in_float64(trainer.args):
+        sum_logps_in_float64(model)
     if trainer.is_fsdp_enabled:
         shard_model(model, trainer.accelerator)
     if packed:
@@ -244,6 +247,12 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
     from trl import DPOTrainer
 
     from rlhf.models.digests import weights_digest
+    from rlhf.training.precision import (
+        Float64References,
+        adds_in_float64,
+        sum_logps_in_float64,
+        train_adapter_in_float32,
+    )
     from rlhf.training.reference import add_reference_logps
     from rlhf.training.start_check import check_start
     from rlhf.training.trainer import GlobalBatches, pack
@@ -260,13 +269,18 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             with self._other_model, without_hashing(), sharding_by_layer():
                 super().__init__(**kwargs)
             self._make_ready()
+            if adds_in_float64(self.args):
+                self.data_collator = Float64References(self.data_collator)
 
         def _make_ready(self) -> None:
             """Pack once, as soon as the model exists: TRL's constructor computes the reference before it returns."""
             if not hasattr(self, "is_packed"):
-                make_ref_adapter_equal(self.model)
+                train_adapter_in_float32(self.model)
                 self.shard()
                 self.is_packed = pack(self, plan)
+                if adds_in_float64(self.args):
+                    for model in filter(None, (self.model, self.ref_model)):
+                        sum_logps_in_float64(self.accelerator.unwrap_model(model))
 
         def _precompute_ref_logps(self, dataset, name, batch_size):
             self._make_ready()
@@ -283,7 +297,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             return found
 
         def _prepare_inputs(self, inputs):
-            """Keep reference log-probabilities in fp32.
+            """Keep reference log-probabilities as they are.
 
             Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024.
             """
@@ -337,17 +351,6 @@ def sharding_by_layer():
         yield
     finally:
         dpo_trainer.prepare_fsdp, dpo_trainer.create_model_from_path = before
-
-
-def make_ref_adapter_equal(model) -> None:
-    """Give TRL's frozen `ref` adapter exactly the weights of the policy's adapter.
-
-    Under QLoRA TRL 1.16 casts the trained adapter to bf16 after copying it: DPO would start 2e-3 off ln 2.
-    """
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".ref." in name:
-            parameter.data = parameters[name.replace(".ref.", ".default.")].detach().clone()
 
 
 def probe(dataset) -> list[list[int]]:

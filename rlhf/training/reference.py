@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-FORMAT = 3  # part of every key: increment it when the computation changes
+FORMAT = 4  # part of every key: increment it when the computation changes
 MAX_TOKENS = 4096  # maximum per forward pass
 SHARD_PAIRS, SHARD_SECONDS = 4096, 30  # a file is written after this many pairs or seconds
 WAIT_SECONDS = 2  # polling interval while another run builds the reference
@@ -52,9 +52,9 @@ class Shards:
         self.folder = folder
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """(keys (N, 16) uint8, log-probabilities (N, 2) float32) of the files that match their checksum; reports and removes
+        """(keys (N, 16) uint8, log-probabilities (N, 2) float64) of the files that match their checksum; reports and removes
         the other files."""
-        keys, logps = [np.zeros((0, 16), np.uint8)], [np.zeros((0, 2), np.float32)]
+        keys, logps = [np.zeros((0, 16), np.uint8)], [np.zeros((0, 2), np.float64)]
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 content = path.read_bytes()
@@ -84,10 +84,10 @@ class Shards:
 
 
 def encode(keys: np.ndarray, logps: np.ndarray) -> bytes:
-    """A safetensors file of keys (N, 16) uint8 and logps (N, 2) float32: chosen, rejected."""
+    """A safetensors file of keys (N, 16) uint8 and logps (N, 2) float64: chosen, rejected."""
     from safetensors.numpy import save
 
-    return save({"keys": np.ascontiguousarray(keys), "logps": np.ascontiguousarray(logps, dtype=np.float32)})
+    return save({"keys": np.ascontiguousarray(keys), "logps": np.ascontiguousarray(logps, dtype=np.float64)})
 
 
 def decode(content: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +100,7 @@ def decode(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def look_up(wanted: np.ndarray, keys: np.ndarray, logps: np.ndarray) -> np.ndarray:
     """The log-probabilities (N, 2) of the wanted keys (N, 16); NaN for those that are not among `keys`."""
-    found = np.full((len(wanted), 2), np.nan, np.float32)
+    found = np.full((len(wanted), 2), np.nan, np.float64)
     if len(keys) and len(wanted):
         halves, known = _halves(wanted), _halves(keys)
         order = np.argsort(known[0], kind="stable")
@@ -171,7 +171,7 @@ _ADAPTER_KEYS = frozenset(
 def add_reference_logps(
     trainer: DPOTrainer, dataset, source: str, path: str, folder: Path | None = None, stopper: Stopper | None = None
 ):
-    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float32, nats) that TRL's DPOTrainer reads.
+    """Add the columns `ref_chosen_logps` and `ref_rejected_logps` (float64, nats) that TRL's DPOTrainer reads.
 
     Args:
         trainer: TRL's DPOTrainer before its first update, packed or not.
@@ -210,7 +210,7 @@ def _from_cache(trainer: DPOTrainer, shards: Shards, keys: np.ndarray) -> np.nda
     """The cached log-probabilities (N, 2) of these keys, NaN for the others, on all ranks: nodes may not share a cache folder."""
     from accelerate.utils import broadcast
 
-    found = look_up(keys, *shards.read()) if is_main() else np.zeros((len(keys), 2), np.float32)
+    found = look_up(keys, *shards.read()) if is_main() else np.zeros((len(keys), 2), np.float64)
     if trainer.accelerator.num_processes == 1:
         return found
     import torch
@@ -267,7 +267,7 @@ class Missing(NamedTuple):
     Attributes:
         rows: numbers of the data set's rows.
         keys: (N, 16) uint8, of all rows.
-        logps: (N, 2) float32, of all rows: filled in.
+        logps: (N, 2) float64, of all rows: filled in.
     """
 
     rows: np.ndarray
@@ -368,13 +368,13 @@ def token_batches(lengths: np.ndarray, numbers: np.ndarray, max_tokens: int) -> 
 
 
 def forward_logps(trainer: DPOTrainer, model, rows, numbers: np.ndarray) -> np.ndarray:
-    """Log-probabilities (N, 2) float32 of these rows, from TRL's own reference pass."""
+    """Log-probabilities (N, 2) float64 of these rows, from TRL's own reference pass."""
     inputs = trainer._prepare_inputs(trainer.data_collator([rows[int(number)] for number in numbers]))
     was_training = model.training
     model.eval()
     chosen, rejected = trainer.compute_ref_log_probs(model, inputs)
     model.train(was_training)
-    return np.stack([chosen.float().cpu().numpy(), rejected.float().cpu().numpy()], axis=1)
+    return np.stack([chosen.double().cpu().numpy(), rejected.double().cpu().numpy()], axis=1)
 
 
 # --- a quantised reference -------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def measure_bias(trainer: DPOTrainer, exact, beta: float, num_pairs: int = 32) -
     batches = token_batches(padded_lengths(rows, numbers), numbers, MAX_TOKENS)
     found = []
     for model in dict.fromkeys((trainer.model, exact, trainer.ref_model)):
-        logps = np.zeros((len(rows), 2), np.float32)
+        logps = np.zeros((len(rows), 2), np.float64)
         with callable_model(trainer, model) as called:
             for batch in batches:
                 logps[batch] = forward_logps(trainer, called, rows, batch)

@@ -44,6 +44,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     """TRL's RewardTrainer for this plan."""
     from trl import RewardTrainer
 
+    from rlhf.training.precision import train_adapter_in_float32
     from rlhf.training.trainer import GlobalBatches, pack, trainer_arguments, use_global_batches
 
     class Trainer(GlobalBatches, RewardTrainer):
@@ -53,6 +54,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     trainer = Trainer(**trainer_arguments(plan, load(plan)))
     if plan.args.bf16 or plan.args.fp16:  # autocast feeds it in 16 bits
         train_head_in_float32(trainer.model)
+    train_adapter_in_float32(trainer.model)
     trainer.shard()
     use_global_batches(trainer, plan, pack(trainer, plan))
     return trainer

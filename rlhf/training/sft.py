@@ -33,6 +33,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     from trl import SFTTrainer
 
     from rlhf.packing import lm_head
+    from rlhf.training.precision import train_adapter_in_float32
     from rlhf.training.trainer import GlobalBatches, pack, trainer_arguments, use_global_batches
 
     class Trainer(GlobalBatches, SFTTrainer):
@@ -42,6 +43,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     if plan.args.use_cpu:
         lm_head.install()
     trainer = Trainer(**trainer_arguments(plan, load(plan)))
+    train_adapter_in_float32(trainer.model)
     trainer.shard()
     use_global_batches(trainer, plan, pack(trainer, plan))
     return trainer

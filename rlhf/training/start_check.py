@@ -138,7 +138,7 @@ def compare_logps(trainer: CheckedTrainer, model, batch) -> tuple[torch.Tensor, 
     other = other_shape(small)
     again = policy_logps(trainer, model, other).flip(0)  # chosen and rejected are swapped
     shared = min(again.shape[1], policy.shape[1])
-    return policy.float() - reference.float(), again[:, :shared].float() - policy[:, :shared].float()
+    return (policy - reference).float(), (again[:, :shared] - policy[:, :shared]).float()
 
 
 def policy_logps(trainer: CheckedTrainer, model, batch) -> torch.Tensor:

@@ -25,6 +25,7 @@ from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
 from rlhf.training.lengths import too_long
+from rlhf.training.precision import AccurateNorm
 from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
 from rlhf.training.tokens import with_tokens
@@ -120,7 +121,7 @@ class GlobalBatch:
     num_tokens: np.ndarray
 
 
-class GlobalBatches(CheckpointMixin):
+class GlobalBatches(AccurateNorm, CheckpointMixin):
     """Mixin for SFTTrainer, RewardTrainer and DPOTrainer: makes a step process one global batch.
 
     Before `use_global_batches` is called it only corrects FSDP's mixed precision.

@@ -153,6 +153,27 @@ TRAINING = (
         ("tests/training/test_trainer.py::test_the_split_changes_no_number[dpo]",),
     ),
     Defect(
+        "norm-in-fp32", "the squares of a gradient are added in fp32 on CPUs",
+        "rlhf/distributed/sharding.py",
+        "exact = piece.double()",
+        "exact = piece",
+        ("tests/training/test_precision.py::test_squares_are_added_in_float64",),
+    ),
+    Defect(
+        "reference-in-fp32", "the reference's log-probability of an answer is rounded to fp32",
+        "rlhf/training/precision.py",
+        "torch.tensor(values, dtype=torch.float64)",
+        "torch.tensor(values)",
+        ("tests/training/test_precision.py::test_references_stay_float64",),
+    ),
+    Defect(
+        "qlora-adapter-rounded", "a QLoRA adapter that is trained further keeps what TRL's cast to bf16 left of it",
+        "rlhf/training/precision.py",
+        "(parameter if reference is None else reference)",
+        "parameter",
+        ("tests/training/test_precision.py::test_a_qlora_adapter_is_float32",),
+    ),
+    Defect(
         "pad-is-eos", "a tokenizer whose pad token is its EOS token is left so",
         "rlhf/models/tokenizer.py",
         "if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:",
