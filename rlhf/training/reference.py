@@ -100,13 +100,10 @@ def decode(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def look_up(wanted: np.ndarray, keys: np.ndarray, logps: np.ndarray) -> np.ndarray:
     """The log-probabilities (N, 2) of the wanted keys (N, 16); NaN for those that are not among `keys`."""
+    first, same = _distinct(np.concatenate([keys, wanted]))
+    known = first[same[len(keys) :]]  # a key's first row: among `keys`, if it is there
     found = np.full((len(wanted), 2), np.nan, np.float64)
-    if len(keys) and len(wanted):
-        halves, known = _halves(wanted), _halves(keys)
-        order = np.argsort(known[0], kind="stable")
-        at = order[np.minimum(np.searchsorted(known[0], halves[0], sorter=order), len(keys) - 1)]
-        there = (known[0][at] == halves[0]) & (known[1][at] == halves[1])
-        found[there] = logps[at[there]]
+    found[known < len(keys)] = logps[known[known < len(keys)]]
     return found
 
 

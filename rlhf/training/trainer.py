@@ -28,6 +28,7 @@ from rlhf.training.lengths import too_long
 from rlhf.training.precision import AccurateNorm
 from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
+from rlhf.training.tokenise import count_tokens
 from rlhf.training.tokens import with_tokens
 
 # What TRL's metrics are means over; all others are means over pairs (DPO, reward) or labelled tokens (SFT).
@@ -303,7 +304,9 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
 
         rows = dataloader.dataset
         size, number = self.global_batch.global_batch_size, len(rows)
-        num_tokens = tokens_of(rows, self.global_batch.padded)
+        whole: Any = self.eval_dataset  # the same rows with all columns: transformers drops those that no model takes
+        counted = whole if isinstance(whole, type(rows)) and len(whole) == number else rows
+        num_tokens = tokens_of(counted, self.args.max_length, self.global_batch.padded)
         steps = self._steps(rows, num_tokens, lambda step: list(range(step * size, min(number, (step + 1) * size))))
         model = self._wrap_model(self.model, training=False)
         model.eval()
@@ -395,9 +398,12 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
     return counts if examples else dict.fromkeys(counts, 0)
 
 
-def tokens_of(dataset: Any, padded: bool) -> np.ndarray:
-    """For each tokenised row the tokens that it takes, packed or padded (int32)."""
-    return np.asarray(dataset.with_format("numpy")["padded" if padded else "packed"][:], dtype=np.int32)
+def tokens_of(dataset: Any, max_length: int | None, padded: bool) -> np.ndarray:
+    """For each tokenised row the tokens that it takes, packed or padded (int32): from its column, or counted."""
+    column = "padded" if padded else "packed"
+    if column in dataset.column_names:
+        return np.asarray(dataset.with_format("numpy")[column][:], dtype=np.int32)
+    return np.array([count_tokens(row, max_length, padded) for row in dataset], dtype=np.int32)
 
 
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
@@ -450,7 +456,7 @@ def use_global_batches(trainer: GlobalBatches, plan: Plan, packed: bool) -> None
     stage_args, recipe = plan.stage_args, plan.recipe
     if stage_args.global_batch_size is None:
         return
-    num_tokens = tokens_of(trainer.train_dataset, not packed)
+    num_tokens = tokens_of(trainer.train_dataset, plan.args.max_length, not packed)
     longest = int(num_tokens.max(initial=0))
     if longest > stage_args.max_tokens_per_device:
         place = plan.data.train.place(trainer.train_dataset[int(num_tokens.argmax())]["example"])

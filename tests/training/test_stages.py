@@ -336,7 +336,7 @@ BAD_INPUT = {
         {"load_in_4bit": True, "use_peft": False},
         "a quantised model can only be trained with LoRA",
     ),
-    "no template": ({"chat_template": "vicuna"}, "no template 'vicuna'; expected alpaca, chatml or the path"),
+    "no template": ({"chat_template": "vicuna"}, "no template 'vicuna'; expected alpaca, chatml, plain or the path"),
     "nothing to evaluate on": ({"eval_strategy": "epoch"}, "there is nothing to evaluate on"),
 }
 
