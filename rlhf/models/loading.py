@@ -73,11 +73,14 @@ def _load(auto, name: str, tokenizer, options: dict[str, Any], use_dora: bool = 
 
     from rlhf.models import four_bits, on_disk
 
-    # DoRA computes its first magnitudes from the weights
-    lazy = not use_dora and on_disk.stays_on_disk(name, auto, options)
+    # DoRA's first magnitudes are computed from the weights as they are in 4 bits
+    lazy = not (use_dora and "quantization_config" in options) and on_disk.stays_on_disk(name, auto, options)
     quantisation = options.get("quantization_config") if lazy else None
     if quantisation is not None:
         options = {key: value for key, value in options.items() if key != "quantization_config"}
+    elif "quantization_config" in options and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate leaves what is no float unsharded; it would shard other 4-bit weights, and cast their bytes
+        options["quantization_config"].bnb_4bit_quant_storage = torch.uint8
     before = logging.get_verbosity()
     if auto is AutoModelForSequenceClassification:
         logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": we do

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.distributed.processes import say
+from rlhf.distributed.processes import rank, say, world_size
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
 from rlhf.models import four_bits
 from rlhf.models.pieces import ADAPTER, base_model
@@ -111,6 +111,7 @@ def shard_model(model, accelerator) -> None:
     index = getattr(base_model(model), INDEX, None)
     if index is not None:
         plugin.cpu_ram_efficient_loading = True  # the path that shards on the meta device
+        _compute_magnitudes(model, index, accelerator.device)
     if plugin.activation_checkpointing:
         plugin.set_auto_wrap_policy(model)
         fsdp_utils.fsdp2_apply_ac(accelerator, model)
@@ -129,6 +130,43 @@ def shard_model(model, accelerator) -> None:
     four_bits.finish_loading(quantised)
     # torch notes the dtypes of trained parameters in the first forward pass: a reference's has LoRA switched off
     model._get_fsdp_state()._lazy_init()
+
+
+def _compute_magnitudes(model, index: dict[str, dict[str, str]], device) -> None:
+    """DoRA's magnitudes, which PEFT has computed from place-holders: each layer's by one rank, which reads its weight."""
+    base = base_model(model)
+    found = [
+        (f"{name}.weight", layer, adapter)
+        for name, layer in base.named_modules()
+        for adapter, dora in (getattr(layer, "lora_magnitude_vector", None) or {}).items()
+        if dora.weight.isnan().any()
+    ]
+    for number, (name, layer, adapter) in enumerate(found):
+        if number % world_size() == rank():
+            _compute_magnitude(layer, adapter, _read(index[name], None))
+    if world_size() > 1:
+        for number, (_, layer, adapter) in enumerate(found):
+            magnitudes = layer.lora_magnitude_vector[adapter].weight.data
+            sent = magnitudes.to(device)  # NCCL sends no host memory
+            torch.distributed.broadcast(sent, src=number % world_size())
+            magnitudes.copy_(sent)
+
+
+def _compute_magnitude(layer, adapter: str, weight: torch.Tensor) -> None:
+    """By PEFT, in the dtype of the base's weights, as where they are loaded whole."""
+    base, dora = layer.get_base_layer(), layer.lora_magnitude_vector[adapter]
+    place_holder, before = base.weight, dora.weight
+    kind = "lora_" if adapter in layer.lora_A else "lora_embedding_"
+    factors = {side: getattr(layer, f"{kind}{side}")[adapter] for side in "AB"}
+    factors = {f"lora_{side}": getattr(f, "weight", f).to(place_holder.dtype) for side, f in factors.items()}
+    base.weight = torch.nn.Parameter(weight.to(place_holder.dtype), requires_grad=False)
+    try:
+        with torch.no_grad():
+            dora.update_layer(base_layer=base, scaling=layer.scaling[adapter], **factors)
+    finally:
+        base.weight = place_holder
+    before.data = dora.weight.data.to(before.dtype)
+    dora.weight = before
 
 
 class _OnDisk(NamedTuple):
