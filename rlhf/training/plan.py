@@ -37,7 +37,7 @@ from rlhf.training.plan_checks import (
     load_plan_tokenizer,
     note_disabled,
 )
-from rlhf.training.room import check_memory
+from rlhf.training.room import check_memory, tell_replicated
 from rlhf.training.stage import Plan, Stage
 
 
@@ -130,6 +130,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
         check(plan)
     if topology.started:
         check_memory(plan)
+    tell_replicated(plan)
     tokenizer = load_plan_tokenizer(plan)
     packs = check_modules(plan)
     check_examples(plan, tokenizer, packs)
