@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "bench"))  # its scripts import each other
 memory = importlib.import_module("memory")
 PHASES = memory.PHASES
-CASES = ("zero3-full-2", "fsdp2-full-2", "zero3-lora-2", "fsdp2-lora-2", "fsdp2-qlora-2")
+CASES = ("zero3-full-2", "fsdp2-full-2", "zero3-lora-2", "fsdp2-lora-2")
 # Phases that break the law today. The marks are strict: a phase that holds it again fails here, and leaves the table.
 EXPECTED_BREAKS = {case: set[str]() for case in CASES}
 # What there is beside the weights, in multiples of a rank's share of what is trained: under ZeRO-3 master weights and
@@ -72,31 +72,18 @@ def sizes(model: str) -> dict[str, int]:
 def allowed(model: str, case: str, phase: str) -> int:
     """The share plus the constant, in bytes.
 
-    In 4 bits a layer has half a byte per weight, and 4 bytes per 64 of them (four_bits.py). `evaluate` loads the base in fp32.
+    The constant: three layers (two gathered, and the gradient of one), and the embedding and the LM head with their
+    gradients, whatever the number of layers. Gradient checkpointing keeps the hidden states between layers in a step.
     """
     launch, training, processes = case.split("-")
     size = sizes(model)
-    weights = size["model"]
-    if training == "qlora" and phase != "evaluate":
-        layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"] * size["layer"]
-        weights += round(layers * ((0.5 + 4 / 64) / 4 - 1))
     trained = size["model"] if training == "full" else size["adapter"]
-    weights += 0 if training == "full" else trained
+    weights = size["model"] + (trained if training == "lora" else 0)
     state = trained * STATE[launch].get("step" if phase in ("checkpoint", "finish") else phase, 0)
+    kept = size["hidden"] if phase == "step" else 0
     if phase == "evaluate":  # each rank has rows of its own, and one model at a time, which is spread over its own GPUs
         processes, state = "1", 0
-    return (weights + state) // int(processes) + constant(model, case, phase)
-
-
-def constant(model: str, case: str, phase: str) -> int:
-    """What does not grow with the number of layers, and in a step the hidden states that gradient checkpointing keeps.
-
-    Three layers (two gathered, and the gradient of one, or the activations of one), and the embedding and the LM head with
-    their gradients. 4-bit layers are small: where nothing is computed it is one.
-    """
-    size = sizes(model)
-    layers = 1 if "qlora" in case and phase not in ("reference pass", "step", "finish", "evaluate") else 3
-    return layers * size["layer"] + 2 * size["embeddings"] + (size["hidden"] if phase == "step" else 0)
+    return (weights + state) // int(processes) + 3 * size["layer"] + 2 * size["embeddings"] + kept
 
 
 def broken(model: str, case: str, phase: str, ranks) -> list[str]:
@@ -129,11 +116,9 @@ def test_a_rank_holds_its_share(case, phase, run, model):
 def test_a_gathered_model_is_more_than_the_constant(case, model):
     size = sizes(model)
     for phase in PHASES:
-        fits, share = allowed(model, case, phase), allowed(model, case, phase) - constant(model, case, phase)
-        if "qlora" in case and constant(model, case, phase) > 2 * size["layer"]:
-            continue  # all layers in 4 bits are 3.4 of fp32
-        gathered = share + (share if "qlora" in case else size["model"] // 2)  # of two ranks
-        ranks = [{phase: {"tensors": fits}}, {phase: {"tensors": gathered}}]
+        constant = 3 * size["layer"] + 2 * size["embeddings"] + (size["hidden"] if phase == "step" else 0)
+        share = allowed(model, case, phase) - constant
+        ranks = [{phase: {"tensors": share + constant}}, {phase: {"tensors": share + size["model"] // 2}}]
         (found,) = broken(model, case, phase, ranks)
         assert found.startswith("rank 1: ")
 

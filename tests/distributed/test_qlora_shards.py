@@ -1,5 +1,11 @@
 """QLoRA under FSDP2, whose ranks hold their part of the 4-bit base: stopped, resumed on more ranks, finished merged."""
 
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
 import forked
 import pytest
 import torch
@@ -7,6 +13,7 @@ from safetensors.torch import load_file
 
 from rlhf.runs.metrics import read_metrics
 
+sys.path.append(str(Path(__file__).parent.parent.parent / "bench"))  # its scripts import each other
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
 
 
@@ -42,3 +49,28 @@ def test_it_is_what_one_process_trains(recipe, llama_64, few_pairs, tmp_path):
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rank_holds_its_part_of_the_4_bit_base(forks, tmp_path):
+    """Bytes of live tensors (bench/memory.py) where nothing is computed: 24 layers on two ranks, and one layer beside.
+
+    In 4 bits a layer has half a byte per weight and 4 bytes per 64 of them: 24 whole ones are as large as 3.4 of fp32.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("the extra `deepspeed` is not installed")
+    memory = importlib.import_module("memory")
+    model = memory.make_model(tmp_path / "model", "tiny")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    weights = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner
+    whole = layers * weights * (0.5 + 4 / 64)
+    embeddings, rank = 4 * 2 * config["vocab_size"] * hidden, memory.TRAININGS["qlora"]["lora_r"]
+    adapter = (
+        2 * layers * rank * (2 * 2 * hidden + 2 * (hidden + narrow) + 3 * (hidden + inner))
+    )  # bf16, and two moments
+    limit = (whole + embeddings + 3 * adapter) / 2 + 4 * weights
+    assert limit < whole + (embeddings + 3 * adapter) / 2  # or it could not fail
+    for phases in memory.run_case("fsdp2-qlora-2", model, tmp_path / "run")["ranks"]:
+        for name in ("load", "reference key", "build", "wrap"):
+            assert phases[name]["tensors"] <= limit, f"{name}: {phases[name]['tensors']}, allowed {limit:.0f}"
