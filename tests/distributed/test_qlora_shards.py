@@ -52,7 +52,7 @@ def test_it_is_what_one_process_trains(recipe, llama_64, few_pairs, tmp_path):
 
 
 def test_a_rank_holds_its_part_of_the_4_bit_base(forks, tmp_path):
-    """Bytes of live tensors (bench/memory.py) where nothing is computed: 24 layers on two ranks, and one layer beside.
+    """Bytes of live tensors (bench/memory.py) where nothing is computed: 24 layers on two ranks, and half a layer beside.
 
     In 4 bits a layer has half a byte per weight and 4 bytes per 64 of them: 24 whole ones are as large as 3.4 of fp32.
     """
@@ -69,7 +69,7 @@ def test_a_rank_holds_its_part_of_the_4_bit_base(forks, tmp_path):
     adapter = (
         2 * layers * rank * (2 * 2 * hidden + 2 * (hidden + narrow) + 3 * (hidden + inner))
     )  # bf16, and two moments
-    limit = (whole + embeddings + 3 * adapter) / 2 + 4 * weights
+    limit = (whole + embeddings + 3 * adapter) / 2 + 2 * weights
     assert limit < whole + (embeddings + 3 * adapter) / 2  # or it could not fail
     for phases in memory.run_case("fsdp2-qlora-2", model, tmp_path / "run")["ranks"]:
         for name in ("load", "reference key", "build", "wrap"):
