@@ -16,7 +16,7 @@ layers. The share is W/N of the weights under ZeRO-3 and FSDP2, and W under DDP 
 gradients and the optimizer's state come on top.
 
 DeepSpeed's thresholds are set to one layer, since below its defaults (1e9 parameters, buckets of 5e8 elements) ZeRO-3
-keeps everything gathered. malloc returns what is freed, so that a phase does not count what an earlier one needed.
+keeps everything gathered. `qlora` holds a 4-bit base: 0.14 W without embedding and LM head. malloc returns what is freed, so that a phase does not count what an earlier one needed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ TRAININGS = {
     "lora": {"use_peft": True, "lora_r": 8, "lora_dropout": 0.0, "lora_target_modules": "all-linear"},
     "full": {},
 }
+TRAININGS["qlora"] = TRAININGS["lora"] | {"load_in_4bit": True}
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24},  # of the tests
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12},
@@ -65,100 +66,7 @@ SAMPLE_S = 0.002
 MAX_TOKENS = 256  # of a micro-batch
 
 
-# --- live tensors ----------------------------------------------------------------------------------------------------
-
-
-def live_tensors():
-    """A dispatch mode that knows the bytes of all live storages; `peaks` by `phase`, which its user sets.
-
-    It sees what goes through torch's dispatcher on this thread, which is everything but buffers inside gloo and DeepSpeed's
-    shared memory. Tensors that are mapped from a file count once they are a parameter of a module.
-    """
-    import torch
-    from torch.distributed.tensor import DTensor
-    from torch.multiprocessing.reductions import StorageWeakRef
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    resize, from_file = torch.UntypedStorage.resize_, torch.UntypedStorage.from_file
-    register = torch.nn.Module.register_parameter
-
-    class Live(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.phase, self.peaks, self._total = "", {}, 0
-            self._storages: dict[int, tuple[StorageWeakRef, int]] = {}  # by address: (itself, bytes that count)
-            self._files: list[tuple[StorageWeakRef, int, int]] = []  # mapped: all of a file, its first and last address
-
-        def __enter__(self):
-            """FSDP2 frees and allocates by resizing storages; safetensors maps files: neither is dispatched."""
-            torch.UntypedStorage.resize_ = lambda storage, size: self._resize(storage, size)
-            torch.UntypedStorage.from_file = lambda *args, **kwargs: self._map(*args, **kwargs)
-            torch.nn.Module.register_parameter = lambda *args: self._register(*args)
-            return super().__enter__()
-
-        def __exit__(self, *error):
-            super().__exit__(*error)
-            torch.UntypedStorage.resize_, torch.UntypedStorage.from_file = resize, from_file
-            torch.nn.Module.register_parameter = register
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if any(issubclass(t, DTensor) for t in types):
-                return NotImplemented  # comes again as what DTensor makes of it
-            result = function(*args, **(kwargs or {}))
-            for found in tree_leaves((args, kwargs, result)):
-                self._add_tensor(found)
-            self.note()
-            return result
-
-        def _resize(self, storage, size):
-            found = resize(storage, size)
-            self._add(storage)
-            self.note()
-            return found
-
-        def _map(self, *args, **kwargs):
-            storage = from_file(*args, **kwargs)
-            start = storage.data_ptr()
-            self._files.append((StorageWeakRef(storage), start, start + storage.nbytes()))
-            return storage
-
-        def _register(self, module, name, parameter):
-            register(module, name, parameter)
-            self._add_tensor(parameter, always=True)
-            self.note()
-
-        def _add_tensor(self, found, always: bool = False) -> None:
-            if type(found) in (torch.Tensor, torch.nn.Parameter) and found.layout == torch.strided:
-                if found.device.type != "meta":
-                    self._add(found.untyped_storage(), always)
-
-        def _add(self, storage, always: bool = False) -> None:
-            counts = storage.nbytes() if always or not self._is_mapped(storage) else 0
-            known, before = self._storages.get(storage._cdata, (None, 0))
-            if known is None:
-                known = StorageWeakRef(storage)  # as long as it is there, the address is not given to another one
-            elif always or before:
-                counts = storage.nbytes()
-            self._total += counts - before
-            self._storages[storage._cdata] = known, counts
-
-        def _is_mapped(self, storage) -> bool:
-            address = storage.data_ptr()
-            return any(low <= address < high and not file.expired() for file, low, high in self._files)
-
-        def note(self) -> None:
-            if self._total > self.peaks.get(self.phase, -1):
-                self._forget_freed()
-                self.peaks[self.phase] = max(self._total, self.peaks.get(self.phase, 0))
-
-        def _forget_freed(self) -> None:
-            for address, (storage, size) in list(self._storages.items()):
-                if storage.expired():
-                    self._total -= size
-                    del self._storages[address]
-
-    return Live()
+# --- private memory ---------------------------------------------------------------------------------------------------
 
 
 class Private:
@@ -196,12 +104,13 @@ def worker(out: str, elements: str, command: str, *words: str) -> None:
     """
     import deepspeed  # noqa: F401  # accelerate imports it in every run: it belongs to what was there before
     import trl.trainer.dpo_trainer  # noqa: F401
+    from live_tensors import LiveTensors
 
     import rlhf.evaluation.evaluate
     from rlhf.__main__ import main as command_line
     from rlhf.runs.stop import EXIT_STOPPED, leave
 
-    live, private = live_tensors(), Private()
+    live, private = LiveTensors(), Private()
     live.__enter__()
     open_phases: list[str] = []
 

@@ -249,7 +249,7 @@ ACCELERATE_AND_PEFT = [
         "get_delta_weight adapter": "merging into a 4-bit base", "merge safe_merge adapter_names": "merging adapters",
     }),
     *_of("datasets", "Dataset", "data/sources.py", {"_fingerprint": "knowing a data set again without reading it"}, in_code=True),
-    *_of("peft.utils.integrations", "", "models/pieces.py", {"dequantize_module_weight module": "merging into a 4-bit base"}),
+    *_of("peft.utils.integrations", "", "models/four_bits.py", {"dequantize_module_weight module": "merging into a 4-bit base"}),
     *_of("peft", "PeftConfig", "packing/backbone.py", {"is_prompt_learning": "refusing to pack virtual tokens"}),
 ]  # fmt: skip
 
@@ -311,6 +311,18 @@ OPTIONAL = [
     }, in_code=True, only="deepspeed"),
     *_of("bitsandbytes.nn.modules", "Linear4bit", "models/loading.py", {
         "support_avx512bf16_for_cpu": "gradients of a 4-bit model on CPUs",
+    }, in_code=True, only="bitsandbytes"),
+    *_of("bitsandbytes.functional", "", "models/four_bits.py", {
+        "get_4bit_type typename device": "4-bit weights under FSDP2",
+        "quantize_blockwise A code absmax out blocksize": "4-bit weights under FSDP2",
+        "quantize_4bit A absmax out blocksize compress_statistics quant_type": "4-bit weights under FSDP2",
+        "dequantize_4bit A quant_state": "merging into a 4-bit base under FSDP2",
+    }, only="bitsandbytes"),
+    *_of("transformers.quantizers.base", "HfQuantizer", "models/four_bits.py", {
+        "preprocess_model model": "4-bit weights under FSDP2", "postprocess_model model": "4-bit weights under FSDP2",
+    }, only="bitsandbytes"),
+    *_of("transformers.integrations.bitsandbytes", "Bnb4bitQuantize", "models/four_bits.py", {
+        "source_cls": "4-bit weights of GPT-2 under FSDP2",
     }, in_code=True, only="bitsandbytes"),
     *_of("bitsandbytes.nn.modules", "Params4bit", "distributed/sharding.py", {
         "quant_state": "the number of weights of a 4-bit model",

@@ -22,6 +22,8 @@ def is_sharded(parameter) -> bool:
 
 def num_elements(parameter) -> int:
     """Number of elements of a parameter: unsharded under ZeRO-3, and unpacked if bitsandbytes stores two per byte."""
+    if (number := getattr(parameter, "num_weights", None)) is not None:
+        return number  # of four_bits.py
     state = getattr(parameter, "quant_state", None)
     if state is not None and getattr(state, "shape", None) is not None:
         return state.shape.numel()

@@ -33,11 +33,11 @@ def load_policy(
     if not is_adapter(name) or not continue_adapter:
         revision = revision_of(name, model_args.model_revision)
         name = _merged(name, merged, options)
-        return _load(AutoModelForCausalLM, name, tokenizer, model_args, options | {"revision": revision})[0]
+        return _load(AutoModelForCausalLM, name, tokenizer, options | {"revision": revision}, model_args.use_dora)[0]
     from peft import PeftConfig, PeftModel
 
     base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    base, _ = _load(AutoModelForCausalLM, base_name, tokenizer, model_args, options)
+    base, _ = _load(AutoModelForCausalLM, base_name, tokenizer, options, model_args.use_dora)
     return PeftModel.from_pretrained(base, name, is_trainable=True)
 
 
@@ -52,7 +52,8 @@ def load_reward_model(name: str, tokenizer, model_args, trust_remote_code: bool 
     """
     options = _load_options(model_args, trust_remote_code)
     options |= {"num_labels": 1, "revision": revision_of(name, model_args.model_revision)}
-    return _load(AutoModelForSequenceClassification, _merged(name, merged, options), tokenizer, model_args, options)
+    name = _merged(name, merged, options)
+    return _load(AutoModelForSequenceClassification, name, tokenizer, options, model_args.use_dora)
 
 
 def _merged(name: str, folder: Path | None, options: dict[str, Any]) -> str:
@@ -66,14 +67,20 @@ def _merged(name: str, folder: Path | None, options: dict[str, Any]) -> str:
     return merge_for_training(name, folder, dtype, options["trust_remote_code"])
 
 
-def _load(auto, name: str, tokenizer, model_args, options: dict[str, Any]) -> tuple[Any, list[str]]:
+def _load(auto, name: str, tokenizer, options: dict[str, Any], use_dora: bool = False) -> tuple[Any, list[str]]:
     """(model, names of its newly initialised modules); under FSDP2 its weights stay on disk until it is sharded."""
     from transformers.utils import logging
 
-    from rlhf.models import on_disk
+    from rlhf.models import four_bits, on_disk
 
-    # DoRA computes its first magnitudes from the weights
-    lazy = not model_args.use_dora and on_disk.stays_on_disk(name, auto, options)
+    # DoRA's first magnitudes are computed from the weights as they are in 4 bits
+    lazy = not (use_dora and "quantization_config" in options) and on_disk.stays_on_disk(name, auto, options)
+    quantisation = options.get("quantization_config") if lazy else None
+    if quantisation is not None:
+        options = {key: value for key, value in options.items() if key != "quantization_config"}
+    elif "quantization_config" in options and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate leaves what is no float unsharded; it would shard other 4-bit weights, and cast their bytes
+        options["quantization_config"].bnb_4bit_quant_storage = torch.uint8
     before = logging.get_verbosity()
     if auto is AutoModelForSequenceClassification:
         logging.set_verbosity_error()  # "score is newly initialised, you should probably train this": we do
@@ -83,6 +90,8 @@ def _load(auto, name: str, tokenizer, model_args, options: dict[str, Any]) -> tu
     finally:
         logging.set_verbosity(before)
     if lazy:
+        if quantisation is not None:
+            four_bits.quantise_later(model, quantisation)
         make_place_holders(model)
         on_disk.read_buffers(model)
         if len(tokenizer) > len(model.get_input_embeddings().weight):
@@ -105,10 +114,9 @@ def load_nf4(name: str, tokenizer, dtype: torch.dtype, trust_remote_code: bool =
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        name, quantization_config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
-    return fit_tokenizer(keep_4bit_layout(model), tokenizer).eval().requires_grad_(False)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    model, _ = _load(AutoModelForCausalLM, name, tokenizer, options | {"quantization_config": config})
+    return model.eval().requires_grad_(False)
 
 
 def keep_4bit_layout(model):

@@ -12,12 +12,13 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.distributed.processes import say
+from rlhf.distributed.processes import rank, say, world_size
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
+from rlhf.models import four_bits
 from rlhf.models.pieces import ADAPTER, base_model
 from rlhf.models.place_holders import is_place_holder
 
@@ -31,8 +32,8 @@ def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
         auto: `AutoModelForCausalLM`, ...
         options: for its `from_pretrained`.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or "quantization_config" in options:
-        return False  # 4-bit weights are packed when they load, on every rank
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return False
     from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
@@ -41,12 +42,17 @@ def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
     config = AutoConfig.from_pretrained(name, **given)
     with loading_unsharded(), torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=options["trust_remote_code"])
-    converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
-    if converted or hasattr(config, "quantization_config"):
-        say(
-            f"note: each process holds all of {name} while it loads: transformers converts the tensors of this architecture"
-        )
-    return not converted and not hasattr(config, "quantization_config")
+    reason = ""
+    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
+        reason = "transformers converts the tensors of this architecture"
+    elif hasattr(config, "quantization_config"):
+        reason = "its files are quantised"
+    elif "quantization_config" in options:
+        reason = four_bits.why_whole(model)
+    if reason:
+        always = " and then, in 4 bits," if "quantization_config" in options else ""
+        say(f"note: each process holds all of {name} while it loads{always}: {reason}")
+    return not reason
 
 
 @contextlib.contextmanager
@@ -105,40 +111,114 @@ def shard_model(model, accelerator) -> None:
     index = getattr(base_model(model), INDEX, None)
     if index is not None:
         plugin.cpu_ram_efficient_loading = True  # the path that shards on the meta device
+        _compute_magnitudes(model, index, accelerator.device)
     if plugin.activation_checkpointing:
         plugin.set_auto_wrap_policy(model)
         fsdp_utils.fsdp2_apply_ac(accelerator, model)
+    computed_in = plugin.mixed_precision_policy and plugin.mixed_precision_policy.param_dtype
+    quantised = four_bits.make_shardable(model, computed_in or torch.float32)
+    # TRL keeps an adapter on 4 bits in bf16 under every engine; accelerate would make it fp32 under this one
+    kept = {n: p.dtype for n, p in model.named_parameters() if quantised and p.requires_grad and "lora_" in n}
     before = fsdp_utils.fsdp2_load_full_state_dict
     fsdp_utils.fsdp2_load_full_state_dict = lambda accelerator, model, values, cpu_offload=False: _load_shards(
-        accelerator, model, values, index or {}, cpu_offload
+        accelerator, model, values, _OnDisk(index or {}, quantised, kept), cpu_offload
     )
     try:
         fsdp_utils.fsdp2_prepare_model(accelerator, model)
     finally:
         fsdp_utils.fsdp2_load_full_state_dict = before
+    four_bits.finish_loading(quantised)
     # torch notes the dtypes of trained parameters in the first forward pass: a reference's has LoRA switched off
     model._get_fsdp_state()._lazy_init()
 
 
-def _load_shards(accelerator, model, values: dict[str, Any], index: dict[str, Any], cpu_offload: bool) -> None:
+def _compute_magnitudes(model, index: dict[str, dict[str, str]], device) -> None:
+    """DoRA's magnitudes, which PEFT has computed from place-holders: each layer's by one rank, which reads its weight."""
+    base = base_model(model)
+    found = [
+        (f"{name}.weight", layer, adapter)
+        for name, layer in base.named_modules()
+        for adapter, dora in (getattr(layer, "lora_magnitude_vector", None) or {}).items()
+        if dora.weight.isnan().any()
+    ]
+    for number, (name, layer, adapter) in enumerate(found):
+        if number % world_size() == rank():
+            _compute_magnitude(layer, adapter, _read(index[name], None))
+    if world_size() > 1:
+        for number, (_, layer, adapter) in enumerate(found):
+            magnitudes = layer.lora_magnitude_vector[adapter].weight.data
+            sent = magnitudes.to(device)  # NCCL sends no host memory
+            torch.distributed.broadcast(sent, src=number % world_size())
+            magnitudes.copy_(sent)
+
+
+def _compute_magnitude(layer, adapter: str, weight: torch.Tensor) -> None:
+    """By PEFT, in the dtype of the base's weights, as where they are loaded whole."""
+    base, dora = layer.get_base_layer(), layer.lora_magnitude_vector[adapter]
+    place_holder, before = base.weight, dora.weight
+    kind = "lora_" if adapter in layer.lora_A else "lora_embedding_"
+    factors = {side: getattr(layer, f"{kind}{side}")[adapter] for side in "AB"}
+    factors = {f"lora_{side}": getattr(f, "weight", f).to(place_holder.dtype) for side, f in factors.items()}
+    base.weight = torch.nn.Parameter(weight.to(place_holder.dtype), requires_grad=False)
+    try:
+        with torch.no_grad():
+            dora.update_layer(base_layer=base, scaling=layer.scaling[adapter], **factors)
+    finally:
+        base.weight = place_holder
+    before.data = dora.weight.data.to(before.dtype)
+    dora.weight = before
+
+
+class _OnDisk(NamedTuple):
+    """What `_load_shards` reads.
+
+    Attributes:
+        entries: of the model (INDEX).
+        quantised: the 4-bit layers by name.
+        dtypes: of parameters that accelerate has cast.
+    """
+
+    entries: dict[str, dict[str, str]]
+    quantised: dict[str, Any]
+    dtypes: dict[str, torch.dtype]
+
+
+def _load_shards(accelerator, model, values: dict[str, Any], on_disk: _OnDisk, cpu_offload: bool) -> None:
     """In place of accelerate's `fsdp2_load_full_state_dict`, which sends rank 0's `values` to all.
 
     Args:
         values: by name, the same on all ranks, or place-holders for what is on disk.
     """
     loaded, tied = {}, dict[Any, Any]()  # by the value's memory: what a file maps shares a storage, and is not tied
+    packers = _packers(accelerator, on_disk)
     for name, parameter in model.state_dict().items():
         value, device = values[name], "cpu" if cpu_offload else accelerator.device
+        layer, _, last = name.rpartition(".")
+        if layer in on_disk.quantised and last in ("weight", four_bits.ABSMAX):
+            loaded[name] = _shard(parameter, device, getattr(packers(layer), last))
+            continue
         if not is_sharded(parameter):
             loaded[name] = value.to(device)
         elif value.numel() and (place := (value.data_ptr(), value.shape)) in tied:
             loaded[name] = tied[place]
-        elif (entry := index.get(_name_on_disk(name))) and is_place_holder(value):
+        elif (entry := on_disk.entries.get(_name_on_disk(name))) and is_place_holder(value):
             loaded[name] = _shard(parameter, device, functools.partial(_read, entry))
         else:
-            loaded[name] = _shard(parameter, device, value.__getitem__)
+            loaded[name] = _shard(parameter, device, value.__getitem__, on_disk.dtypes.get(name))
         tied[value.data_ptr(), value.shape] = loaded[name]
     model.load_state_dict(loaded, assign=True)
+
+
+def _packers(accelerator, on_disk: _OnDisk) -> Callable[[str], four_bits.Packer]:
+    """By a 4-bit layer's name what packs its weight; of the last one, since it may hold all magnitudes of the layer."""
+
+    @functools.lru_cache(maxsize=1)
+    def packer(name: str) -> four_bits.Packer:
+        entry = on_disk.entries[_name_on_disk(f"{name}.weight")]
+        dtype, read = getattr(torch, entry["dtype"]), functools.partial(_read, entry)
+        return four_bits.Packer(on_disk.quantised[name], read, dtype, accelerator.device)
+
+    return packer
 
 
 def _name_on_disk(name: str) -> str:
@@ -149,11 +229,12 @@ def _name_on_disk(name: str) -> str:
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
-def _shard(parameter, device, part_of: Callable[[tuple[slice, ...]], torch.Tensor]):
+def _shard(parameter, device, part_of: Callable[[tuple[slice, ...]], torch.Tensor], dtype: torch.dtype | None = None):
     """This rank's shard of a tensor, in the place of a DTensor on the meta device.
 
     Args:
         part_of: returns a part of the unsharded tensor.
+        dtype: if it is not the parameter's.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -162,9 +243,9 @@ def _shard(parameter, device, part_of: Callable[[tuple[slice, ...]], torch.Tenso
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     local = part_of(part) if all(shape) else torch.empty(shape)
-    local = local.to(device, parameter.dtype, copy=True).contiguous()  # a view would keep the whole tensor alive
+    local = local.to(device, dtype or parameter.dtype, copy=True)  # a view would keep the whole tensor alive
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        local.contiguous(), mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
 
 

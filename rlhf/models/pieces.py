@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from rlhf.distributed.sharding import unsharded, unsharded_shape
+from rlhf.distributed.sharding import is_sharded, unsharded, unsharded_shape
 from rlhf.models.counts import is_added
+from rlhf.models.four_bits import ABSMAX, dequantised
 from rlhf.models.place_holders import is_place_holder
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _layer_of(name: str, layers: dict[str, LoraLayer]) -> str | None:
 
 def _final_name(name: str) -> str | None:
     """Without PEFT's additions: of a fully trained module the trained copy counts; None for what is left out."""
-    if ".original_module." in name:
+    if ".original_module." in name or name.endswith(f".{ABSMAX}"):
         return None
     if ".modules_to_save." not in name:
         return name
@@ -116,23 +117,27 @@ def _buffers(base, dtype: torch.dtype) -> Iterator[Piece]:
 
 
 def _one(name: str, tensor: torch.Tensor, module, dtype: torch.dtype, read: Read | None = None) -> Piece:
-    from peft.utils.integrations import dequantize_module_weight
-
-    quantised = getattr(tensor, "quant_state", None) is not None or hasattr(tensor, "CB")
-    shape = _shape(tensor)
+    quantised = _is_quantised(tensor)
+    shape = _shape(tensor, module)
     dtype = dtype if quantised or tensor.is_floating_point() else tensor.dtype
 
     def fetch(keep: bool) -> Tensors | None:
-        if quantised:  # every rank has all of it
-            return {name: _to_host(dequantize_module_weight(module), dtype)} if keep else None
+        if quantised:
+            found = dequantised(module) if keep or is_sharded(tensor) else None
+            return {name: _to_host(found, dtype)} if keep and found is not None else None
         with unsharded(tensor) as full:
             return {name: _to_host(_real(full, name, read), dtype)} if keep else None
 
     return Piece({name: torch.empty(shape, dtype=dtype, device="meta")}, fetch)
 
 
-def _shape(tensor) -> tuple[int, ...]:
-    state = getattr(tensor, "quant_state", None)
+def _is_quantised(tensor) -> bool:
+    return getattr(tensor, "quant_state", None) is not None or hasattr(tensor, "CB") or hasattr(tensor, "num_weights")
+
+
+def _shape(tensor, module) -> tuple[int, ...]:
+    """As the finished model has it: of a 4-bit weight what its layer keeps."""
+    state = getattr(module if hasattr(tensor, "num_weights") else tensor, "quant_state", None)
     return tuple(state.shape) if state is not None else unsharded_shape(tensor)
 
 
@@ -150,24 +155,26 @@ def _merged_layer(prefix: str, layer: Any, dtype: torch.dtype, read: Read | None
     Adapters of single parameters (experts) wrap each other: `layer` is the outermost.
     """
     own = {n: p for n, p in layer.named_parameters() if not is_added(n) or f".{ADAPTER}" in n}
+    own = {n: p for n, p in own.items() if not n.endswith(f".{ABSMAX}")}
     final = {name: prefix + name.replace("base_layer.", "") for name in own if not is_added(name)}
     tensors = {
-        final[name]: torch.empty(_shape(own[name]), dtype=dtype, device="meta") for name in final
+        final[name]: torch.empty(_shape(own[name], layer.get_base_layer()), dtype=dtype, device="meta") for name in final
     }  # fmt: skip
     weight = getattr(layer.get_base_layer(), "weight", None)
-    quantised = getattr(weight, "quant_state", None) is not None or hasattr(weight, "CB")
+    quantised = weight is not None and _is_quantised(weight)
+    others = {name: p for name, p in own.items() if not (quantised and name == "base_layer.weight")}
 
     def fetch(keep: bool) -> Tensors | None:
         with contextlib.ExitStack() as stack:
-            full = {name: stack.enter_context(unsharded(p)) for name, p in own.items()}
+            full = {name: stack.enter_context(unsharded(p)) for name, p in others.items()}
+            base = dequantised(layer.get_base_layer()) if quantised and (keep or is_sharded(weight)) else None
             if not keep:
                 return None
             values = {
                 name: _real(tensor, final.get(name, name), read).detach().to("cpu", torch.float32, copy=True)
                 for name, tensor in full.items()
-                if not (quantised and name == "base_layer.weight")
             }
-            found = _merge_quantised(layer, values) if quantised else _merge(layer, values)
+            found = _merge(layer, values) if base is None else _merge_quantised(layer, values, base)
         return {final[name]: _to_host(found[name], dtype) for name in final}
 
     return Piece(tensors, fetch)
@@ -185,12 +192,11 @@ def _merge(layer, values: Tensors) -> Tensors:
     return values
 
 
-def _merge_quantised(layer, values: Tensors) -> Tensors:
+def _merge_quantised(layer, values: Tensors, base: torch.Tensor) -> Tensors:
     """The dequantised weight plus the adapter: PEFT would round the sum to 4 bits again, and lose most of the adapter."""
-    from peft.utils.integrations import dequantize_module_weight
     from torch.nn.utils.stateless import _reparametrize_module
 
-    weight = dequantize_module_weight(layer.get_base_layer()).detach().to("cpu", torch.float32, copy=True)
+    weight = base.detach().to("cpu", torch.float32, copy=True)
     with torch.no_grad(), _reparametrize_module(layer, values):
         weight += layer.get_delta_weight(ADAPTER)
     return values | {"base_layer.weight": weight}

@@ -193,11 +193,20 @@ class CheckpointMixin(Trainer):
         transformers 5.23 would copy all of them on each rank (ZeRO-1 and 2), or write the whole checkpoint twice (ZeRO-3).
         """
         writing = self.fault_tolerance is not None and self.fault_tolerance.saving_to is not None
+        if self._has_adapter_at_hand():  # accelerate 1.15 would copy the base too, on each rank
+            if self.args.should_save:
+                self._save(output_dir)
+            return None
         if not (writing and self.is_deepspeed_enabled) or hasattr(self.model, "peft_config"):
             return super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self._save(output_dir, state_dict={})
             (Path(output_dir) / "model.safetensors").unlink(missing_ok=True)
+
+    def _has_adapter_at_hand(self) -> bool:
+        """Whether the main rank holds all of an adapter under DeepSpeed: ZeRO-1 and 2."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin is not None and plugin.zero_stage < 3 and hasattr(self.model, "peft_config")
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         with self._defer_disk_errors():

@@ -36,7 +36,7 @@ from rlhf.training.plan_checks import (
     decide_max_length,
     note_disabled,
 )
-from rlhf.training.room import check_memory
+from rlhf.training.room import check_memory, tell_replicated
 from rlhf.training.stage import Plan, Stage
 from rlhf.training.tokens import load_plan_tokenizer
 
@@ -130,6 +130,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
         check(plan)
     if topology.started:
         check_memory(plan)
+    tell_replicated(plan)
     tokenizer = load_plan_tokenizer(plan)
     packs = check_modules(plan)
     check_examples(plan, tokenizer, packs)

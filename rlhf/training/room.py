@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.config.build import default_dtype
 from rlhf.config.recipe import Recipe
-from rlhf.distributed.processes import world_size
+from rlhf.distributed.processes import say, world_size
 from rlhf.distributed.topology import Topology
 from rlhf.errors import UserError
 from rlhf.models.folder import base_of, weight_files
@@ -54,7 +54,7 @@ def training_room(
     `default_dtype`); trained weights take as much again for the gradient and twice as much for Adam's moments (8-bit Adam: 2
     bytes; of other optimizers nothing is counted). Under DeepSpeed in 16 bits weights and gradients take 2, and the optimizer
     4 more for its fp32 weights. ZeRO-1 shards the optimizer's part over the ranks,
-    ZeRO-2 also the gradients, ZeRO-3 and FSDP2 all three, but no quantised weights.
+    ZeRO-2 also the gradients, ZeRO-3 and FSDP2 all three; of quantised weights FSDP2 those in 4 bits (four_bits.py).
     """
     one = 2.0 if recipe.get("dtype") in ("bfloat16", "float16") else 4.0
     if default_dtype(recipe, on_cpu, bf16=True) == "auto":
@@ -72,8 +72,28 @@ def training_room(
     if topology.offload:
         held, adam = held if stage < 3 else 0.0, 0.0
     share = [1.0 if stage < least else 1.0 / world for least in (3, 2, 1)]
-    share[0] = 1.0 if recipe.is_quantised else share[0]
+    if recipe.is_quantised and not _shards_quantised(recipe, topology):
+        share[0] = 1.0
     return Room(parameters * held * share[0], parameters * gradient * share[1], parameters * adam * share[2])
+
+
+def _shards_quantised(recipe: Recipe, topology: Topology) -> bool:
+    return topology.engine == "FSDP" and not recipe.get("load_in_8bit") and not recipe.get("use_dora")
+
+
+def tell_replicated(plan: Plan) -> None:
+    """Say what each process holds of quantised weights where the engine shards all others, and which key has no effect."""
+    recipe, topology, folder = plan.recipe, plan.topology, base_of(plan.model_name)
+    if not recipe.is_quantised or topology.engine != "FSDP" and topology.zero_stage != 3:
+        return
+    fsdp, key = topology.engine == "FSDP", "bnb_4bit_quant_storage"
+    if fsdp and key in recipe.values:
+        say(f"note: {recipe.where(key)}: {key} has no effect under FSDP2, which decides how 4-bit weights are stored")
+    if not _shards_quantised(recipe, topology) and os.path.isdir(folder):  # a hub's model is counted once it is there
+        held = _gb(count_weights(Path(folder))[0] * (0.5 if recipe.get("load_in_4bit") else 1.0))
+        which = "FSDP2 shards no 4-bit weights of a model with DoRA" if fsdp else "ZeRO-3 shards no quantised weights"
+        instead = "" if fsdp else "; launch/fsdp2.yaml shards those in 4 bits"
+        say(f"note: {which}: each process holds all of them, at least {held}{instead}")
 
 
 def check_memory(plan: Plan) -> None:
@@ -107,7 +127,10 @@ def _what_fits(counted: tuple[int, int], recipe: Recipe, topology: Topology, wor
     ways = [
         ("launch/fsdp2.yaml", recipe, sharded), ("`use_peft: true`", lora, topology),
         ("`use_peft: true` with launch/fsdp2.yaml", lora, sharded), ("`use_peft: true` and `load_in_4bit: true`", qlora, topology),
+        ("`use_peft: true` and `load_in_4bit: true` with launch/fsdp2.yaml", qlora, sharded),
     ]  # fmt: skip
+    if topology.engine == "FSDP":
+        del ways[-1]
     rooms = [(way, training_room(*counted, other, where, world, False).total) for way, other, where in ways]
     fitting = [f"{way} ({_gb(room)})" for way, room in rooms if room <= 0.9 * has]
     if fitting:
@@ -116,4 +139,4 @@ def _what_fits(counted: tuple[int, int], recipe: Recipe, topology: Topology, wor
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB" if 0 < size < 1e8 else f"{size / 1e9:.1f} GB"

@@ -126,10 +126,11 @@ def test_a_gathered_model_is_more_than_the_constant(case, model):
 def test_live_tensors_are_counted_once(tmp_path):
     """Views are not counted again, freed and resized storages are followed, mapped ones count as parameters."""
     import torch
+    from live_tensors import LiveTensors
     from safetensors.torch import load_file, save_file
 
     save_file({"w": torch.zeros(1000)}, tmp_path / "x.safetensors")
-    live = memory.live_tensors()
+    live = LiveTensors()
 
     def peak(phase, make):
         live.phase = phase

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.topology import Topology
 from rlhf.errors import UserError
-from rlhf.training.room import check_memory, count_weights, training_room
+from rlhf.training.room import check_memory, count_weights, tell_replicated, training_room
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,9 @@ from rlhf.training.room import check_memory, count_weights, training_room
         ({}, Topology("DeepSpeed", 2), 4, 7_000),  # 4000 + (4000 + 8000) / 4
         ({}, Topology("DeepSpeed", 3), 4, 4_000),
         ({}, Topology("FSDP", fsdp_version=2), 4, 4_000),
-        ({"use_peft": True, "load_in_4bit": True}, Topology("FSDP", fsdp_version=2), 4, 500),  # on every rank
+        ({"use_peft": True, "load_in_4bit": True}, Topology("FSDP", fsdp_version=2), 4, 125),  # sharded
+        ({"use_peft": True, "load_in_4bit": True, "use_dora": True}, Topology("FSDP", fsdp_version=2), 4, 500),
+        ({"use_peft": True, "load_in_4bit": True}, Topology("DeepSpeed", 3), 4, 500),  # on every rank
         ({"bf16": True}, Topology("DeepSpeed", 2), 4, 5_500),  # 2000 + (2000 + 12000) / 4
         ({"optim": "adafactor"}, Topology("DDP"), 4, 8_000),  # a lower bound: not counted
         ({"optim": "adamw_bnb_8bit"}, Topology("DDP"), 4, 10_000),
@@ -80,7 +82,8 @@ def planned(folder, topology, **values):
          "one has 15.0 GB; nothing was loaded. This could fit: launch/fsdp2.yaml (4.0 GB) or `use_peft: true` (4.0 GB)"),
         (3, {}, Topology("DDP"), "This could fit: `use_peft: true` with launch/fsdp2.yaml (1.0 GB) or `use_peft: true` and "
          "`load_in_4bit: true` (0.5 GB)"),
-        (0.5, {}, Topology("FSDP", fsdp_version=2), "Shard it over more GPUs with launch/fsdp2.yaml: here 4.0 GB on each of 4"),
+        (0.5, {}, Topology("FSDP", fsdp_version=2), "This could fit: `use_peft: true` and `load_in_4bit: true` (0.1 GB)"),
+        (0.1, {}, Topology("FSDP", fsdp_version=2), "Shard it over more GPUs with launch/fsdp2.yaml: here 4.0 GB on each of 4"),
         (3, {"use_peft": True}, Topology("DDP"), "need at least 4.0 GB on each device (weights 4.0 GB, gradients 0.0 GB"),
     ],
 )  # fmt: skip
@@ -106,3 +109,24 @@ def test_a_model_of_the_hub_and_a_cpu_are_not_judged(tmp_path):
     plan.args.device = torch.device("cpu")
     check_memory(plan)
     check_memory(planned("org/name", Topology("DDP")))
+
+
+@pytest.mark.parametrize(
+    ("values", "topology", "told"),
+    [
+        ({"load_in_4bit": True}, Topology("DeepSpeed", 3), "note: ZeRO-3 shards no quantised weights: each process holds all of "
+         "them, at least 0.5 GB; launch/fsdp2.yaml shards those in 4 bits"),
+        ({"load_in_8bit": True}, Topology("DeepSpeed", 3), "at least 1.0 GB; launch"),
+        ({"load_in_4bit": True, "use_dora": True}, Topology("FSDP", fsdp_version=2), "with DoRA: each process holds all of them, at least 0.5 GB"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}, Topology("FSDP", fsdp_version=2), "bnb_4bit_quant_storage has no effect under FSDP2"),
+        ({"load_in_4bit": True}, Topology("FSDP", fsdp_version=2), ""),
+        ({"load_in_4bit": True}, Topology("DeepSpeed", 2), ""),  # shards no weights at all
+        ({}, Topology("DeepSpeed", 3), ""),
+    ],
+)  # fmt: skip
+def test_quantised_weights_that_are_not_sharded_are_told(values, topology, told, tmp_path, capsys):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000, 1000], "data_offsets": [0, 4 * 10**9]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    tell_replicated(planned(tmp_path, topology, use_peft=True, **values))
+    shown = capsys.readouterr().out
+    assert told in shown and bool(told) == bool(shown)
