@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Held(NamedTuple):
     copy: int = 0
 
 
-def held_by_this_rank(parameter: torch.Tensor) -> Held | None:
+def held_by_this_rank(parameter) -> Held | None:
     """What the engine leaves of a parameter on this rank; None if that is not one range."""
     if is_zero3(parameter):
         group, partition = parameter.ds_process_group, parameter.ds_tensor.numel()
@@ -61,7 +61,7 @@ def _rows(parameter) -> Held | None:
     return Held(first * width, (first + rows) * width, copies, copy)
 
 
-def local_values(parameter: torch.Tensor) -> torch.Tensor:
+def local_values(parameter) -> torch.Tensor:
     """The elements that `held_by_this_rank` names, as a 1-d view of where the engine keeps them."""
     if is_zero3(parameter):
         held = held_by_this_rank(parameter)
@@ -70,18 +70,18 @@ def local_values(parameter: torch.Tensor) -> torch.Tensor:
     return local_view(parameter)
 
 
-def local_view(tensor: torch.Tensor) -> torch.Tensor:
+def local_view(tensor) -> torch.Tensor:
     """This rank's elements of a DTensor, or all of any other tensor, as a 1-d view."""
     local = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
     return local.detach().view(-1)
 
 
-def is_one_range(tensor: torch.Tensor) -> bool:
+def is_one_range(tensor) -> bool:
     """Whether the flattened local part of a tensor is a view of its memory."""
     return (tensor.to_local() if hasattr(tensor, "device_mesh") else tensor).is_contiguous()
 
 
-def refresh(parameters: Sequence[torch.Tensor]) -> None:
+def refresh(parameters: Sequence[Any]) -> None:
     """Forget what ZeRO-3 has gathered of parameters whose partitions were written; a collective that all ranks must call."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 

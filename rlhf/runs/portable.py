@@ -65,13 +65,13 @@ class Share(NamedTuple):
     Attributes:
         parts: from `trained_parts`.
         files: from `split_files`.
-        index: int64 (R, 4) of all ranks (see INDEX).
+        ranges: int64 (R, 4) of all ranks, as in the index.
         names: of all ranks' files, in the order of their numbers in the index.
     """
 
     parts: list[Part]
     files: Files
-    index: np.ndarray
+    ranges: np.ndarray
     names: list[str]
 
 
@@ -85,10 +85,10 @@ def plan_share(trainer) -> Share | str:
     found = gather_object([(reason, rows_of(files))])
     if reason := next(filter(None, (theirs for theirs, _ in found)), ""):
         return reason
-    index, names = join_index([theirs for _, theirs in found])
-    if (wrong := uncovered([math.prod(part.shape) for part in parts], index[:, :3])) is not None:
+    ranges, names = join_index([theirs for _, theirs in found])
+    if (wrong := uncovered([math.prod(part.shape) for part in parts], ranges[:, :3])) is not None:
         return f"the ranks together do not hold {parts[wrong].name} exactly once"
-    return Share(parts, files, index, names)
+    return Share(parts, files, ranges, names)
 
 
 def rows_of(files: Files) -> np.ndarray:
@@ -152,7 +152,7 @@ def write_share(share: Share, trainer, folder: Path) -> dict[str, list]:
         finally:
             file.abandon()
     if is_main():
-        save_file({"ranges": torch.from_numpy(share.index)}, folder / INDEX, {"state": _state(share, trainer)})
+        save_file({"ranges": torch.from_numpy(share.ranges)}, folder / INDEX, {"state": _state(share, trainer)})
     return written
 
 
