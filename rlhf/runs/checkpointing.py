@@ -23,7 +23,8 @@ from rlhf.errors import UserError
 from rlhf.files import is_disk_error, sync_file, write_file
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
-from rlhf.runs.portable import IS_DATA, PortableState, Share, is_portable, plan_share, write_share
+from rlhf.runs.portable import PortableState, Share, plan_share, write_share
+from rlhf.runs.portable_index import IS_DATA, is_portable
 from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 if TYPE_CHECKING:
@@ -168,8 +169,8 @@ class CheckpointMixin(Trainer):
             reason = str(error)
         if reason := self._first(reason):
             return reason
-        self.fault_tolerance.saving_to, self.fault_tolerance.disk_error = partial, ""
         self.fault_tolerance.share, self.fault_tolerance.written = self._plan_share(), {}
+        self.fault_tolerance.saving_to, self.fault_tolerance.disk_error = partial, ""
         try:
             with self._defer_disk_errors():
                 super()._save_checkpoint(model, trial)

@@ -21,42 +21,27 @@ Format 1 held unsharded tensors, all written by rank 0, in portable-NUMBER.safet
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from rlhf.distributed.processes import is_main, rank, world_size
 from rlhf.distributed.ranges import Held, held_by_this_rank, local_values, refresh, uncovered, written_by_this_rank
-from rlhf.distributed.sharding import is_zero3, unsharded_shape
+from rlhf.distributed.sharding import is_zero3, reshard, unsharded_shape
 from rlhf.errors import UserError
 from rlhf.models.tensor_file import TensorFile
-from rlhf.runs.trained_state import Part, Scalars, make_state, trained_parts, why_not_ranges
+from rlhf.runs.portable_index import DATA, Files, join_index, read_index, rows_of, write_index
+from rlhf.runs.trained_state import Part, make_state, trained_parts, why_not_ranges
 
-INDEX = "portable-index.safetensors"
-DATA = "portable-{:05d}-of-{:05d}-{:05d}.safetensors"  # rank, world size, number
-UNSHARDED = "portable-{:05d}.safetensors"  # of format 1
-IS_DATA = re.compile(r"portable-\d+-of-\d+-\d+\.safetensors")
-FORMAT = 2
 MAX_FILE_BYTES = 2 << 30
 
 
-def is_portable(files) -> bool:
-    """Whether a checkpoint with these file names can be read by any engine."""
-    return INDEX in files or UNSHARDED.format(0) in files
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-Files = list[list[tuple[int, int, int]]]  # of each file the ranges in it: number of the parameter, start, stop
 
 
 class Share(NamedTuple):
@@ -65,8 +50,8 @@ class Share(NamedTuple):
     Attributes:
         parts: from `trained_parts`.
         files: from `split_files`.
-        ranges: int64 (R, 4) of all ranks, as in the index.
-        names: of all ranks' files, in the order of their numbers in the index.
+        ranges: int64 (R, 4) of all ranks, from `join_index`.
+        names: of all ranks' files, from `join_index`.
     """
 
     parts: list[Part]
@@ -89,25 +74,6 @@ def plan_share(trainer) -> Share | str:
     if (wrong := uncovered([math.prod(part.shape) for part in parts], ranges[:, :3])) is not None:
         return f"the ranks together do not hold {parts[wrong].name} exactly once"
     return Share(parts, files, ranges, names)
-
-
-def rows_of(files: Files) -> np.ndarray:
-    """int64 (R, 4): parameter, start, stop, number of the file."""
-    rows = [(*place, number) for number, ranges in enumerate(files) for place in ranges]
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
-
-
-def join_index(found: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
-    """The index of all ranks' ranges, and the names of their files.
-
-    Args:
-        found: per rank, from `rows_of`.
-    """
-    names, joined = list[str](), []
-    for of, theirs in enumerate(found):
-        joined.append(theirs + [0, 0, 0, len(names)])
-        names += [DATA.format(of, len(found), number) for number in sorted(set(theirs[:, 3].tolist()))]
-    return np.concatenate(joined), names
 
 
 def split_files(parts: list[Part], written: list[tuple[int, int]]) -> Files:
@@ -152,7 +118,7 @@ def write_share(share: Share, trainer, folder: Path) -> dict[str, list]:
         finally:
             file.abandon()
     if is_main():
-        save_file({"ranges": torch.from_numpy(share.ranges)}, folder / INDEX, {"state": _state(share, trainer)})
+        write_index(folder, share.ranges, share.names, share.parts, trainer.lr_scheduler.last_epoch)
     return written
 
 
@@ -167,32 +133,7 @@ def _tensors(parts: list[Part], ranges: list[tuple[int, int, int]]) -> dict[str,
     return {key: view for _, _, key, view in sorted(found, key=lambda item: item[:2])}
 
 
-def _state(share: Share, trainer) -> str:
-    parameters = [
-        {
-            "name": part.name, "shape": part.shape,
-            "kinds": {kind: str(tensor.dtype).removeprefix("torch.") for kind, tensor in part.tensors.items()},
-            "scalars": {key: _to_json(value) for key, value in part.scalars.items()},
-        }
-        for part in share.parts
-    ]  # fmt: skip
-    found = {"format": FORMAT, "parameters": parameters, "files": share.names}
-    return json.dumps(found | {"last_epoch": trainer.lr_scheduler.last_epoch})
-
-
-def _to_json(value: int | float | torch.Tensor) -> int | float | list:
-    return [str(value.dtype).removeprefix("torch."), value.item()] if torch.is_tensor(value) else value
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class Saved(NamedTuple):
-    """A parameter in a checkpoint: as of Part, with the dtype of each kind (without `weight`)."""
-
-    shape: tuple[int, ...]
-    kinds: dict[str, torch.dtype]
-    scalars: Scalars
 
 
 class Wanted(NamedTuple):
@@ -217,8 +158,7 @@ class PortableState:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        read = _read_index if (self.folder / INDEX).is_file() else _index_unsharded
-        self.parameters, self._files, self._ranges, self.last_epoch = read(self.folder)
+        self.parameters, self._files, self._ranges, self.last_epoch = read_index(self.folder)
 
     def restore_weights(self, model) -> None:
         """Copy the trained weights into a model that no engine has wrapped yet, or ZeRO-3 or FSDP2 has sharded.
@@ -226,6 +166,7 @@ class PortableState:
         Raises:
             UserError: the model trains other parameters than the saved ones.
         """
+        reshard(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._check_same({name: unsharded_shape(parameter) for name, parameter in trained.items()})
         wanted = []
@@ -290,10 +231,11 @@ class PortableState:
         low, high = bounds[self._ranges[:, 0]].T
         rows = self._ranges[(self._ranges[:, 1] < high) & (self._ranges[:, 2] > low)]
         copied: dict[tuple[str, str], int] = {}
-        for file in np.unique(rows[:, 3]).tolist():
-            with safe_open(self.folder / self._files[file], "pt") as opened:
+        rows = rows[np.argsort(rows[:, 3], kind="stable")]
+        for group in np.split(rows, np.flatnonzero(np.diff(rows[:, 3])) + 1) if len(rows) else ():
+            with safe_open(self.folder / self._files[group[0, 3]], "pt") as opened:
                 keys = set(opened.keys())
-                for number, start, stop, _ in rows[rows[:, 3] == file].tolist():
+                for number, start, stop, _ in group.tolist():
                     for kind, size in self._copy(opened, keys, by_number[number], start, stop):
                         copied[by_number[number].name, kind] = copied.get((by_number[number].name, kind), 0) + size
         for each in wanted:
@@ -315,68 +257,3 @@ class PortableState:
                 continue
             into[low - wanted.held.start : high - wanted.held.start].copy_(values)
             yield kind, high - low
-
-
-Index = tuple[dict[str, Saved], list[str], np.ndarray, int]
-
-
-def _read_index(folder: Path) -> Index:
-    """The index of format 2."""
-    path = folder / INDEX
-    try:
-        with safe_open(path, "pt") as file:
-            ranges, state = file.get_tensor("ranges").numpy(), json.loads(file.metadata()["state"])
-        found = _parse_index(ranges, state) if state["format"] == FORMAT else None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} is not the index of a checkpoint; start from scratch with --fresh") from None
-    if found is None:
-        raise UserError(
-            f"{path} has format {state['format']!r}, expected {FORMAT}: it was written by a later version of rlhf-dpo; install "
-            "that one, or start from scratch with --fresh"
-        )
-    return found
-
-
-def _parse_index(ranges: np.ndarray, state: dict[str, Any]) -> Index:
-    """Raises ValueError, KeyError, TypeError, AttributeError or IndexError for what is no index."""
-    parameters = {
-        each["name"]: Saved(
-            tuple(each["shape"]),
-            {kind: getattr(torch, dtype) for kind, dtype in each["kinds"].items() if kind != "weight"},
-            {key: _from_json(value) for key, value in each["scalars"].items()},
-        )
-        for each in state["parameters"]
-    }
-    sizes = [math.prod(saved.shape) for saved in parameters.values()]
-    if uncovered(sizes, ranges[:, :3]) is not None or not set(ranges[:, 3].tolist()) <= set(range(len(state["files"]))):
-        raise ValueError("not every element is in one range of a file")
-    return parameters, list(state["files"]), ranges, int(state["last_epoch"])
-
-
-def _from_json(value: int | float | list) -> int | float | torch.Tensor:
-    return torch.tensor(value[1], dtype=getattr(torch, value[0])) if isinstance(value, list) else value
-
-
-def _index_unsharded(folder: Path) -> Index:
-    """An index of format 1, from the headers of its files: one range per parameter and file."""
-    files = sorted(path.name for path in folder.glob("portable-*.safetensors"))
-    shapes, kinds, scalars = dict[str, tuple](), dict[str, dict](), dict[str, Scalars]()
-    places, last_epoch = list[tuple[str, int]](), 0
-    for number, name in enumerate(files):
-        with safe_open(folder / name, "pt") as file:
-            for kind, _, parameter in (key.partition(":") for key in file.keys()):
-                value = file.get_tensor(f"{kind}:{parameter}")  # a view of the file
-                if kind == "schedule":
-                    last_epoch = int(value)
-                elif kind == "weight":
-                    shapes[parameter] = tuple(value.shape)
-                    places.append((parameter, number))
-                elif value.dim():
-                    kinds.setdefault(parameter, {})[kind] = value.dtype
-                    places.append((parameter, number))
-                else:
-                    scalars.setdefault(parameter, {})[kind] = value.clone()
-    saved = {name: Saved(shapes[name], kinds.get(name, {}), scalars.get(name, {})) for name in shapes}
-    number_of = {name: number for number, name in enumerate(saved)}
-    rows = [(number_of[name], 0, math.prod(shapes[name]), file) for name, file in dict.fromkeys(places)]
-    return saved, files, np.array(rows, dtype=np.int64).reshape(-1, 4), last_epoch

@@ -69,7 +69,7 @@ def verified_checkpoint(folder: Path) -> str | None:
 
 def check_readable(checkpoint: str, topology: dict[str, Any]) -> bool:
     """Raise UserError for a checkpoint that only another engine can read; returns whether any engine can."""
-    from rlhf.runs.portable import is_portable
+    from rlhf.runs.portable_index import is_portable
 
     manifest = read_manifest(Path(checkpoint)) or {}
     if is_portable(manifest.get("files", {})):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf.distributed.ranges import Held, held_by_this_rank, is_one_range, local_view
-from rlhf.distributed.sharding import is_zero3, unsharded_shape
+from rlhf.distributed.sharding import is_zero3, reshard, unsharded_shape
 
 Scalars = dict[str, int | float | torch.Tensor]
 
@@ -67,6 +67,7 @@ def why_not_ranges(trainer) -> str:
 
 def trained_parameters(trainer) -> list[tuple[str, torch.nn.Parameter]]:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=True)
+    reshard(model)  # an evaluation can leave FSDP2's parameters unsharded, which are no longer those of the optimizer
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 

@@ -13,15 +13,8 @@ from safetensors import safe_open
 import rlhf.runs.portable
 from rlhf.distributed.ranges import Held, uncovered, written_by_this_rank
 from rlhf.errors import UserError
-from rlhf.runs.portable import (
-    PortableState,
-    Share,
-    Wanted,
-    join_index,
-    rows_of,
-    split_files,
-    write_share,
-)
+from rlhf.runs.portable import PortableState, Share, Wanted, split_files, write_share
+from rlhf.runs.portable_index import INDEX, join_index, rows_of
 from rlhf.runs.trained_state import Part
 
 # --- how each engine shards, one list of Held per rank --------------------------------------------------------------------
@@ -203,7 +196,7 @@ def test_an_index_of_something_else_is_refused(old, new, message, tmp_path):
     from safetensors.torch import save_file
 
     write(tmp_path, [(6,)], whole([(6,)], 2), 1)
-    path = tmp_path / rlhf.runs.portable.INDEX
+    path = tmp_path / INDEX
     with safe_open(path, "pt") as file:
         ranges, state = file.get_tensor("ranges").clone(), file.metadata()["state"]
     assert old in state

@@ -158,3 +158,25 @@ def test_what_was_not_saved_in_one_piece_needs_its_layout(written, tmp_path):
         )
         in shown
     ), shown[-6000:]
+
+
+@slow
+def test_fsdp2_saves_after_an_evaluation_that_leaves_weights_unsharded(written, tmp_path):
+    """With fsdp_reshard_after_forward off, the parameters are then not those that the optimizer knows."""
+    launch_file = tmp_path / "fsdp2.yaml"
+    text = (Path(__file__).parent.parent.parent / "launch" / "fsdp2.yaml").read_text()
+    launch_file.write_text(
+        text.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false")
+    )
+    every = {"eval_strategy": "steps", "eval_steps": 1, "heldout": 0.3, "save_strategy": "steps", "save_steps": 1}
+    more = WHOLE_MODEL | every | {"max_steps": 3}
+    assert start(launch_file, 2, written("whole", **more))[0] == 0
+    out = tmp_path / "whole"
+    losses, weights = result(out)
+    shutil.rmtree(out / "checkpoint-3")
+    for name in ("complete.json", "model.safetensors", "config.json"):
+        (out / name).unlink()
+    code, shown = start(launch_file, 2, written("whole", **more))
+    assert code == 0 and f"resuming from {out}/checkpoint-2" in shown, shown[-6000:]
+    again, found = result(out)
+    assert again == losses and all(torch.equal(weights[name], found[name]) for name in weights)
