@@ -89,10 +89,10 @@ def constant(size: dict[str, int], training: str, phase: str) -> int:
     """Three layers (two gathered, and the gradient of one), and the embedding and the LM head with their gradients.
 
     In a step gradient checkpointing keeps the hidden states between layers. A checkpoint of full fine-tuning gathers nothing:
-    a quarter of a layer, for what a rank's padding makes of many small parameters.
+    half a layer, which the embedding alone is more than.
     """
     if (training, phase) == ("full", "checkpoint"):
-        return size["layer"] // 4
+        return size["layer"] // 2
     return 3 * size["layer"] + 2 * size["embeddings"] + (size["hidden"] if phase == "step" else 0)
 
 
