@@ -88,10 +88,10 @@ def allowed(model: str, case: str, phase: str) -> int:
 def constant(size: dict[str, int], training: str, phase: str) -> int:
     """Three layers (two gathered, and the gradient of one), and the embedding and the LM head with their gradients.
 
-    In a step gradient checkpointing keeps the hidden states between layers. A checkpoint of full fine-tuning gathers nothing:
-    half a layer, which the embedding alone is more than.
+    In a step gradient checkpointing keeps the hidden states between layers. A checkpoint of full fine-tuning and a resume from
+    it gather nothing: half a layer, which the embedding alone is more than.
     """
-    if (training, phase) == ("full", "checkpoint"):
+    if training == "full" and phase in ("checkpoint", "resume"):
         return size["layer"] // 2
     return 3 * size["layer"] + 2 * size["embeddings"] + (size["hidden"] if phase == "step" else 0)
 
