@@ -411,11 +411,9 @@ def convert_in_parallel(
 
 
 def _run(job: dict[str, Any], running: list[subprocess.Popen], bar: Any) -> Report:
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf.data.convert"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment,
+        text=True,
     )  # fmt: skip
     running.append(process)
     assert process.stdin and process.stdout and process.stderr  # pipes

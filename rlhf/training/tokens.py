@@ -287,10 +287,8 @@ class Job:
             return []
         if not self._write_job(rows, plan):
             return []
-        root = str(Path(__file__).parents[2])
         environment = {
             **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}, "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         }  # fmt: skip
         command = [sys.executable, "-m", "rlhf.training.tokens", str(self.folder)]
         return [
