@@ -72,6 +72,6 @@ def outcome(path, kind="pairs", bad_rows="error", split=None):
     """What a file gives: `described`, or the error's text."""
     try:
         source = load_source(str(path), split)
-        return described(prepare(source, kind, None, bad_rows, True), source.digest)
+        return described(prepare(source, kind, bad_rows=bad_rows, can_skip=True), source.digest)
     except UserError as error:
         return str(error)
