@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from rlhf.data import joining, rows
 from rlhf.data.features import BIT
-from rlhf.data.format_options import DEFAULT
+from rlhf.data.format_options import DEFAULT, FormatOptions
 from rlhf.data.prepare import plain_rows, prepare
 from rlhf.data.sources import Source
 from rlhf.data.store import Part, PartWriter, Rows
@@ -52,7 +52,7 @@ def preference_rows(source, reading=None, options=DEFAULT) -> list[dict]:
 
 def _read(source, kind, reading, options):
     reading = reading or Reading()
-    prepared = prepare(source, kind, options, reading.bad_rows, reading.can_skip)
+    prepared = prepare(source, kind, options or FormatOptions(), reading.bad_rows, reading.can_skip)
     reading.fill(prepared)
     return plain_rows(prepared.rows)
 
@@ -73,7 +73,7 @@ class Joined(Source):
 
 def join_chosen_rejected(chosen, rejected, reading=None, options=DEFAULT) -> Joined:
     """Pairs of accepted and rejected answers to the same prompt, in the order of the accepted ones."""
-    prepared, digest = joining.join_chosen_rejected(chosen, rejected, options)
+    prepared, digest = joining.join_chosen_rejected(chosen, rejected, options or FormatOptions())
     if reading is not None:
         reading.fill(prepared)
     return Joined(prepared, chosen.name, chosen.has_lines, digest)
