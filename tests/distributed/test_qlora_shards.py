@@ -51,6 +51,7 @@ def test_it_is_what_one_process_trains(recipe, llama_64, few_pairs, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_rank_holds_its_part_of_the_4_bit_base(forks, tmp_path):
     """Bytes of live tensors (bench/memory.py) where nothing is computed: 24 layers on two ranks, and half a layer beside.
 
@@ -67,8 +68,8 @@ def test_a_rank_holds_its_part_of_the_4_bit_base(forks, tmp_path):
     whole = layers * weights * (0.5 + 4 / 64)
     embeddings, rank = 4 * 2 * config["vocab_size"] * hidden, memory.TRAININGS["qlora"]["lora_r"]
     adapter = (
-        2 * layers * rank * (2 * 2 * hidden + 2 * (hidden + narrow) + 3 * (hidden + inner))
-    )  # bf16, and two moments
+        4 * layers * rank * (2 * 2 * hidden + 2 * (hidden + narrow) + 3 * (hidden + inner))
+    )  # float32, and two moments
     limit = (whole + embeddings + 3 * adapter) / 2 + 2 * weights
     assert limit < whole + (embeddings + 3 * adapter) / 2  # or it could not fail
     for phases in memory.run_case("fsdp2-qlora-2", model, tmp_path / "run")["ranks"]:
