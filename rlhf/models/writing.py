@@ -6,16 +6,14 @@ from the same checkpoint, after reading them again.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -24,14 +22,10 @@ from rlhf.distributed.sharding import plain_class
 from rlhf.errors import RunFailed
 from rlhf.files import is_disk_error, read_json, sha256_of, write_file
 from rlhf.models.pieces import Piece, Read, base_model, list_pieces
+from rlhf.models.tensor_file import TensorFile
 
 PARTIAL = ".partial-model"  # where a model is written, inside its folder
 MAX_FILE_BYTES = 5_000_000_000  # what the hub and transformers use
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
 
 
 class Written(NamedTuple):
@@ -61,58 +55,6 @@ def split_files(pieces: list[Piece], max_bytes: int = MAX_FILE_BYTES) -> list[Fi
     if len(groups) == 1:
         return [File("model.safetensors", groups[0])]
     return [File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", g) for i, g in enumerate(groups, 1)]
-
-
-class Writer:
-    """One safetensors file, whose tensors are written in the order of its header.
-
-    Source: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
-    """
-
-    def __init__(self, path: Path, pieces: list[Piece]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, tensor in (item for piece in pieces for item in piece.tensors.items()):
-            start, end = end, end + tensor.nbytes
-            dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-        self.path = path
-        self._digest = hashlib.sha256()
-        self._file: IO[bytes] = open(path, "wb")
-        self._put(struct.pack("<Q", len(text)) + text)
-
-    def write(self, piece: Piece, tensors: dict[str, torch.Tensor]) -> None:
-        for name, expected in piece.tensors.items():
-            tensor = tensors[name]
-            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-                raise RunFailed(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {expected.dtype} {tuple(expected.shape)} as planned"
-                )
-            self._put(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-
-    def _put(self, data) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-
-    def close(self) -> str:
-        """Flush to disk, read the file again, and return its sha256.
-
-        Raises:
-            RunFailed: what the disk holds is not what was written.
-        """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        digest = self._digest.hexdigest()
-        if sha256_of(self.path) != digest:
-            raise RunFailed(f"{self.path} reads differently from what was written; check the disk")
-        return digest
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is buffered can't be written to a full disk
-            self._file.close()
 
 
 def write_model(
@@ -199,7 +141,8 @@ def _write_turn(turn: list[File], own: File | None, folder: Path, made_from: str
         if own is not None:
             folder.mkdir(parents=True, exist_ok=True)
             _note_of(folder / own.name).unlink(missing_ok=True)
-            writer = Writer(folder / own.name, own.pieces)
+            listed = {name: tensor for piece in own.pieces for name, tensor in piece.tensors.items()}
+            writer = TensorFile(folder / own.name, listed)
     except OSError as error:
         failure = str(error)
     for step in range(max(len(file.pieces) for file in turn)):
@@ -208,7 +151,8 @@ def _write_turn(turn: list[File], own: File | None, folder: Path, made_from: str
             if found is None or writer is None:
                 continue
             try:
-                writer.write(file.pieces[step], found)
+                for name in file.pieces[step].tensors:
+                    writer.write(name, found[name])
             except OSError as error:
                 failure = str(error)
             del found  # before the next is made

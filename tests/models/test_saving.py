@@ -17,8 +17,9 @@ from rlhf.models.inference import load_finished
 from rlhf.models.merge import Checkpoint, merge, merge_for_training
 from rlhf.models.pieces import list_pieces
 from rlhf.models.saving import offloaded_logits, save_finished
+from rlhf.models.tensor_file import TensorFile
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.models.writing import PARTIAL, Writer, split_files, take_notes, write_configs, write_files, write_index
+from rlhf.models.writing import PARTIAL, split_files, take_notes, write_configs, write_files, write_index
 
 PROBE = [[3, 4, 5], [6, 7]]
 
@@ -239,7 +240,7 @@ def test_an_interrupted_call_is_continued(model, tmp_path, monkeypatch):
     """Only what is missing, damaged or of other weights is written again."""
     monkeypatch.setattr("rlhf.models.writing.split_files", lambda pieces: split_files(pieces, 20_000))
     opened = []
-    init = Writer.__init__
+    init = TensorFile.__init__
 
     def counted(self, path, pieces):
         opened.append(path.name)
@@ -247,7 +248,7 @@ def test_an_interrupted_call_is_continued(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt  # as a kill: nothing is cleaned up
         init(self, path, pieces)
 
-    monkeypatch.setattr(Writer, "__init__", counted)
+    monkeypatch.setattr(TensorFile, "__init__", counted)
     call = dict(reward=False, merge=True, probe=PROBE, made_from="checkpoint 5")
     stop_at = 4
     with pytest.raises(KeyboardInterrupt):
