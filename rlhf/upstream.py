@@ -77,7 +77,7 @@ TRANSFORMERS = [
         "_get_grad_norm model grad_norm": "gradient-spike guard",
         "_get_output_dir trial": "atomic checkpoints",
         "_save_checkpoint model trial": "atomic checkpoints",
-        "save_model output_dir _internal_call": "checkpoints of ZeRO that hold the weights once",
+        "save_model output_dir _internal_call": "checkpoints that hold the weights once",
         "_save output_dir state_dict": "continuing without a checkpoint when the disk is full",
         "_save_optimizer_and_scheduler output_dir": "checkpoints that any engine can read",
         "_prepare_for_training max_steps train_dataloader resume_from_checkpoint": "resuming under another engine",
@@ -116,7 +116,7 @@ TRANSFORMERS = [
         "is_deepspeed_enabled": "gradient all-reduce once per step",
         "current_gradient_accumulation_steps": "the scale of the loss",
     }, in_code=True),
-    *_of("transformers.trainer", "Trainer", "runs/portable.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
+    *_of("transformers.trainer", "Trainer", "runs/trained_state.py", {"model_wrapped": "checkpoints that any engine can read"}, in_code=True),
     *_of("transformers.trainer", "Trainer", "training/dpo.py", {
         "_prepare_inputs inputs": "exact reference log-probabilities under DeepSpeed with bf16",
     }),
@@ -260,6 +260,9 @@ TORCH_AND_PYTHON = [
     *_of("torch.distributed.tensor._utils", "", "models/on_disk.py", {
         "compute_local_shape_and_global_offset global_shape mesh placements": "loading a model in shards under FSDP2",
     }),
+    *_of("torch.distributed.tensor._utils", "", "distributed/ranges.py", {
+        "compute_local_shape_and_global_offset global_shape mesh placements": "checkpoints that any engine can read, under FSDP2",
+    }),
     *_of("torch.distributed.tensor", "DTensor", "distributed/sharding.py", {"full_tensor": "the unsharded model under FSDP2"}),
     *_of("torch.distributed.fsdp", "MixedPrecisionPolicy", "training/trainer.py", {
         "reduce_dtype": "fp32 gradients under FSDP2 with bf16", "output_dtype": "log-probabilities in fp32 under FSDP2 with bf16",
@@ -277,18 +280,33 @@ OPTIONAL = [
     *_of("deepspeed.runtime.engine", "DeepSpeedEngine", "runs/checkpointing.py", {
         "checkpoint_engine": "continuing without a checkpoint when the disk is full",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "runs/portable.py", {
-        "fp32_partitioned_groups_flat": "checkpoints that any engine can read, under ZeRO-3",
+    *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "runs/trained_state.py", {
+        name: "checkpoints that any engine can read, under ZeRO-3"
+        for name in ("fp32_partitioned_groups_flat", "grad_position", "swap_optimizer")
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "runs/portable.py", {
+    *_of("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", "runs/trained_state.py", {
+        "get_param_id param": "checkpoints that any engine can read, under ZeRO-3",
+    }, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "runs/trained_state.py", {
         "_lazy_init_hp_params_optimizer_state": "checkpoints that any engine can read, under ZeRO-1 and 2",
     }, only="deepspeed"),
+    *_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", "runs/trained_state.py", {
+        name: "checkpoints that any engine can read, under ZeRO-1 and 2"
+        for name in ("single_partition_of_fp32_groups", "bit16_groups")
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.utils.mixed_precision_linkage", "", "runs/trained_state.py", {
+        "_hp_mapping": "checkpoints that any engine can read, under ZeRO-1 and 2",
+    }, in_code=True, only="deepspeed"),
+    *_of("deepspeed.utils.tensor_fragment", "tensor_fragment", "runs/trained_state.py", {
+        name: "checkpoints that any engine can read, under ZeRO-1 and 2" for name in ("lp_fragment_address", "hp_fragment_address")
+    }, in_code=True, only="deepspeed"),
     *_of("deepspeed.runtime.zero.partition_parameters", "Init", "distributed/sharding.py", {
         "ds_id": "the unsharded model under ZeRO-3", "ds_shape": "the size of an embedding under ZeRO-3",
         "ds_numel": "the number of parameters under ZeRO-3",
     }, in_code=True, only="deepspeed"),
-    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "runs/portable.py", {
-        "ds_tensor": "resuming under ZeRO-3",
+    *_of("deepspeed.runtime.zero.partition_parameters", "Init", "distributed/ranges.py", {
+        name: "saving and resuming under ZeRO-3"
+        for name in ("ds_tensor", "ds_process_group", "ds_status", "ds_secondary_tensor")
     }, in_code=True, only="deepspeed"),
     *_of("deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload", "training/reference.py", {
         name: "training under ZeRO-3 after the reference pass"

@@ -97,11 +97,11 @@ class StageConfig:
         default=30.0,
         metadata={"help": "Abort and dump all stack traces if a step takes longer than this many minutes; 0 disables."},
     )
-    portable_checkpoints: bool | None = field(
-        default=None,
+    portable_checkpoints: bool = field(
+        default=True,
         metadata={
-            "help": "Save the training state unsharded, not as DeepSpeed or FSDP shards it, so that the run can resume "
-            "under any launch file; default: only with LoRA."
+            "help": "Save the training state so that the run can resume under any launch file and world size; false: as "
+            "DeepSpeed or FSDP saves it itself, for the same one only."
         },
     )
     continue_adapter: bool = field(

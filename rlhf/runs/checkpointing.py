@@ -18,11 +18,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from rlhf.distributed.processes import is_main, say
+from rlhf.distributed.sharding import plain_class
 from rlhf.errors import UserError
 from rlhf.files import is_disk_error, sync_file, write_file
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
-from rlhf.runs.portable import PortableState, is_portable, save_portable
+from rlhf.runs.portable import PortableState, Share, plan_share, write_share
+from rlhf.runs.portable_index import IS_DATA, is_portable
 from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 if TYPE_CHECKING:
@@ -57,8 +59,10 @@ class FaultTolerance:
         finite: whether all losses of the current step are finite, 0-d bool; None before its first loss.
         norms: the gradient norms of the recent steps.
         disk_error: disk error raised on this rank while writing the current checkpoint.
-        portable: checkpoints hold the unsharded state, not the engine's own shards.
-        restore: the unsharded checkpoint to resume from; None: there is none.
+        portable: checkpoints hold the training state for any engine, not as the engine itself saves it.
+        share: what this rank writes of the current checkpoint's training state; None: nothing, or none is being written.
+        written: the files of it that are on disk: bytes and sha256.
+        restore: the checkpoint to resume from, if any engine can read it; None: there is none.
     """
 
     folder: Path
@@ -71,7 +75,9 @@ class FaultTolerance:
     finite: torch.Tensor | None = None
     norms: deque = field(default_factory=lambda: deque(maxlen=HISTORY))
     disk_error: str = ""
-    portable: bool = False
+    portable: bool = True
+    share: Share | None = None
+    written: dict[str, list] = field(default_factory=dict)
     restore: PortableState | None = None
 
     def failure(self) -> str:
@@ -163,13 +169,26 @@ class CheckpointMixin(Trainer):
             reason = str(error)
         if reason := self._first(reason):
             return reason
+        self.fault_tolerance.share, self.fault_tolerance.written = self._plan_share(), {}
         self.fault_tolerance.saving_to, self.fault_tolerance.disk_error = partial, ""
         try:
             with self._defer_disk_errors():
                 super()._save_checkpoint(model, trial)
         finally:
-            self.fault_tolerance.saving_to = None
+            self.fault_tolerance.saving_to = self.fault_tolerance.share = None
         return self._first(self.fault_tolerance.disk_error)
+
+    def _plan_share(self) -> Share | None:
+        """What this rank writes of the training state; None if the engine saves it."""
+        assert self.fault_tolerance is not None
+        if not self.fault_tolerance.portable:
+            return None
+        share = plan_share(self)
+        if isinstance(share, Share):
+            return share
+        self.fault_tolerance.portable = False
+        say(f"\nnote: checkpoints can be resumed under this engine only, not with other launch files: {share}")
+        return None
 
     @contextlib.contextmanager
     def _defer_disk_errors(self):
@@ -188,16 +207,23 @@ class CheckpointMixin(Trainer):
                 write_card(self.fault_tolerance.folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """In a checkpoint of full fine-tuning under DeepSpeed: no weights, which its own files or the unsharded state hold.
+        """In a checkpoint of full fine-tuning: no weights, if the training state or DeepSpeed's own files hold them.
 
-        transformers 5.23 would copy all of them on each rank (ZeRO-1 and 2), or write the whole checkpoint twice (ZeRO-3).
+        transformers 5.23 would write them a second time, through rank 0; under ZeRO-1 and 2 copy all of them on each rank;
+        under ZeRO-3 write the whole checkpoint twice. A push to the hub with each checkpoint needs them.
         """
         writing = self.fault_tolerance is not None and self.fault_tolerance.saving_to is not None
-        if not (writing and self.is_deepspeed_enabled) or hasattr(self.model, "peft_config"):
+        held = self.is_deepspeed_enabled or (self.fault_tolerance and self.fault_tolerance.share)
+        if not (writing and held) or hasattr(self.model, "peft_config") or self._pushes_weights():
             return super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self._save(output_dir, state_dict={})
+            with plain_class(self.model):
+                self._save(output_dir, state_dict={})
             (Path(output_dir) / "model.safetensors").unlink(missing_ok=True)
+
+    def _pushes_weights(self) -> bool:
+        """Whether weights go to the hub with each checkpoint, as they do where one rank holds all of them."""
+        return self.args.push_to_hub and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         with self._defer_disk_errors():
@@ -218,7 +244,7 @@ class CheckpointMixin(Trainer):
             if is_main() and (metrics := self.fault_tolerance.folder / "metrics.jsonl").is_file():
                 sync_file(metrics)  # its lines up to this step must be as durable as the checkpoint
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
-            files = digest_files(partial, rank, world)
+            files = digest_files(partial, rank, world, IS_DATA) | self.fault_tolerance.written
         except OSError as error:
             reason = str(error)
         found = gather_object([files])
@@ -239,15 +265,10 @@ class CheckpointMixin(Trainer):
         return self._first(reason)
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
-        if self.fault_tolerance is not None and self.fault_tolerance.portable:
+        if self.fault_tolerance is not None and self.fault_tolerance.share is not None:
             with self._defer_disk_errors():
-                reason = save_portable(self, Path(output_dir))
-                if not reason:
-                    return
-                self.fault_tolerance.portable = False
-                say(f"\nnote: checkpoints can be resumed under this engine only, not with other launch files: {reason}")
-            if self.fault_tolerance.disk_error:
-                return
+                self.fault_tolerance.written = write_share(self.fault_tolerance.share, self, Path(output_dir))
+            return
         split = self.fault_tolerance is not None and self.is_deepspeed_enabled
         with self._deepspeed_defers_errors(output_dir) if split else contextlib.nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
@@ -274,7 +295,7 @@ class CheckpointMixin(Trainer):
                 (Path(output_dir) / "latest").write_text(f"global_step{engine.global_steps}")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Restore an unsharded state in two steps: the weights first, the rest when the engine has wrapped them."""
+        """Restore a state for any engine in two steps: the weights first, the rest when the engine has wrapped them."""
         if self.fault_tolerance is None or self.fault_tolerance.restore is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.fault_tolerance.restore.restore_weights(self.model)
@@ -288,7 +309,7 @@ class CheckpointMixin(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Also from a checkpoint of the unsharded state, which holds nothing for the engine's own loading."""
+        """Also from a checkpoint for any engine, which holds nothing for the engine's own loading."""
         best = Path(str(self.state.best_model_checkpoint))
         if self.fault_tolerance is None or not is_portable({path.name for path in best.iterdir()}):
             return super()._load_best_model()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from rlhf.runs.records import checkpoints
 MANIFEST = "manifest.json"
 
 
-def digest_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]:
-    """`{name: [bytes, sha256]}` of a checkpoint's files, each synced to disk; every `parts`-th file from `part` on."""
-    found = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)[part::parts]:
+def digest_files(folder: Path, part: int = 0, parts: int = 1, but: re.Pattern | None = None) -> dict[str, list]:
+    """`{name: [bytes, sha256]}` of a checkpoint's files, each synced to disk; every `parts`-th file from `part` on.
+
+    Args:
+        but: file names that are left out: who wrote them knows their digests.
+    """
+    found, names = {}, (f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    for file in sorted(f for f in names if not (but and but.fullmatch(f.name)))[part::parts]:
         sync_file(file)
         found[str(file.relative_to(folder))] = [file.stat().st_size, sha256_of(file)]
     return found
@@ -68,7 +73,8 @@ def checkpoint_damage(folder: Path, verify: bool = False, part: int = 0, parts: 
     """What is wrong with a checkpoint; '' if nothing is.
 
     Args:
-        verify: also read every `parts`-th file from `part` on and compare its checksum: ranks share the files.
+        verify: also read every `parts`-th file from `part` on, from the largest, and compare its checksum: ranks share the
+            files, so that each reads about as many bytes.
     """
     manifest = read_manifest(folder)
     files = (manifest or {}).get("files")
@@ -76,11 +82,16 @@ def checkpoint_damage(folder: Path, verify: bool = False, part: int = 0, parts: 
         return "it was never finished (no readable manifest)"
     if not _is_layout(manifest.get("layout")):
         return f"its manifest says layout: {quote(manifest['layout'])}"
-    for name, noted in list(files.items())[part::parts]:
+    largest_first = sorted(files.items(), key=lambda item: _noted_size(item[1]), reverse=True)
+    for name, noted in largest_first[part::parts]:
         damage = _file_damage(folder, name, noted, verify)
         if damage:
             return damage
     return ""
+
+
+def _noted_size(noted: Any) -> int:
+    return (non_negative_int(noted[0]) or 0) if isinstance(noted, list) and noted else 0
 
 
 def _file_damage(folder: Path, name: str, noted: Any, verify: bool) -> str:

@@ -46,13 +46,13 @@ class RunFolder:
         folder: the output directory.
         complete: the content of `complete.json`; None while the run is not complete.
         resume_from: the newest complete checkpoint folder; None to start from scratch.
-        resumes_unsharded: the state in `resume_from` is unsharded, so any launch file can read it.
+        resumes_anywhere: any launch file and world size can read the state in `resume_from`.
     """
 
     folder: Path
     complete: dict[str, Any] | None
     resume_from: str | None
-    resumes_unsharded: bool = False
+    resumes_anywhere: bool = False
 
 
 def open_run(recipe: Recipe, inputs: dict[str, str]) -> RunFolder:

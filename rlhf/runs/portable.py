@@ -1,244 +1,259 @@
-"""The unsharded training state: trained weights and optimizer state, by the parameters' names.
+"""A training state that any engine can read: trained weights and optimizer state, in ranges of flattened parameters.
 
-Checkpoints of DeepSpeed and FSDP2 can be read by the same engine only, and those of ZeRO only with the same world size.
-These files can be read by any engine: one process, DDP, ZeRO-1 to 3 and FSDP2, with any world size. They hold, as
-safetensors, for each trained parameter NAME `weight:NAME` (fp32 where the engine keeps a master copy) and its optimizer
-state `exp_avg:NAME`, `exp_avg_sq:NAME` (Adam's moments) and `step:NAME`; and the position of the learning-rate
-schedule, `schedule:last_epoch`.
+Under every engine a rank holds one contiguous range of a flattened parameter and of its optimizer state
+(runs/trained_state.py). So each rank writes what it holds, at the same time as the others and without exchanging anything,
+and each rank of a later run reads what it needs, under whatever engine and world size: one process, DDP, ZeRO-1 to 3, FSDP2.
+torch's distributed checkpoints could hold the same, but their index is a pickle, and they know nothing of DeepSpeed.
+
+A checkpoint `checkpoint-N` holds, beside transformers' files (trainer_state.json, RNG states, configs):
+
+    portable-RANK-of-WORLD-NUMBER.safetensors   at most 2 GB, by that rank; none of a rank that has nothing to write
+        KIND:NAME[START:STOP]  elements START to STOP of parameter NAME, flattened and unsharded; KIND is `weight` (fp32 where
+                               the engine keeps a master copy) or of the optimizer: `exp_avg`, `exp_avg_sq` (Adam's moments)
+    portable-index.safetensors                  by rank 0
+        ranges                 int64 (R, 4): parameter, START, STOP, file; every element of a parameter in one range
+        metadata `state`       JSON: `format` 2; `parameters`: per parameter its name, shape, kinds with their dtypes, and
+                               scalars (`step`); `files`: names; `last_epoch`: the position of the learning-rate schedule
+
+Format 1 held unsharded tensors, all written by rank 0, in portable-NUMBER.safetensors: `KIND:NAME` and, 0-d, `step:NAME` and
+`schedule:last_epoch`. It can be read, and is no longer written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from rlhf.distributed.processes import is_main
-from rlhf.distributed.sharding import full_tensor, is_zero3, shard_like, writable
+from rlhf.distributed.processes import is_main, rank, world_size
+from rlhf.distributed.ranges import Held, held_by_this_rank, local_values, refresh, uncovered, written_by_this_rank
+from rlhf.distributed.sharding import is_zero3, reshard, unsharded_shape
 from rlhf.errors import UserError
+from rlhf.models.tensor_file import TensorFile
+from rlhf.runs.portable_index import DATA, Files, join_index, read_index, rows_of, write_index
+from rlhf.runs.trained_state import Part, make_state, trained_parts, why_not_ranges
 
-NAME = "portable-{:05d}.safetensors"
-SHARD_BYTES = 2 << 30  # maximum of the state that the main process holds at a time
-
-
-def is_portable(files) -> bool:
-    """Whether a checkpoint with these file names holds an unsharded state."""
-    return NAME.format(0) in files
+MAX_FILE_BYTES = 2 << 30
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_portable(trainer, folder: Path) -> str:
-    """Write the state; a collective that all ranks must call.
+class Share(NamedTuple):
+    """What this rank writes.
+
+    Attributes:
+        parts: from `trained_parts`.
+        files: from `split_files`.
+        ranges: int64 (R, 4) of all ranks, from `join_index`.
+        names: of all ranks' files, from `join_index`.
+    """
+
+    parts: list[Part]
+    files: Files
+    ranges: np.ndarray
+    names: list[str]
+
+
+def plan_share(trainer) -> Share | str:
+    """What this rank writes of the training state; or why the state can't be written so. A collective of all ranks."""
+    from accelerate.utils import gather_object
+
+    reason = why_not_ranges(trainer)
+    parts = [] if reason else trained_parts(trainer)
+    files = split_files(parts, written_by_this_rank([part.held for part in parts]))
+    found = gather_object([(reason, rows_of(files))])
+    if reason := next(filter(None, (theirs for theirs, _ in found)), ""):
+        return reason
+    ranges, names = join_index([theirs for _, theirs in found])
+    if (wrong := uncovered([math.prod(part.shape) for part in parts], ranges[:, :3])) is not None:
+        return f"the ranks together do not hold {parts[wrong].name} exactly once"
+    return Share(parts, files, ranges, names)
+
+
+def split_files(parts: list[Part], written: list[tuple[int, int]]) -> Files:
+    """The files of a rank, of at most MAX_FILE_BYTES.
+
+    Args:
+        written: from `written_by_this_rank`.
+    """
+    files: Files = []
+    room = 0
+    for number, (part, (start, stop)) in enumerate(zip(parts, written, strict=True)):
+        width = sum(tensor.element_size() for tensor in part.tensors.values())
+        while start < stop:
+            if room < width:
+                files.append([])
+                room = MAX_FILE_BYTES
+            end = min(stop, start + max(room // width, 1))
+            files[-1].append((number, start, end))
+            room -= (end - start) * width
+            start = end
+    return files
+
+
+def write_share(share: Share, trainer, folder: Path) -> dict[str, list]:
+    """Write this rank's files, and the index on rank 0. No collective.
 
     Returns:
-        Why it can't be written (the optimizer keeps state other than one number per weight or per step); '' if it was.
+        `{name: [bytes, sha256]}` of the files, which are on disk.
 
     Raises:
-        OSError, SafetensorError: a disk error, on the main process only, once the collective has ended on all ranks.
+        OSError: a disk error.
     """
-    if reason := _why_not(trainer):
-        return reason
-    shard, size, number, failure = {}, 0, 0, None
-    for key, tensor in _whole_state(trainer):
-        if not is_main() or failure:
-            continue
-        shard[key] = tensor.detach().to("cpu", copy=True).contiguous()
-        size += shard[key].nbytes
-        if size >= SHARD_BYTES:
-            failure, shard, size, number = _write(shard, folder, number), {}, 0, number + 1
-    if shard and not failure:
-        failure = _write(shard, folder, number)
-    if failure:
-        raise failure
-    return ""
+    written = {}
+    for number, ranges in enumerate(share.files):
+        tensors = _tensors(share.parts, ranges)
+        file = TensorFile(folder / DATA.format(rank(), world_size(), number), tensors)
+        try:
+            for key, tensor in tensors.items():
+                file.write(key, tensor)
+            digest = file.finish()
+            written[file.path.name] = [file.path.stat().st_size, digest]
+        finally:
+            file.abandon()
+    if is_main():
+        write_index(folder, share.ranges, share.names, share.parts, trainer.lr_scheduler.last_epoch)
+    return written
 
 
-def _write(shard: dict[str, torch.Tensor], folder: Path, number: int) -> Exception | None:
-    try:
-        save_file(shard, folder / NAME.format(number))
-    except Exception as error:  # raised later, when the other ranks no longer wait for this one
-        return error
-    return None
-
-
-def _why_not(trainer) -> str:
-    if trainer.is_deepspeed_enabled and trainer.args.fp16:
-        return "DeepSpeed keeps its own loss scale for fp16"
-    if not isinstance(trainer.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return f"{type(trainer.lr_scheduler).__name__} is not a pure function of the step"
-    optimizer = _inner(trainer)
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            plain = not torch.is_tensor(value) or value.dim() == 0 or value.is_floating_point()
-            if not plain or (torch.is_tensor(value) and value.dim() and value.shape != parameter.shape):
-                return f"{type(optimizer).__name__} keeps {key} in another shape or type than the parameter"
-    return ""
-
-
-def _whole_state(trainer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Keys and unsharded tensors, gathered one at a time, in the same order on all ranks."""
-    yield "schedule:last_epoch", torch.tensor(trainer.lr_scheduler.last_epoch)
-    zero, optimizer = _zero(trainer), _inner(trainer)
-    if zero is None:
-        for name, parameter in _trained(trainer):
-            yield f"weight:{name}", full_tensor(parameter)
-            for key, value in optimizer.state.get(parameter, {}).items():
-                yield f"{key}:{name}", full_tensor(torch.as_tensor(value))
-        return
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    flat = _flat_parameters(zero)[0]
-    state = optimizer.state[flat]
-    keys = [key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape]
-    for name, parameter in _trained(trainer):
-        yield f"weight:{name}", safe_get_full_fp32_param(parameter)
-        for key in keys:
-            yield f"{key}:{name}", safe_get_full_optimizer_state(parameter, key)
-        if "step" in state:
-            yield f"step:{name}", torch.as_tensor(state["step"], dtype=torch.float32)
-
-
-def _trained(trainer) -> list[tuple[str, torch.nn.Parameter]]:
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=True)
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _zero(trainer):
-    """DeepSpeed's optimizer, or None under another engine."""
-    return trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else None
-
-
-def _inner(trainer):
-    """The torch optimizer that computes the update."""
-    zero = _zero(trainer)
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer) if zero is None else zero.optimizer
-
-
-def _flat_parameters(zero) -> list[torch.Tensor]:
-    """DeepSpeed's flat fp32 partitions, which its optimizer updates."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        return zero.fp32_partitioned_groups_flat
-    return [flat for group in zero.optimizer.param_groups for flat in group["params"]]
+def _tensors(parts: list[Part], ranges: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
+    """The tensors of a file: those with the larger elements first, which keeps all aligned, and kind by kind."""
+    found = []
+    for number, start, stop in ranges:
+        part = parts[number]
+        for place, (kind, tensor) in enumerate(part.tensors.items()):
+            view = tensor[start - part.held.start : stop - part.held.start]
+            found.append((-tensor.element_size(), place, f"{kind}:{part.name}[{start}:{stop}]", view))
+    return {key: view for _, _, key, view in sorted(found, key=lambda item: item[:2])}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+class Wanted(NamedTuple):
+    """A range of a parameter and where it goes: per kind a 1-d view of its `held.stop - held.start` elements."""
+
+    name: str
+    held: Held
+    into: dict[str, torch.Tensor]
+
+
 class PortableState:
-    """The files of a checkpoint, read one tensor at a time.
+    """A checkpoint's training state. Each rank reads the ranges that it needs, file by file.
 
     Attributes:
         folder: the checkpoint.
-        names: the trained parameters.
-        kept: the kinds of optimizer state that have the weight's shape (`exp_avg`, ...).
+        parameters: the trained parameters by name, in the order of the index.
+        last_epoch: the position of the learning-rate schedule.
+
+    Raises:
+        UserError: the index is none that this version can read.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._files = [safe_open(file, "pt") for file in sorted(self.folder.glob("portable-*.safetensors"))]
-        self._place = {key: file for file in self._files for key in file.keys()}
-        kinds = {key.split(":", 1)[0] for key in self._place}
-        self.names = [key.split(":", 1)[1] for key in self._place if key.startswith("weight:")]
-        self.kept = sorted(kinds - {"weight", "step", "schedule"})
-
-    def get(self, kind: str, name: str) -> torch.Tensor | None:
-        """`weight`, `step`, `exp_avg`, ... of a parameter, on the CPU; None if the optimizer had no such state."""
-        key = f"{kind}:{name}"
-        return self._place[key].get_tensor(key) if key in self._place else None
+        self.parameters, self._files, self._ranges, self.last_epoch = read_index(self.folder)
 
     def restore_weights(self, model) -> None:
-        """Copy the trained weights into a model that no engine has wrapped yet, or FSDP2 has sharded.
+        """Copy the trained weights into a model that no engine has wrapped yet, or ZeRO-3 or FSDP2 has sharded.
 
         Raises:
             UserError: the model trains other parameters than the saved ones.
         """
+        reshard(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if different := sorted(trained.keys() ^ set(self.names)):
-            raise UserError(
-                f"{self.folder} is from a run that trains other parameters than this one (such as {different[0]}); "
-                "start from scratch with --fresh"
-            )
+        self._check_same({name: unsharded_shape(parameter) for name, parameter in trained.items()})
+        wanted = []
         for name, parameter in trained.items():
-            with writable(parameter), torch.no_grad():
-                if not parameter.is_meta and parameter.numel():
-                    parameter.copy_(shard_like(self.get("weight", name), parameter))
+            held = held_by_this_rank(parameter)
+            assert held is not None and not parameter.is_meta  # the engines shard by rows, and weights are loaded
+            wanted.append(Wanted(name, held, {"weight": local_values(parameter)}))
+        self.read(wanted)
+        if sharded := [parameter for parameter in trained.values() if is_zero3(parameter)]:
+            refresh(sharded)
+
+    def _check_same(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        different = sorted(shapes.keys() ^ self.parameters.keys())
+        reshaped = [name for name in shapes if name in self.parameters and shapes[name] != self.parameters[name].shape]
+        if different or reshaped:
+            raise UserError(
+                f"{self.folder} is from a run that trains other parameters than this one (such as {(different or reshaped)[0]}"
+                f"{'' if different else ', which has another shape'}); start from scratch with --fresh"
+            )
 
     def restore_optimizer(self, trainer) -> None:
-        """Copy optimizer state, master weights and learning rates to where the current engine keeps them."""
-        if _zero(trainer) is None:
-            self._into_torch(trainer)
-        else:
-            self._into_zero(trainer)
-        scheduler, last_epoch = trainer.lr_scheduler, self.get("schedule", "last_epoch")
-        assert last_epoch is not None  # save_portable writes it
-        scheduler.last_epoch = int(last_epoch)
+        """Copy optimizer state, master weights and learning rates to where the current engine keeps them.
+
+        Raises:
+            UserError: the engine keeps its state in a way that can't be written to.
+        """
+        if reason := why_not_ranges(trainer):
+            raise UserError(
+                f"{self.folder} holds the training state in a form for any engine, but this run can't read it: {reason}; "
+                "resume as before, or start from scratch with --fresh"
+            )
+        kinds = {name: saved.kinds for name, saved in self.parameters.items()}
+        make_state(trainer, kinds, {name: saved.scalars for name, saved in self.parameters.items()})
+        wanted = []
+        for part in trained_parts(trainer):
+            saved = ("weight", *self.parameters[part.name].kinds)
+            into = {kind: tensor for kind, tensor in part.tensors.items() if kind in saved}
+            wanted.append(Wanted(part.name, part.held, into))
+        self.read(wanted)
+        self._restore_schedule(trainer.lr_scheduler)
+
+    def _restore_schedule(self, scheduler) -> None:
+        scheduler.last_epoch = int(self.last_epoch)
         scheduler._step_count = scheduler.last_epoch + 1
         lambdas = zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
         scheduler._last_lr = [base * of(scheduler.last_epoch) for of, base in lambdas]
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
 
-    def _into_torch(self, trainer) -> None:
-        optimizer = _inner(trainer)
-        name_of = {id(parameter): name for name, parameter in _trained(trainer)}
-        states, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
-        for number, parameter in enumerate(parameters):
-            found = {kind: self.get(kind, name_of[id(parameter)]) for kind in ("step", *self.kept)}
-            states[number] = {
-                kind: shard_like(value, parameter) if value.dim() else value
-                for kind, value in found.items()
-                if value is not None
-            }
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        """Copy ranges to where they belong. One file is open at a time, and nothing is held but what is wanted.
 
-    def _into_zero(self, trainer) -> None:
-        zero = _zero(trainer)
-        steps = [step for name in self.names if (step := self.get("step", name)) is not None]
-        for flat in _flat_parameters(zero):
-            state = {kind: torch.zeros_like(flat) for kind in self.kept}
-            if steps:
-                state["step"] = _step_for(zero.optimizer, float(max(steps)), flat)
-            zero.optimizer.state[flat] = state
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 call it after their first step
-            zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in _trained(trainer):
-            for kind in ("weight", *self.kept):
-                if (value := self.get(kind, name)) is not None:
-                    _set_zero(parameter, kind, value)
+        Raises:
+            UserError: the checkpoint does not hold all of it.
+        """
+        wanted = [each for each in wanted if each.held.stop > each.held.start and each.into]
+        number_of = {name: number for number, name in enumerate(self.parameters)}
+        by_number = {number_of[each.name]: each for each in wanted}
+        bounds = np.zeros((len(number_of), 2), dtype=np.int64)
+        for number, each in by_number.items():
+            bounds[number] = each.held.start, each.held.stop
+        low, high = bounds[self._ranges[:, 0]].T
+        rows = self._ranges[(self._ranges[:, 1] < high) & (self._ranges[:, 2] > low)]
+        copied: dict[tuple[str, str], int] = {}
+        rows = rows[np.argsort(rows[:, 3], kind="stable")]
+        for group in np.split(rows, np.flatnonzero(np.diff(rows[:, 3])) + 1) if len(rows) else ():
+            with safe_open(self.folder / self._files[group[0, 3]], "pt") as opened:
+                keys = set(opened.keys())
+                for number, start, stop, _ in group.tolist():
+                    for kind, size in self._copy(opened, keys, by_number[number], start, stop):
+                        copied[by_number[number].name, kind] = copied.get((by_number[number].name, kind), 0) + size
+        for each in wanted:
+            for kind in each.into:
+                if copied.get((each.name, kind), 0) != each.held.stop - each.held.start:
+                    raise UserError(
+                        f"{self.folder} does not hold all of {kind} of {each.name}; start from scratch with --fresh"
+                    )
 
-
-def _step_for(optimizer, step: float, flat: torch.Tensor):
-    """The step count in this optimizer's type; one object per partition, as each partition increments its own."""
-    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
-        return int(step)
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")
-
-
-def _set_zero(parameter, kind: str, value: torch.Tensor) -> None:
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    value = value.float().to(parameter.device)
-    if is_zero3(parameter):  # its full setter does not pad the shard of the last rank
-        part, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
-        padded = torch.nn.functional.pad(
-            value.flatten(), (0, part * torch.distributed.get_world_size() - value.numel())
-        )
-        value = padded[part * rank : part * (rank + 1)]
-        setters = safe_set_local_fp32_param, safe_set_local_optimizer_state
-    else:
-        setters = safe_set_full_fp32_param, safe_set_full_optimizer_state
-    if kind == "weight":
-        setters[0](parameter, value)
-    else:
-        setters[1](parameter, value, kind)
+    def _copy(self, file, keys: set[str], wanted: Wanted, start: int, stop: int) -> Iterator[tuple[str, int]]:
+        """Copy what is wanted of the range `start` to `stop`; yields kinds and numbers of elements."""
+        low, high = max(start, wanted.held.start), min(stop, wanted.held.stop)
+        for kind, into in wanted.into.items():
+            if (key := f"{kind}:{wanted.name}[{start}:{stop}]") in keys:
+                values = file.get_slice(key)[low - start : high - start]
+            elif (key := f"{kind}:{wanted.name}") in keys:  # format 1; a view of the file
+                values = file.get_tensor(key).view(-1)[low:high]
+            else:
+                continue
+            into[low - wanted.held.start : high - wanted.held.start].copy_(values)
+            yield kind, high - low

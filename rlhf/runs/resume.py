@@ -47,10 +47,10 @@ def find_checkpoint(run: RunFolder, topology: dict[str, Any]) -> RunFolder:
         UserError: this run can't read the checkpoint's shards.
     """
     checkpoint = verified_checkpoint(run.folder)
-    unsharded = check_readable(checkpoint, topology) if checkpoint else False
+    anywhere = check_readable(checkpoint, topology) if checkpoint else False
     if is_main():
         (run.folder / "stopped.json").unlink(missing_ok=True)
-    return dataclasses.replace(run, resume_from=checkpoint, resumes_unsharded=unsharded)
+    return dataclasses.replace(run, resume_from=checkpoint, resumes_anywhere=anywhere)
 
 
 def verified_checkpoint(folder: Path) -> str | None:
@@ -68,8 +68,8 @@ def verified_checkpoint(folder: Path) -> str | None:
 
 
 def check_readable(checkpoint: str, topology: dict[str, Any]) -> bool:
-    """Raise UserError for a checkpoint that another engine has sharded; returns whether its state is unsharded."""
-    from rlhf.runs.portable import is_portable
+    """Raise UserError for a checkpoint that only another engine can read; returns whether any engine can."""
+    from rlhf.runs.portable_index import is_portable
 
     manifest = read_manifest(Path(checkpoint)) or {}
     if is_portable(manifest.get("files", {})):
@@ -83,8 +83,8 @@ def check_readable(checkpoint: str, topology: dict[str, Any]) -> bool:
     if not same:
         raise UserError(
             f"{checkpoint} was written by {before['processes']} processes under {before['engine']}, and can't be read by "
-            f"{topology['processes']} under {topology['engine']}: it was saved without `portable_checkpoints: true` (the "
-            "default with LoRA). Resume as before (with that key the next checkpoint can be read by any engine), or "
-            "start from scratch with --fresh"
+            f"{topology['processes']} under {topology['engine']}: it was saved with `portable_checkpoints: false`, or its "
+            "optimizer keeps a state of its own shape. Resume as before (without that key the next checkpoint can be read by "
+            "any engine), or start from scratch with --fresh"
         )
     return False

@@ -11,6 +11,7 @@ from rlhf.errors import UserError, pip_install
 from rlhf.models.folder import base_of, check_model_folder, weight_files
 from rlhf.runs.lineage import maker_of, waits_for
 from rlhf.runs.records import read_complete
+from rlhf.training.room import count_weights
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -63,8 +64,8 @@ def bytes_needed(
 ) -> int:
     """Disk space for a checkpoint, the finished model (an adapter is small) and the merged model that the run starts from.
 
-    The checkpoint is taken to be as large as the last one; without one, as for full fine-tuning: the weights twice and
-    Adam's moments.
+    The checkpoint is taken to be as large as the last one; without one, as for full fine-tuning: weights and Adam's moments
+    in fp32.
     """
     folder = base_of(model_name)
     files = weight_files(Path(folder)) if os.path.isdir(folder) else []
@@ -74,5 +75,5 @@ def bytes_needed(
     if resume_from:
         checkpoint = sum(f.stat().st_size for f in Path(resume_from).rglob("*") if f.is_file())
     else:
-        checkpoint = 0 if use_peft else 4 * weights
+        checkpoint = 0 if use_peft or not files else 12 * count_weights(Path(folder))[0]
     return int(start + finished + checkpoint) + 20_000_000

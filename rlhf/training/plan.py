@@ -124,7 +124,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     plan = Plan(
         recipe, args, model_args, stage_args, topology, inputs.data, model_name, commit, reference,
         continues_adapter=continues, merge=merges(stage_args, recipe.is_quantised), merged_start=merged_start,
-        portable=saves_portably(stage_args, model_args.use_peft), packing_mode=stage.packing_mode if stage_args.packing else None,
+        packing_mode=stage.packing_mode if stage_args.packing else None,
     )  # fmt: skip
     for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
         check(plan)
@@ -157,8 +157,3 @@ def continues_adapter(stage: str, model_name: str, stage_args: StageConfig, use_
 def merges(stage_args: StageConfig, quantised: bool) -> bool:
     """Whether the finished model is written merged; the default is yes, unless it is quantised."""
     return not quantised if stage_args.merge_adapter is None else stage_args.merge_adapter
-
-
-def saves_portably(stage_args: StageConfig, use_peft: bool) -> bool:
-    """Whether checkpoints hold their state unsharded; the default is yes with LoRA only."""
-    return use_peft if stage_args.portable_checkpoints is None else stage_args.portable_checkpoints

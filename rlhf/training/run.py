@@ -191,8 +191,8 @@ def train(plan: Plan, trainer: CheckpointMixin, run: RunFolder, stopper: Stopper
     trainer.use_fault_tolerance(FaultTolerance(
         run.folder, stopper, plan.topology.record(plan.args.world_size),
         watchdog_s=60 * stage_args.watchdog_minutes or None, max_spike=stage_args.max_gradient_spike or None,
-        portable=plan.portable,
-        restore=PortableState(Path(run.resume_from)) if run.resume_from and run.resumes_unsharded else None,
+        portable=stage_args.portable_checkpoints,
+        restore=PortableState(Path(run.resume_from)) if run.resume_from and run.resumes_anywhere else None,
     ))  # fmt: skip
     started = time.time()
     train_or_restore(trainer, run)

@@ -44,7 +44,6 @@ class Plan:
         merge: the finished model is written merged.
         merged_start: where the adapter that the run starts from is merged into its base; None if it starts from no adapter,
             or trains it further.
-        portable: checkpoints hold their state unsharded, so that they can be resumed with any launch file.
         packing_mode: how batches are packed if the model supports it (packing/layout.py): rows, or pairs that share a
             prompt; None: padded.
     """
@@ -61,7 +60,6 @@ class Plan:
     continues_adapter: bool
     merge: bool
     merged_start: Path | None
-    portable: bool
     packing_mode: Literal["pairs", "rows"] | None
 
 

@@ -45,19 +45,31 @@ def needs_deepspeed(launch_file):
 
 
 @pytest.mark.parametrize(
-    "launch_file", ["zero2.yaml", pytest.param("zero3.yaml", marks=slow), pytest.param("fsdp2.yaml", marks=slow)]
+    ("launch_file", "processes", "training"),
+    [
+        ("zero2.yaml", 2, "lora"),
+        pytest.param("zero3.yaml", 2, "lora", marks=slow),
+        pytest.param("fsdp2.yaml", 2, "lora", marks=slow),
+        ("zero3.yaml", 2, "full"),
+        pytest.param("ddp.yaml", 2, "full", marks=slow),
+        pytest.param("zero1.yaml", 2, "full", marks=slow),
+        pytest.param("zero2.yaml", 2, "full", marks=slow),
+        pytest.param("zero3_offload.yaml", 2, "full", marks=slow),
+        pytest.param("fsdp2.yaml", 2, "full", marks=slow),
+        pytest.param("fsdp2_hsdp.yaml", 4, "full", marks=slow),
+    ],
 )
-def test_stopped_and_gone_on(launch_file, written, tmp_path):
+def test_stopped_and_gone_on(launch_file, processes, training, written, tmp_path):
     """A stop file that lies there already stops after the first step; the resumed run is the uninterrupted one, to the bit."""
     needs_deepspeed(launch_file)
-    out = tmp_path / "stopped"
-    assert start(launch_file, 2, written("whole"))[0] == 0
+    out, more = tmp_path / "stopped", WHOLE_MODEL if training == "full" else {}
+    assert start(launch_file, processes, written("whole", **more))[0] == 0
     out.mkdir()
     (out / "stop").touch()
-    code, shown = start(launch_file, 2, written("stopped"))
+    code, shown = start(launch_file, processes, written("stopped", **more))
     assert code != 0 and "Stopped after step 1 of 4 (the file " in shown, shown[-6000:]
     assert not (out / "stop").exists() and json.loads((out / "stopped.json").read_text())["step"] == 1
-    code, shown = start(launch_file, 2, written("stopped"))
+    code, shown = start(launch_file, processes, written("stopped", **more))
     assert code == 0 and f"resuming from {out}/checkpoint-1" in shown, shown[-6000:]
     (losses, weights), (again, found) = result(tmp_path / "whole"), result(out)
     assert again == losses
@@ -88,14 +100,17 @@ def test_on_other_numbers_of_processes(launch_file, numbers, written, tmp_path):
 
 LORA = [("ddp.yaml", 1), ("zero2.yaml", 2), ("fsdp2.yaml", 1), ("zero3.yaml", 2)]
 MORE = [("ddp.yaml", 2), ("zero3.yaml", 4), ("zero1.yaml", 1), ("fsdp2.yaml", 4), ("zero2.yaml", 2), ("zero3_offload.yaml", 1),
-        ("ddp.yaml", 4), ("fsdp2.yaml", 2), ("zero3.yaml", 1)]  # fmt: skip
+        ("ddp.yaml", 4), ("fsdp2.yaml", 2), ("fsdp2_hsdp.yaml", 4), ("zero3.yaml", 1)]  # fmt: skip
+FULL = [("zero3.yaml", 2), ("fsdp2.yaml", 2), ("zero2.yaml", 2), ("ddp.yaml", 1)]
+WHOLE_MODEL = {"use_peft": False, "merge_adapter": None}
 
 
 @pytest.mark.parametrize(
     ("layouts", "more"),
     [
         (LORA, {}),
-        pytest.param(MORE, {"use_peft": False, "merge_adapter": None, "portable_checkpoints": True}, marks=slow),
+        (FULL, WHOLE_MODEL),
+        pytest.param(MORE, WHOLE_MODEL, marks=slow),
     ],
 )
 def test_under_other_launch_files(layouts, more, written, tmp_path):
@@ -139,7 +154,27 @@ def test_what_was_not_saved_in_one_piece_needs_its_layout(written, tmp_path):
         code != 0
         and (
             f"{out}/checkpoint-1 was written by 2 processes under DeepSpeed ZeRO-2, and can't be read by 1 under DeepSpeed ZeRO-2: it "
-            "was saved without `portable_checkpoints: true` (the default with LoRA). Resume as before"
+            "was saved with `portable_checkpoints: false`, or its optimizer keeps a state of its own shape. Resume as before"
         )
         in shown
     ), shown[-6000:]
+
+
+@slow
+def test_fsdp2_saves_after_an_evaluation_that_leaves_weights_unsharded(written, tmp_path):
+    """With fsdp_reshard_after_forward off, the parameters are then not those that the optimizer knows."""
+    launch_file = tmp_path / "fsdp2.yaml"
+    text = (Path(__file__).parent.parent.parent / "launch" / "fsdp2.yaml").read_text()
+    launch_file.write_text(text.replace("fsdp_reshard_after_forward: true", "fsdp_reshard_after_forward: false"))
+    every = {"eval_strategy": "steps", "eval_steps": 1, "heldout": 0.3, "save_strategy": "steps", "save_steps": 1}
+    more = WHOLE_MODEL | every | {"max_steps": 3}
+    assert start(launch_file, 2, written("whole", **more))[0] == 0
+    out = tmp_path / "whole"
+    losses, weights = result(out)
+    shutil.rmtree(out / "checkpoint-3")
+    for name in ("complete.json", "model.safetensors", "config.json"):
+        (out / name).unlink()
+    code, shown = start(launch_file, 2, written("whole", **more))
+    assert code == 0 and f"resuming from {out}/checkpoint-2" in shown, shown[-6000:]
+    again, found = result(out)
+    assert again == losses and all(torch.equal(weights[name], found[name]) for name in weights)

@@ -265,6 +265,14 @@ def test_room_for_a_model_whose_weights_are_gone(tmp_path):
     assert bytes_needed(str(tmp_path), False, False, None) == 20_000_000
 
 
+def test_room_for_a_checkpoint_is_in_fp32_whatever_the_model_is_in(tmp_path):
+    """Two weights: their fp32 copies and Adam's moments, 12 bytes each, beside the finished model."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    size = (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert bytes_needed(str(tmp_path), False, False, None) == int(1.2 * size + 2 * 12) + 20_000_000
+    assert bytes_needed(str(tmp_path), True, False, None) == 20_000_000
+
+
 def weights(path, cut=None):
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     path.write_bytes((struct.pack("<Q", len(header)) + header + bytes(8))[:cut])
