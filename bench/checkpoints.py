@@ -77,11 +77,12 @@ def main() -> None:
         model = scale.make_model(
             Path(folder) / "model", num_attention_heads=heads, num_key_value_heads=heads // 2, **shape
         )
+        weights = memory.model_bytes(model)
         for launch in args.only:
             for portable in (True, False):
                 rows.append(run_case(launch, portable, args.processes, model, Path(folder)))
                 print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(f"{memory.model_bytes(model) / 1e6:.0f} MB of weights in fp32, {args.processes} processes\n")
+    print(f"{weights / 1e6:.0f} MB of weights in fp32, {args.processes} processes\n")
     print(scale.aligned(rows))
 
 

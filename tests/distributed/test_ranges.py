@@ -86,14 +86,29 @@ def test_every_element_is_written_once(shapes, engine, least):
     assert uncovered([math.prod(shape) for shape in shapes], np.array(ranges)) is None
 
 
-@given(shapes, st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), max_size=8), st.booleans())
-def test_what_is_missing_or_there_twice_is_found(shapes, drawn, full):
+@given(
+    shapes,
+    st.integers(1, 5),
+    st.sampled_from(["as it is", "gone", "twice", "shorter", "later", "longer"]),
+    st.integers(0, 99),
+)
+def test_what_is_missing_or_there_twice_is_found(shapes, pieces, change, place):
+    """Each parameter in pieces, in any order, one of them changed."""
     sizes = [math.prod(shape) for shape in shapes]
-    ranges = [(n % len(sizes), *sorted((a % (sizes[n % len(sizes)] + 1), b % (sizes[n % len(sizes)] + 1)))) for n, a, b in drawn]  # fmt: skip
-    ranges += [(number, 0, size) for number, size in enumerate(sizes)] if full else []
+    ranges = []
+    for number, size in enumerate(sizes):
+        edges = [size * n // pieces for n in range(pieces + 1)]
+        ranges += [[number, low, high] for low, high in zip(edges, edges[1:], strict=False)]
+    place %= len(ranges)
+    one = ranges.pop(place)
+    _, low, high = one
+    changed = {
+        "as it is": [one], "gone": [], "twice": [one, one], "shorter": [[one[0], low, max(low, high - 1)]],
+        "later": [[one[0], min(low + 1, high), high]], "longer": [[one[0], max(low - 1, 0), high]],
+    }  # fmt: skip
+    ranges = changed[change] + ranges[place:] + ranges[:place]
     wrong = [number for number, count in enumerate(times_covered(shapes, ranges)) if (count != 1).any()]
-    found = uncovered(sizes, np.array(ranges, dtype=np.int64).reshape(-1, 3))
-    assert (found is None) == (not wrong) and (found is None or found in wrong)
+    assert uncovered(sizes, np.array(ranges, dtype=np.int64).reshape(-1, 3)) == min(wrong, default=None)
 
 
 def test_ranks_write_about_as_much_as_each_other():
