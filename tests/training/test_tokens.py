@@ -189,7 +189,9 @@ def test_what_max_length_cuts_and_drops_is_trls(shape, mode, tokenizers):
     for limit in (12, 60):
         found, counts = assert_as_trl(shape, SHAPES[shape], tokenizer, limit, mode)
         assert counts.left_out[0] == len(SHAPES[shape]) - counts.kept and sum(counts.histogram.values()) == counts.rows
-        assert counts.cut[0] > 0 if shape != "reward" else counts.cut == [0, -1]
+        assert counts.cut[0] > 0 or limit == 12 if shape != "reward" else counts.cut == [0, -1]
+        if not counts.kept:
+            continue
         for number in range(counts.kept):
             row = {key: values[number] for key, values in found.items()}
             assert row["packed"] == count_tokens(row, limit, False) and row["padded"] == count_tokens(row, limit, True)
@@ -219,14 +221,14 @@ def test_any_texts_have_the_ids_of_one_row_at_a_time(tokenizers, found, name):
 
 
 def test_a_pairs_prompt_is_encoded_once(tokenizers):
-    """The one thing that this is for: of 12 rows 36 texts, but each prompt's characters once."""
+    """The one thing that this is for: three texts of a row have it, and it is encoded for one of them."""
     tokenizer, seen = tokenizers["byte level"], []
     tokenise = Tokenise(tokenizer, Settings("dpo", None))
     encode = tokenise._encode
     tokenise._encode = lambda texts: (seen.extend(texts), encode(texts))[1]
     rows = [pair(n, "a long question " * 20, "yes", "no") for n in range(5)]
     tokenise(rows, 0, Counts())
-    assert sum(text.count("a long question ") for text in seen) == 5 * 20
+    assert sum(text.count("a long question") for text in seen) == 5 * 20
 
 
 # --- too_long --------------------------------------------------------------------------------------------------------
