@@ -107,12 +107,15 @@ alike = st.builds(bytes.__add__, st.sampled_from([bytes(8), b"a" * 8, b"\xff" * 
     st.lists(alike, max_size=9),
 )
 def test_look_up(found, others):
-    """Of known keys their values, of others NaN, also of keys whose first half another has."""
+    """Of known keys their values, of others NaN, also of those whose first half a known one has. (Of two known keys that
+    share it, one may be missed: one pair in 2^64 is computed again.)"""
     half = [bytes(8) + key[8:] for key in found]
     wanted = [*others, *half, *found, *found]
     got = look_up(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 16), *arrays(found))
     for key, pair in zip(wanted, got.tolist(), strict=True):
-        assert tuple(pair) == found[key] if key in found else np.isnan(pair).all()
+        shared = sum(other[:8] == key[:8] for other in found) > 1
+        missed = np.isnan(pair).all()
+        assert (shared and missed) or tuple(pair) == found[key] if key in found else missed
 
 
 @settings(max_examples=100, deadline=None)
