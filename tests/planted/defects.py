@@ -433,6 +433,93 @@ RUNS = (
     ),
 )  # fmt: skip
 
+PREPARED = (
+    Defect(
+        "line-at-a-range-lost", "a line that begins where a range of a large file begins is in no range",
+        "rlhf/data/json_reader.py",
+        "file.seek(max(start - 1, 0))",
+        "file.seek(start)",
+        ("tests/data/test_large_files.py::test_a_boundary_at_every_byte",),
+    ),
+    Defect(
+        "blank-lines-not-counted", "places of a large file's rows leave out blank lines of earlier ranges",
+        "rlhf/data/json_reader.py",
+        "number += 1\n                yield line",
+        "number += bool(line.strip())\n                yield line",
+        ("tests/data/test_large_files.py::test_json_lines[blank lines]",),
+    ),
+    Defect(
+        "shape-of-each-range", "rows of a large file are compared with the first of their range",
+        "rlhf/data/convert.py",
+        'Report(shape=job["shape"])',
+        "Report()",
+        ("tests/data/test_large_files.py::test_rows_of_mixed_shapes_are_measured_by_the_first_of_the_file",),
+    ),
+    Defect(
+        "format-not-in-the-key", "prepared rows are used again when the recipe says something else of their format",
+        "rlhf/data/prepare.py",
+        "self.options.key(), ",
+        "",
+        ("tests/data/test_prepare.py::test_what_makes_another_preparation",),
+    ),
+    Defect(
+        "part-of-others-trusted", "a prepared folder that lacks rows is used",
+        "rlhf/data/prepare.py",
+        'if len(rows) == found["rows"]:',
+        "if rows is not None:",
+        ("tests/data/test_prepare.py::test_a_damaged_preparation_is_made_again[a part of others]",),
+    ),
+    Defect(
+        "failure-not-passed-on", "a process that waits for prepared rows which can't be made tries again itself",
+        "rlhf/data/prepare.py",
+        "if waited and (error := ",
+        "if not waited and (error := ",
+        ("tests/data/test_prepare.py::test_what_fails_for_one_process_fails_for_the_waiting_one_at_once",),
+    ),
+    Defect(
+        "cut-unchecked", "texts are encoded in pieces whatever the tokenizer",
+        "rlhf/training/tokenise.py",
+        "return alone if alone and same_when_split(tokenizer, alone[0]) else []",
+        "return alone",
+        ("tests/training/test_tokens.py::test_which_tokenizers_encode_in_pieces",),
+    ),
+    Defect(
+        "cut-beyond-what-is-shared", "the part that is encoded once reaches beyond what a pair's texts share",
+        "rlhf/training/tokenise.py",
+        "at = texts[0].rfind(token, 0, shared)",
+        "at = texts[0].rfind(token)",
+        ("tests/training/test_tokens.py::test_where_texts_are_cut", "tests/training/test_tokens.py::test_ids_and_labels_are_trls[byte level-dpo]"),
+    ),
+    Defect(
+        "chunk-of-two", "two processes tokenise the same chunk",
+        "rlhf/training/tokens.py",
+        "if not lock_file(lock) or counted.exists():",
+        "if counted.exists():",
+        ("tests/training/test_tokens.py::test_two_processes_share_the_chunks",),
+    ),
+    Defect(
+        "ids-of-other-settings", "token ids are used again when max_length or too_long has changed",
+        "rlhf/training/tokens.py",
+        "            dataclasses.asdict(settings_of(plan)),\n            plan.data.keys[side],",
+        "            plan.data.keys[side],",
+        ("tests/training/test_tokens.py::test_what_makes_another_folder",),
+    ),
+    Defect(
+        "other-rows-of-a-step", "the rows of a step are not those of earlier releases",
+        "rlhf/training/batching.py",
+        "default_rng([seed, epoch])",
+        "default_rng([epoch, seed])",
+        ("tests/training/test_batching.py::test_the_rows_of_a_step_by_hand",),
+    ),
+    Defect(
+        "half-a-key", "a cached reference is found by half of its pair's key",
+        "rlhf/training/reference.py",
+        " | (halves[1][order][1:] != halves[1][order][:-1])",
+        "",
+        ("tests/training/test_reference.py::test_look_up",),
+    ),
+)  # fmt: skip
+
 DATA = (
     Defect(
         "held-out-trained-on", "the rows that are held out stay in the training data",
@@ -513,4 +600,4 @@ DATA = (
     ),
 )  # fmt: skip
 
-DEFECTS = (*PACKING, *TRAINING, *REFERENCE, *RUNS, *DATA)
+DEFECTS = (*PACKING, *TRAINING, *REFERENCE, *RUNS, *PREPARED, *DATA)

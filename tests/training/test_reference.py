@@ -77,18 +77,18 @@ def test_pair_key_changes_with(other):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 entries = st.dictionaries(
-    st.binary(min_size=16, max_size=16), st.tuples(*[st.floats(-1e4, 0, width=32)] * 2), min_size=1, max_size=20
+    st.binary(min_size=16, max_size=16), st.tuples(*[st.floats(-1e4, 0)] * 2), min_size=1, max_size=20
 )
 
 
 def arrays(found):
-    """Keys (N, 16) uint8 and log-probabilities (N, 2) float32 of {key: (chosen, rejected)}."""
+    """Keys (N, 16) uint8 and log-probabilities (N, 2) float64 of {key: (chosen, rejected)}."""
     keys = np.frombuffer(b"".join(found), np.uint8).reshape(-1, 16)
-    return keys, np.array(list(found.values()), np.float32).reshape(-1, 2)
+    return keys, np.array(list(found.values()), np.float64).reshape(-1, 2)
 
 
 def entries_of(keys, logps):
-    assert keys.dtype == np.uint8 and logps.dtype == np.float32 and len(keys) == len(logps)
+    assert keys.dtype == np.uint8 and logps.dtype == np.float64 and len(keys) == len(logps)
     return {key.tobytes(): tuple(pair.tolist()) for key, pair in zip(keys, logps, strict=True)}
 
 
@@ -103,11 +103,11 @@ alike = st.builds(bytes.__add__, st.sampled_from([bytes(8), b"a" * 8, b"\xff" * 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    entries | st.dictionaries(alike, st.tuples(*[st.floats(-9, 0, width=32)] * 2), max_size=9),
+    entries | st.dictionaries(alike, st.tuples(*[st.floats(-9, 0)] * 2), max_size=9),
     st.lists(alike, max_size=9),
 )
 def test_look_up(found, others):
-    """Of known keys their values, of others NaN, also of keys whose first half another has."""
+    """Of known keys their values, of others NaN, also of those whose first half a known one has."""
     half = [bytes(8) + key[8:] for key in found]
     wanted = [*others, *half, *found, *found]
     got = look_up(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 16), *arrays(found))
@@ -618,7 +618,7 @@ def test_a_wrong_value_is_caught_before_the_first_step(recipe, tiny_llama, few_p
 
     def wrong(content):
         keys, logps = decode_right(content)
-        return keys, logps + np.array([3, 0], np.float32)
+        return keys, logps + np.array([3, 0])
 
     monkeypatch.setattr(reference, "decode", wrong)
     file = recipe("dpo", name="x", model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(tmp_path / "x"), **LORA)  # fmt: skip
