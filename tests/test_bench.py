@@ -1,6 +1,7 @@
 """The bench scripts run, and what they compare agrees. Never what they time."""
 
 import argparse
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -98,7 +99,8 @@ def test_a_lost_argument_publishes_no_number(plan, monkeypatch, tmp_path):
     """As when `pack` moves, or no longer listens: the worker ends before it measures."""
     bench, compare = bench_module("reward", monkeypatch), bench_module("compare", monkeypatch)
     made = plan(bench.STAGE)
-    monkeypatch.setattr("dataclasses.replace", lambda plan, **lost: plan)
+    replace = dataclasses.replace
+    monkeypatch.setattr(dataclasses, "replace", lambda it, **new: it if "packing_mode" in new else replace(it, **new))
     monkeypatch.setattr(compare, "load_plan", lambda bench, args: made)
     args = argparse.Namespace(worker="packed", out=str(tmp_path / "out.json"), folder=str(tmp_path), profile=None)
     with pytest.raises(SystemExit, match="packed: batches are packed as pairs, expected rows"):
