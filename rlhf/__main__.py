@@ -10,6 +10,7 @@ import time
 
 from rlhf import __version__
 from rlhf.console import ended_bars, plain_bars
+from rlhf.curation.arguments import TAKE_KEYS, add_data, run_data
 from rlhf.distributed.processes import is_main, rank
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
@@ -27,6 +28,7 @@ Align a language model with human preferences. The stages, in order; each uses t
 
 and around them:
 
+  rlhf data check TARGET      what is wrong with data; also: stats, show, convert, prepare, cache (`rlhf data` lists them)
   rlhf pairs DATASET          write accepted_data, rejected_data and preference_data.jsonl from any preference data
   rlhf preflight RECIPE.yaml  before a long run: check hosts, versions, network, disks and clocks of all ranks
   rlhf merge ADAPTER OUT_DIR  write a LoRA adapter merged into its base, from disk to disk
@@ -183,14 +185,7 @@ def _add_records(commands) -> None:
 
 
 def _add_data(commands) -> None:
-    pairs = commands.add_parser(
-        "pairs", description="Write accepted_data, rejected_data and preference_data.jsonl from any preference data."
-    )
-    pairs.add_argument("dataset", metavar="DATASET", help="embedded:sample, a file, a folder or a hub id")
-    pairs.add_argument("--split", help="split to read, if there are several (default: train)")
-    pairs.add_argument("--limit", type=number(int, 1, 1e12), help="only the first N pairs")
-    pairs.add_argument("--format", metavar="NAME", help="of the rows, if several fit (docs/data.md)")
-    pairs.add_argument("--output_dir", default="data/processed")
+    add_data(commands, number)
     merge = commands.add_parser(
         "merge",
         description="Write a LoRA adapter merged into its base, for plain transformers. One tensor is in memory at a time, so the "
@@ -240,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.command is None:
         top.print_help()
         return 0
-    if rest and options.command not in ("sft", "reward", "dpo", "evaluate", "preflight"):
+    if rest and not takes_keys(options):
         top.error(f"unknown argument {quote(rest[0])}; see `rlhf {options.command} --help`")
     _quiet_environment()
     try:
@@ -284,6 +279,12 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def takes_keys(options: argparse.Namespace) -> bool:
+    """Whether a command takes a recipe's keys as --key value."""
+    recipes = ("sft", "reward", "dpo", "evaluate", "preflight")
+    return options.command in recipes or getattr(options, "action", None) in TAKE_KEYS
 
 
 MAIN_WAIT_S = 30.0
@@ -338,11 +339,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         from rlhf.evaluation.report import write_report
 
         write_report(options.run, options.output)
-    elif options.command == "pairs":
-        from rlhf.data.pairs import write_pair_files
-
-        count = write_pair_files(options.dataset, options.output_dir, options.split, options.limit, options.format)
-        print(f"{count} pairs -> {options.output_dir}/accepted_data.jsonl, rejected_data.jsonl, preference_data.jsonl")
+    elif options.command in ("data", "pairs"):
+        return run_data(options, rest)
     elif options.command == "merge":
         from rlhf.models.merge import merge_command
 

@@ -146,6 +146,12 @@ class Rows(Sequence[dict[str, Any]]):
             for at in range(batch.num_rows):
                 yield _decode(part, batch, at)
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(place, the row as JSON on one line) of each row; none is decoded."""
+        for index in range(len(self)):
+            part, batch, at = self._find(index)
+            yield _place(part, batch, at), batch.column(0)[at].as_py()
+
     def place(self, index: int) -> str:
         """`file:line` of a row, or `name, row N`."""
         part, batch, at = self._find(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from typing import Any
 
 # The plots of each stage: a title, the unit, and the metrics with their labels.
@@ -25,6 +26,7 @@ PLOTS = {
         ("Accuracy", "share of pairs", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
     ],
 }  # fmt: skip
+COLOURS = ("#2563eb", "#d97706", "#059669")
 TIES = "rewards/accuracies"
 
 
@@ -60,6 +62,42 @@ def ties_note(stage: dict[str, Any]) -> str:
 
 def draw(stage: dict[str, Any]) -> list[str]:
     """One small plot per quantity: a dot per log, their running mean as a line; none for a quantity without logs."""
+    with _style():
+        plots = [_draw_one(stage, *plot) for plot in PLOTS[stage["name"]]]
+    return [svg for svg in plots if svg]
+
+
+def draw_lengths(lengths: Mapping[str, Mapping[int, int]], unit: str) -> str:
+    """A histogram: per part of a row the share of rows by length.
+
+    Args:
+        lengths: part -> power of two that the length does not exceed -> rows.
+    """
+    edges = sorted({edge for histogram in lengths.values() for edge in histogram})
+    if not edges:
+        return ""
+    with _style():
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
+        width = 0.8 / len(lengths)
+        for number, (part, histogram) in enumerate(lengths.items()):
+            total = sum(histogram.values()) or 1
+            at = [place + (number - (len(lengths) - 1) / 2) * width for place in range(len(edges))]
+            axes.bar(
+                at, [histogram.get(edge, 0) / total for edge in edges], width, color=COLOURS[number % 3], label=part
+            )
+        axes.set_xticks(range(len(edges)), [f"{edge:,}" for edge in edges], rotation=45 if len(edges) > 6 else 0)
+        axes.set_title("Lengths", fontsize=10, loc="left")
+        axes.set_xlabel(f"at most so many {unit}")
+        axes.set_ylabel("share of pairs")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2, axis="y")
+        axes.legend(frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def _style() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,9 +107,16 @@ def draw(stage: dict[str, Any]) -> list[str]:
         "font.size": 9,
         "svg.hashsalt": "rlhf",
     }
-    with matplotlib.rc_context(style):
-        plots = [_draw_one(stage, *plot) for plot in PLOTS[stage["name"]]]
-    return [svg for svg in plots if svg]
+    return matplotlib.rc_context(style)
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, str]) -> str:
@@ -81,7 +126,7 @@ def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, s
     if not curves:
         return ""
     figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
-    for metric, colour in zip(metrics, ("#2563eb", "#d97706", "#059669"), strict=False):
+    for metric, colour in zip(metrics, COLOURS, strict=False):
         if metric not in curves:
             continue
         steps, values = zip(*curves[metric], strict=True)
@@ -101,10 +146,7 @@ def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, s
     axes.grid(alpha=0.2)
     if len(curves) + guess > 1:
         axes.legend(frameon=False, fontsize=8)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return _svg(figure)
 
 
 def running_mean(values: tuple[float, ...], window: int | None = None) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
+from rlhf.curation.lengths import bucket
 from rlhf.data.format_options import FormatOptions
 from rlhf.data.messages import answer_text
 from rlhf.data.mix import data_name
@@ -39,7 +40,7 @@ from rlhf.evaluation.finished_runs import (
     start_of,
 )
 from rlhf.evaluation.overlap import heading
-from rlhf.evaluation.plots import PLOTS, draw, ties_note
+from rlhf.evaluation.plots import PLOTS, draw, draw_lengths, ties_note
 from rlhf.files import write_file
 from rlhf.runs.card import hyper_parameters
 from rlhf.runs.command import is_complete, shell_line
@@ -247,5 +248,6 @@ def _count(rows: Rows, source: Source) -> dict[str, Any]:
         "several_turns": round(turns * len(rows) / len(counted)),
         "mean_words": {k: sum(v) / len(v) for k, v in words.items()},
         "rejected_shorter": shorter / len(counted),
+        "plot": draw_lengths({side: Counter(map(bucket, counts)) for side, counts in words.items()}, "words"),
         "tasks": dict(tasks) if len(rows) <= MOST_COUNTED else {},
     }

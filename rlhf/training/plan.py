@@ -100,9 +100,23 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     Raises:
         UserError: with the place and the fix.
     """
+    inputs = inputs or read_inputs(stage, recipe)
+    plan = draft_plan(stage, recipe, topology, inputs)
+    for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
+        check(plan)
+    if topology.started:
+        check_memory(plan)
+    tell_replicated(plan)
+    tokenizer = load_plan_tokenizer(plan)
+    packs = check_modules(plan)
+    check_examples(plan, tokenizer, packs)
+    return plan
+
+
+def draft_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs) -> Plan:
+    """The decisions of `make_plan` without its checks: enough to tokenise the rows as the run does."""
     from rlhf.models.folder import locate
 
-    inputs = inputs or read_inputs(stage, recipe)
     note_disabled(recipe)
     args, model_args, stage_args = build_configs(recipe)
     if topology.started:
@@ -121,20 +135,11 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
         args.precompute_ref_log_probs = reference == "cached"
     continues = continues_adapter(stage.name, model_name, stage_args, model_args.use_peft)
     merged_start = inputs.run.folder / MERGED_START if is_adapter(model_name) and not continues else None
-    plan = Plan(
+    return Plan(
         recipe, args, model_args, stage_args, topology, inputs.data, model_name, commit, reference,
         continues_adapter=continues, merge=merges(stage_args, recipe.is_quantised), merged_start=merged_start,
         packing_mode=stage.packing_mode if stage_args.packing else None,
     )  # fmt: skip
-    for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
-        check(plan)
-    if topology.started:
-        check_memory(plan)
-    tell_replicated(plan)
-    tokenizer = load_plan_tokenizer(plan)
-    packs = check_modules(plan)
-    check_examples(plan, tokenizer, packs)
-    return plan
 
 
 def unknown_yet(inputs: Inputs) -> str:
