@@ -32,7 +32,8 @@ def secrets(rows: Rows, most: int | None, others: list[Finding]) -> list[Finding
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 
-    every = {plugin.__name__ for plugin in get_mapping_from_secret_type_to_class().values()}
+    classes: dict[str, type] = get_mapping_from_secret_type_to_class()
+    every = {plugin.__name__ for plugin in classes.values()}
     plugins = [{"name": name} for name in sorted(every - set(_GUESSING))]
     places: list[Place] = []
     held: set[str] = set()
