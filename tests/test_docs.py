@@ -65,7 +65,9 @@ def unknown_words(text):
                 continue
             inner = [p for a in COMMANDS[command]._actions if isinstance(a.choices, dict) for n, p in a.choices.items()
                      if rest.split()[:1] == [n]]  # fmt: skip
-            known = {flag for p in (COMMANDS[command], *inner) for action in p._actions for flag in action.option_strings}
+            known = {
+                flag for p in (COMMANDS[command], *inner) for action in p._actions for flag in action.option_strings
+            }
             keys = {f"--{key}" for key in allowed_keys(command)} if command in STAGES else set()
             unknown += [f"rlhf {command} {flag}" for flag in re.findall(r"--\w+", rest) if flag not in known | keys]
     return unknown

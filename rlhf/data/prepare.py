@@ -103,7 +103,8 @@ class _Job:
 
     @functools.cached_property
     def key(self) -> str:
-        parts = [code_digest(), self.kind, self.source.digest, self.source.has_lines, self.options.key(), self.bad_rows]
+        source = [self.source.digest, self.source.has_lines, self.source.part]
+        parts = [code_digest(), self.kind, source, self.options.key(), self.bad_rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     @property
@@ -213,6 +214,8 @@ class _Job:
         if stripped:
             opened = [Part("", False, p["line_offset"], read_part(partial / p["file"])) for p in parts]
             strip_prompts(Rows(opened), PartWriter(partial / "stripped.arrow"))
+            for part in parts:
+                (partial / part["file"]).unlink()  # mapped until the end of this function
             parts = [{"file": "stripped.arrow", "line_offset": 0}]
         write_file(partial / "skipped.json", json.dumps(whole.bad))
         found = {"rows": whole.rows, "parts": parts, "num_unused": whole.num_unused, "stripped": stripped,

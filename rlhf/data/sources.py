@@ -32,6 +32,7 @@ ALL_ROWS = "all"  # a split of the embedded sample, from which `heldout` holds r
 SAMPLE_DIR = Path(__file__).parent / "sample"
 SMALL_BYTES = 8 << 20  # a smaller file is read into memory at once
 FEW_ROWS = 5000
+ROW_BYTES = 1500  # about, of a pair
 
 
 class Source:
@@ -44,17 +45,18 @@ class Source:
         num_bytes: about how much there is to read; 0: little.
         lines_file: a file with one JSON object per line, of which ranges can be read at the same time.
         num_rows: None if it takes reading them all to know.
+        part: which of the digest's rows these are; '' for all.
     """
 
     def __init__(
         self, name: str, rows: list[dict[str, Any]] | None, lines: list[int] | None, digest: str, *,
         read: Callable[[], Iterator[tuple[dict[str, Any], int]]] | None = None, has_lines: bool = False, num_bytes: int = 0,
-        lines_file: Path | None = None, num_rows: int | None = None,
+        lines_file: Path | None = None, num_rows: int | None = None, part: str = "",
     ):  # fmt: skip
         self.name, self.digest, self.num_bytes, self.lines_file = name, digest, num_bytes, lines_file
         self.has_lines = lines is not None or has_lines
         self.num_rows = num_rows if rows is None else len(rows)
-        self._rows, self._lines, self._read = rows, lines, read
+        self._rows, self._lines, self._read, self.part = rows, lines, read, part
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -93,9 +95,11 @@ class Source:
             return self
         if self._rows is not None:
             return Source(self.name, self._rows[:count], self._lines and self._lines[:count], self.digest)
-        found = list(itertools.islice(self.stream(), count))
-        lines = [number for _, number in found] if self.has_lines else None
-        return Source(self.name, [row for row, _ in found], lines, self.digest)
+        size = min(self.num_bytes, ROW_BYTES * count)
+        return Source(
+            self.name, None, None, self.digest, read=lambda: itertools.islice(self.stream(), count),
+            has_lines=self.has_lines, num_bytes=size, part=f"first {count}",
+        )  # fmt: skip
 
 
 def place(name: str, number: int, has_lines: bool) -> str:

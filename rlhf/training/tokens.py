@@ -26,7 +26,7 @@ import numpy as np
 from rlhf.data.store import Part, Rows, read_part
 from rlhf.distributed.processes import is_main, local_rank, rank
 from rlhf.errors import UserError, sentence
-from rlhf.files import cache_dir, free_bytes, lock_file, read_json, write_file
+from rlhf.files import cache_dir, free_bytes, lock_file, read_json, sync_file, write_file
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training.stage import Plan
 from rlhf.training.tokenise import Counts, Settings, Tokenise, Tokens
@@ -112,6 +112,7 @@ def known_counts(plan: Plan, tokenizer) -> Counts | None:
     if not plan.data.keys.get("train"):
         return None
     job = Job.make(plan, tokenizer, plan.data.train, "train")
+    job.forget_damaged()
     return job.counts() if not job.missing() else None
 
 
@@ -182,8 +183,20 @@ class Job:
             there = set()
         return [chunk for chunk in range(self.num_chunks) if self.files(chunk)[1].name not in there]
 
+    def forget_damaged(self) -> None:
+        """Remove the counts of chunks whose file is not as it was written, so that they are made again."""
+        for chunk in set(range(self.num_chunks)) - set(self.missing()):
+            ids, counted = self.files(chunk)
+            try:
+                whole = (read_json(counted) or {}).get("bytes") == ids.stat().st_size
+            except OSError:
+                whole = False
+            if not whole:
+                counted.unlink(missing_ok=True)
+
     def complete(self, rows: Rows, tokenise: Tokenise, plan: Plan, stopper: Stopper | None) -> None:
         """Tokenise what is missing, together with the other processes that do the same."""
+        self.forget_damaged()
         if not (missing := self.missing()):
             return
         self._check_disk(rows, missing)
@@ -239,8 +252,10 @@ class Job:
             partial = ids.with_suffix(f".{os.getpid()}.partial")
             try:
                 self._write(chunk, rows, tokenise, partial, counts)
+                sync_file(partial)
                 os.replace(partial, ids)
-                write_file(counted, json.dumps(dataclasses.asdict(counts)))
+                found = {"bytes": ids.stat().st_size, "counts": dataclasses.asdict(counts)}
+                write_file(counted, json.dumps(found))
             except OSError as error:
                 raise UserError(
                     f"token ids can't be written to {self.folder.parent}: {error.strerror or error}; free some space there, or set "
@@ -315,7 +330,7 @@ class Job:
         """Of all rows."""
         found = Counts()
         for chunk in range(self.num_chunks):
-            found.add(Counts(**(read_json(self.files(chunk)[1]) or {})))
+            found.add(Counts(**(read_json(self.files(chunk)[1]) or {}).get("counts", {})))
         return found
 
     def open(self) -> Tokens:

@@ -389,3 +389,22 @@ def test_an_unreadable_line_far_below(tmp_path, cache):
     path.write_text(path.read_text() + "{\n")
     with as_large(cache, range_bytes=4000), pytest.raises(UserError, match=f"^{path}:301:2: not valid JSON"):
         prepare(load_source(str(path)), "pairs")
+
+
+def test_the_first_rows_of_a_large_source_are_another_preparation(tmp_path, monkeypatch):
+    """`max_train_examples` of a source that is read row by row: nothing beyond is read, and the whole is not taken for it."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    read = []
+
+    def rows():
+        for number in range(1, 31):
+            read.append(number)
+            yield {"prompt": f"q{number}", "chosen": "yes", "rejected": "no"}, number
+
+    source = Source("f", None, None, "digest", read=rows, has_lines=True, num_bytes=10**9)
+    monkeypatch.setattr(preparing, "SMALL_BYTES", 0)
+    monkeypatch.setattr(preparing, "free_bytes", lambda folder: 10**12)
+    first = prepare(source.head(5), "pairs")
+    assert len(first.rows) == 5 and max(read) == 5 and first.rows.place(4) == "f:5"
+    assert len(prepare(source, "pairs").rows) == 30
+    assert prepare(source.head(5), "pairs").key == first.key

@@ -331,6 +331,22 @@ def test_the_folder_holds_what_memory_would(plan, tokenizer, given_rows):
     assert tokenised(plan, tokenizer).dataset.to_list() == expected.dataset.to_list() and not given_rows
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "without its size"])
+def test_a_chunk_that_is_not_as_it_was_written_is_made_again(plan, tokenizer, given_rows, damage):
+    """A loss of power may leave a name without its content."""
+    expected = tokenised(plan, tokenizer).dataset.to_list()
+    (ids,) = Path(os.environ["RLHF_CACHE"]).glob("tokens/*/chunk-00002.arrow")
+    if damage == "cut":
+        ids.write_bytes(ids.read_bytes()[:-100])
+    elif damage == "gone":
+        ids.unlink()
+    else:
+        ids.with_suffix(".json").write_text("{}")
+    given_rows.clear()
+    assert known_counts(plan, tokenizer) is None
+    assert tokenised(plan, tokenizer).dataset.to_list() == expected and sorted(given_rows) == list(range(10, 15))
+
+
 def test_a_selection_of_rows(plan, tokenizer):
     import numpy as np
 
