@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from rlhf.config.recipe_checks import check_formats
+from rlhf.config.stage_config import FORMATS
 from rlhf.errors import UserError, quote
 
 AMOUNTS = ("fraction", "rows", "epochs", "weight")
@@ -74,6 +77,16 @@ def _entry(item: Any, where: str) -> Entry:
     for key in amounts:
         _check_amount(key, item[key], where)
     formats = {key: item[key] for key in ("format", "columns", "roles") if item.get(key) is not None}
+    check_formats({**formats, "format": None}, lambda key: where)
+    if "format" in formats and formats["format"] not in FORMATS:
+        near = difflib.get_close_matches(str(formats["format"])[:100], FORMATS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"{where}: there is no format {quote(formats['format'])}; expected one of {', '.join(FORMATS)}{hint}"
+        )
+    for key in ("split", "config"):
+        if item.get(key) is not None and not isinstance(item[key], str):
+            raise UserError(f"{where}: {key} is {quote(item[key])}; expected a name")
     plain = {key: item[key] for key in ("name", "split", "config", *AMOUNTS) if item.get(key) is not None}
     return Entry(**plain, format=formats or None)
 

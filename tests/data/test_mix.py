@@ -38,6 +38,11 @@ def test_entries():
         ([{"name": "a", "rows": 2.5}], "rows is 2.5; expected a whole number of at least 1"),
         ([{"name": "a", "epochs": 0}], "epochs is 0; expected a number above 0"),
         ([{"name": "a", "weight": True}], "weight is True; expected a number above 0"),
+        ([{"name": "a", "columns": "q"}], "'columns' is 'q'; expected names, as in `columns: {prompt: question}`"),
+        ([{"name": "a", "roles": {"x": "boss"}}], "expected one of system"),
+        ([{"name": "a", "format": "pair"}], "there is no format 'pair'; expected one of"),
+        ([{"name": "a", "format": ["pairs"]}], "there is no format ['pairs']"),
+        ([{"name": "a", "split": 3}], "split is 3; expected a name"),
         ([{"name": "a", "weight": 1}, "b"], "entry 2 (b) has no weight, but others have one"),
     ],
 )
