@@ -315,3 +315,9 @@ def test_pipeline_ends_with_the_stage_that_was_stopped(recorded):
     """Under a launcher, which knows success and failure only: the stage ends with 0, and says by a file that it was stopped."""
     code, calls = recorded(["sft", "dpo"], ROOT / "launch" / "ddp.yaml", stopped_at="sft.yaml")
     assert code == 85 and calls[-1].endswith(" -m rlhf sft R/sft.yaml") and calls[-1].startswith("-m accelerate")
+
+
+def test_a_check_starts_without_torch():
+    """A mistake in a recipe or its data costs a second; torch takes several."""
+    code = "import sys, rlhf.training.run, rlhf.data.rows, rlhf.evaluation.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

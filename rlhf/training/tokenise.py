@@ -17,7 +17,6 @@ import numpy as np
 from jinja2 import TemplateError
 
 from rlhf.errors import UserError, one_line
-from rlhf.models.tokenizer import template_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,7 +114,9 @@ class Tokenise:
     """
 
     def __init__(self, tokenizer, settings: Settings):
-        self.tokenizer, self.settings = tokenizer, settings
+        from rlhf.models.tokenizer import template_arguments  # imports torch, which takes seconds
+
+        self.tokenizer, self.settings, self.arguments = tokenizer, settings, template_arguments
         self.template: str | None = None
         if settings.eos_token:
             tokenizer.eos_token = settings.eos_token
@@ -155,7 +156,7 @@ class Tokenise:
     # --- rendering and encoding
 
     def _render(self, row: dict, messages: list[dict], **more: Any) -> str:
-        options = {**template_arguments(row), **more}
+        options = {**self.arguments(row), **more}
         if self.template is not None:
             options["chat_template"] = self.template
         try:
@@ -258,7 +259,7 @@ class Tokenise:
             raise UserError(
                 f"{row['place']}: assistant_only_loss needs messages, and this row is a text; remove the key"
             )
-        options = template_arguments(row)
+        options = self.arguments(row)
         if self.template is not None:
             options["chat_template"] = self.template
         messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
