@@ -179,6 +179,19 @@ def new_file(path: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
+def partial_path(path: Path) -> Path:
+    """A name beside `path` for what this process is writing; no process of another machine has the same."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what processes of this machine that no longer run have left under `partial_path(path)`."""
+    for left in path.parent.glob(f"{path.name}.{platform.node()}.*.partial"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 (hex) of a file, read in blocks."""
     with open(path, "rb") as file:

@@ -15,7 +15,6 @@ from rlhf.data.rows import StageData
 from rlhf.data.store import Rows
 from rlhf.errors import one_line, quote
 
-LEVELS = ("error", "warning", "note")
 BIAS = 0.8  # share of pairs from which one answer's greater length is a bias
 FEWEST_FOR_BIAS = 20
 EXCERPT = 24  # characters before and after what was found

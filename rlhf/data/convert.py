@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -155,9 +154,10 @@ def convert_range(job: dict[str, Any]) -> Report:
         job["kind"], first_rows(json_lines(path)), FormatOptions(**{k: _tuples(v) for k, v in job["options"].items()})
     )
     report, writer = Report(shape=job["shape"]), PartWriter(Path(job["out"]))
-    read = Progress(job["end"] - job["start"])
     try:
-        convert(read(json_lines(path, job["start"], job["end"], report)), to_canonical, writer, job["bad_rows"], report)
+        convert(
+            counted(json_lines(path, job["start"], job["end"], report)), to_canonical, writer, job["bad_rows"], report
+        )
     except LineError as error:
         report.error = error.line, error.column, str(error)
     finally:
@@ -169,20 +169,14 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-class Progress:
-    """Prints how many rows of a range were read, now and then, for the process that waits."""
-
-    def __init__(self, num_bytes: int):
-        self.num_bytes = num_bytes
-
-    def __call__(self, stream: Iterator) -> Iterator:
-        for number, item in enumerate(stream, 1):
-            if number % 2000 == 0:
-                print(number, flush=True)
-            yield item
+def counted(stream: Iterator) -> Iterator:
+    """The same items; prints their number now and then, for the process that waits."""
+    for number, item in enumerate(stream, 1):
+        if number % 2000 == 0:
+            print(number, flush=True)
+        yield item
 
 
 if __name__ == "__main__":
     job = json.load(sys.stdin)
-    os.nice(job.get("nice", 0))
     write_file(Path(job["report"]), json.dumps(asdict(convert_range(job))))

@@ -30,6 +30,9 @@ FLAGS = ("markers", "garbled", "turn_order", "no_answer", "negative_margins", "b
 BIT = {name: 1 << number for number, name in enumerate(FLAGS)}
 
 
+Turn = tuple[str, str]  # (role, all text of the message)
+
+
 class Features(NamedTuple):
     """Of one row.
 
@@ -58,17 +61,17 @@ def features(row: dict[str, Any]) -> Features:
     answers = [answer_text(row[side]) for side in ANSWERS if side in row]
     own, flipped = _hashes("\x1e".join("\x1f".join(turn) for turn in turns), answers)
     if "messages" in row:
-        prompts = [_hash64(turns[:n]) for n, (role, _) in enumerate(turns) if role == "assistant"]
+        prompts = [prompt_hash(turns[:n]) for n, (role, _) in enumerate(turns) if role == "assistant"]
         turns_before = turns[:-1]
     else:
-        prompts, turns_before = [_hash64(turns)], turns
+        prompts, turns_before = [prompt_hash(turns)], turns
     spoken = [turn for turn in turns_before if turn[0] != "system"]
-    opening = prompts[0] if len(prompts) == 1 == len(spoken) else _hash64(spoken[:1])
+    opening = prompts[0] if len(prompts) == 1 == len(spoken) else prompt_hash(spoken[:1])
     chars = sum(map(len, answers)) + sum(len(text) for _, text in turns)
     return Features(chars, _flags(row, turns, answers), opening, own, flipped, prompts)
 
 
-def _flags(row: dict[str, Any], turns: list[tuple[str, str]], answers: list[str]) -> int:
+def _flags(row: dict[str, Any], turns: list[Turn], answers: list[str]) -> int:
     found = 0
     for text in (*answers, *(text for _, text in turns)):
         # most texts have none of these: searching for MARKERS is ten times as slow
@@ -123,17 +126,13 @@ def prompt_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     return row["prompt"] if "prompt" in row else row["messages"][:-1]
 
 
-def normalise_prompt(messages: list[dict[str, Any]]) -> str:
-    """Roles and contents joined by \\x1f, after NFKC and casefold, with each run of white space as one space.
+def normalise_prompt(turns: list[Turn]) -> str:
+    """Roles and texts joined by \\x1f, after NFKC and casefold, with each run of white space as one space.
 
     System messages are ignored: the same question with another system message is the same prompt.
 
-    Example: [{"role": "user", "content": " What\\n IS it? "}] -> "user\\x1fwhat is it?".
+    Example: [("user", " What\\n IS it? ")] -> "user\\x1fwhat is it?".
     """
-    return _normalise([(message["role"], message_text(message)) for message in messages])
-
-
-def _normalise(turns: list[tuple[str, str]]) -> str:
     parts = []
     for role, content in turns:
         if role == "system":
@@ -143,10 +142,6 @@ def _normalise(turns: list[tuple[str, str]]) -> str:
     return "\x1f".join(parts)
 
 
-def prompt_hash(messages: list[dict[str, Any]]) -> int:
+def prompt_hash(turns: list[Turn]) -> int:
     """The first 8 bytes of the sha256 of the normalised prompt, as a number."""
-    return _hash64([(message["role"], message_text(message)) for message in messages])
-
-
-def _hash64(turns: list[tuple[str, str]]) -> int:
-    return int.from_bytes(hashlib.sha256(_normalise(turns).encode("utf-8")).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(normalise_prompt(turns).encode("utf-8")).digest()[:8], "big")

@@ -33,11 +33,11 @@ from rlhf.data.recognise import Converter, converter
 from rlhf.data.sources import SMALL_BYTES, Source, place
 from rlhf.data.store import Part, PartWriter, Rows, read_part
 from rlhf.errors import UserError
-from rlhf.files import cache_dir, free_bytes, lock_file, read_json, write_file
+from rlhf.files import cache_dir, free_bytes, lock_file, partial_path, read_json, remove_partials, write_file
 
 RANGE_BYTES = 128 << 20  # of a JSON Lines file that one process converts at a time
 LONG_PROMPT = 16  # characters: an answer may start with a shorter prompt by chance ("Hello" and "Hello there")
-POLL_S = 0.2
+POLL_S, MAX_POLL_S = 0.2, 2.0
 ANSWERS = ("completion", "chosen", "rejected")
 
 
@@ -76,12 +76,6 @@ def prepare(
     if source.num_bytes <= SMALL_BYTES:
         return job.in_memory()
     return job.from_cache()
-
-
-def is_prepared(source: Source, kind: Kind, options: FormatOptions = DEFAULT, bad_rows: str = "error") -> bool:
-    """Whether the rows are in the cache, or need not be."""
-    job = _Job(source, kind, options, bad_rows, False)
-    return source.num_bytes <= SMALL_BYTES or job.open() is not None
 
 
 @functools.cache
@@ -124,7 +118,7 @@ class _Job:
 
     def from_cache(self) -> Prepared:
         """The prepared folder; prepares it if it is not there, or waits for the process that does."""
-        waited, failed = 0.0, self.folder.with_name(f"{self.key}.failed")
+        waited, pause_s, failed = 0.0, POLL_S, self.folder.with_name(f"{self.key}.failed")
         while (found := self.open()) is None:
             with _locked(self.folder.with_name(f"{self.key}.lock")) as mine:
                 if mine:
@@ -134,7 +128,8 @@ class _Job:
                         self._prepare(failed)
                     continue
             waited = waited or time.time()
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_POLL_S)  # a thousand ranks may ask the same disk
         return found
 
     def open(self) -> Prepared | None:
@@ -164,13 +159,13 @@ class _Job:
 
     def _prepare(self, failed: Path) -> None:
         """Write the folder, under the lock."""
-        partial = self.folder.with_name(f"{self.key}.{os.getpid()}.partial")
-        for left in self.folder.parent.glob(f"{self.key}.*.partial"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        partial = partial_path(self.folder)
+        remove_partials(self.folder)
         try:
             self._check_disk()
             partial.mkdir(parents=True)
             self._write(partial)
+            self.source.check_unchanged()
             if self.open() is None:  # else another machine was faster, on a file system without locks
                 shutil.rmtree(self.folder, ignore_errors=True)  # a damaged one
                 os.rename(partial, self.folder)
@@ -349,7 +344,7 @@ def strip_prompts(rows: Rows, writer: PartWriter) -> Rows:
     """The rows without the prompt at the start of their answers, written by `writer`; lines are those of `rows`' sources."""
     for part in rows.parts:
         only = Rows([part])
-        flags = only.column("flags") & ~np_bit("repeats")
+        flags = only.column("flags")
         lines = only.column("line")
         for at, row in enumerate(only):
             del row["place"]
@@ -363,12 +358,6 @@ def strip_prompts(rows: Rows, writer: PartWriter) -> Rows:
     writer.close()
     first_part = rows.parts[0]
     return Rows([Part(first_part.name, first_part.has_lines, 0, writer.batches)])
-
-
-def np_bit(name: str) -> Any:
-    import numpy as np
-
-    return np.uint16(BIT[name])
 
 
 # --- ranges of a file, one process per core --------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class StageData:
 
     Attributes:
         name: the data as the recipe names it.
-        summary: what was found in the training rows.
+        summary: what was found in the training rows; None on other ranks than the main one.
         skipped: place and reason of each row, including held-out rows, that could not be used (`bad_rows: skip`).
         num_read: rows that were read and could be used, of which `train` and `heldout` were selected.
         about: what is taken of each data set of a mix.
@@ -92,10 +93,17 @@ def read_data(recipe: Recipe, kind: Kind, given: Mapping[str, Source] | None = N
         unused["margin"] = 1
     return StageData(
         data_name(ours.dataset_name or ours.chosen_dataset_name), rows, heldout, digests,
-        summarise(rows, unused, len(whole.skipped), whole.stripped, heldout), whole.skipped + (held.skipped if held else []),
+        _summary(rows, unused, whole, heldout), whole.skipped + (held.skipped if held else []),
         len(whole.rows) + len(held.rows if held else ()), whole.describe(rows, recipe),
         {"train": key and f"{key} first {ours.max_train_examples}", "heldout": held_key and f"{held_key} first {ours.max_eval_examples}"},
     )  # fmt: skip
+
+
+def _summary(rows: Rows, unused: dict[str, int], whole: Whole, heldout: Rows | None) -> DataSummary | None:
+    """Of the training rows, on the rank that shows and records it: seconds for ten million."""
+    if int(os.environ.get("RANK", 0)):
+        return None
+    return summarise(rows, unused, len(whole.skipped), whole.stripped, heldout)
 
 
 @dataclass(frozen=True)

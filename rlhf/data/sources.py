@@ -46,17 +46,18 @@ class Source:
         lines_file: a file with one JSON object per line, of which ranges can be read at the same time.
         num_rows: None if it takes reading them all to know.
         part: which of the digest's rows these are; '' for all.
+        file: the file that is read as rows are asked for, and its identity when its digest was taken; None if it was read.
     """
 
     def __init__(
         self, name: str, rows: list[dict[str, Any]] | None, lines: list[int] | None, digest: str, *,
         read: Callable[[], Iterator[tuple[dict[str, Any], int]]] | None = None, has_lines: bool = False, num_bytes: int = 0,
-        lines_file: Path | None = None, num_rows: int | None = None, part: str = "",
+        lines_file: Path | None = None, num_rows: int | None = None, part: str = "", file: tuple[Path, str] | None = None,
     ):  # fmt: skip
         self.name, self.digest, self.num_bytes, self.lines_file = name, digest, num_bytes, lines_file
         self.has_lines = lines is not None or has_lines
         self.num_rows = num_rows if rows is None else len(rows)
-        self._rows, self._lines, self._read, self.part = rows, lines, read, part
+        self._rows, self._lines, self._read, self.part, self.file = rows, lines, read, part, file
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -98,8 +99,13 @@ class Source:
         size = min(self.num_bytes, ROW_BYTES * count)
         return Source(
             self.name, None, None, self.digest, read=lambda: itertools.islice(self.stream(), count),
-            has_lines=self.has_lines, num_bytes=size, part=f"first {count}",
+            has_lines=self.has_lines, num_bytes=size, part=f"first {count}", file=self.file,
         )  # fmt: skip
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if the file was written to since its digest was taken: the rows are not those of the digest."""
+        if self.file is not None and file_identity(self.file[0]) != self.file[1]:
+            raise UserError(f"{self.name} has changed while it was read; wait until it is written, and start again")
 
 
 def place(name: str, number: int, has_lines: bool) -> str:
@@ -254,9 +260,10 @@ def _from_file(path: Path, status: os.stat_result, prefix: str) -> Source:
     if status.st_size > SMALL_BYTES // (8 if path.suffix in COMPRESSED_TYPES else 1):
         opened = open_large(path, status, prefix)
         if opened is not None:
+            before = path, file_identity(path)
             return Source(
                 str(path), None, None, file_digest(path), read=opened.read, has_lines=opened.has_lines,
-                num_bytes=status.st_size, lines_file=opened.lines_file,
+                num_bytes=status.st_size, lines_file=opened.lines_file, file=before,
             )  # fmt: skip
     raw = read_raw(path, status, prefix)
     if raw.is_table:

@@ -107,10 +107,10 @@ def written_by_this_rank(held: Sequence[Held], least: int = MIN_ELEMENTS) -> lis
     totals, found = dict[int, int](), []
     for copies in {each.copies for each in held}:
         totals[copies] = sum(each.stop - each.start for each in held if each.copies == copies)
-    begun = dict.fromkeys(totals, 0)
+    passed = dict.fromkeys(totals, 0)
     for each in held:
-        first = begun[each.copies]
-        begun[each.copies] += each.stop - each.start
+        first = passed[each.copies]
+        passed[each.copies] += each.stop - each.start
         writers = min(each.copies, max(1, totals[each.copies] // least))
         low, high = (totals[each.copies] * min(n, writers) // writers for n in (each.copy, each.copy + 1))
         start, stop = (min(max(edge - first, 0), each.stop - each.start) for edge in (low, high))

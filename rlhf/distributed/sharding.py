@@ -84,16 +84,6 @@ def writable(parameter):
         yield
 
 
-def shard_like(value, parameter):
-    """This rank's shard of an unsharded tensor, if FSDP2 has sharded `parameter`; else the tensor itself."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    value = value.to(parameter.to_local().device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
 @contextlib.contextmanager
 def loading_unsharded():
     """Load models inside the block as one process does, also under ZeRO-3 and FSDP."""

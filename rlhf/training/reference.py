@@ -129,12 +129,21 @@ def _halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def pair_keys(dataset, max_length: int | None, truncation_mode: str) -> np.ndarray:
     """The keys (N, 16) uint8 of tokenised pairs: from their column `pair_key`, or computed."""
-    if "pair_key" in dataset.column_names:
-        found = b"".join(dataset["pair_key"][:])
-    else:
-        rows = dataset.select_columns(list(IDS))
-        found = b"".join(pair_key(row, max_length, truncation_mode) for row in rows)
+    if "pair_key" in dataset.column_names:  # as bytes objects they would be three times as large
+        column = dataset.select_columns(["pair_key"]).with_format("arrow")[:]["pair_key"]
+        return np.concatenate([np.zeros((0, 16), np.uint8), *map(_key_bytes, column.chunks)])
+    rows = dataset.select_columns(list(IDS))
+    found = b"".join(pair_key(row, max_length, truncation_mode) for row in rows)
     return np.frombuffer(found, np.uint8).reshape(-1, 16)
+
+
+def _key_bytes(chunk: Any) -> np.ndarray:
+    """An Arrow array of N 16-byte values as (N, 16) uint8, without a copy."""
+    if not len(chunk):
+        return np.zeros((0, 16), np.uint8)
+    _, offsets, values = chunk.buffers()
+    begin = int(np.frombuffer(offsets, np.int32)[chunk.offset])
+    return np.frombuffer(values, np.uint8)[begin : begin + 16 * len(chunk)].reshape(-1, 16)
 
 
 def reference_key(model, source: str, path: str, **more: Any) -> str:

@@ -12,30 +12,35 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf.data.store import Part, Rows, read_part
-from rlhf.distributed.processes import is_main, local_rank, rank
+from rlhf.distributed.processes import is_main, local_rank, rank, world_size
 from rlhf.errors import UserError, sentence
-from rlhf.files import cache_dir, free_bytes, lock_file, read_json, sync_file, write_file
+from rlhf.files import cache_dir, free_bytes, lock_file, partial_path, read_json, remove_partials, sync_file, write_file
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training.stage import Plan
 from rlhf.training.tokenise import Counts, Settings, Tokenise, Tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BATCH_ROWS = 500  # tokenised at a time
 CHUNK_ROWS = 2_000, 20_000  # fewest and most rows of a chunk
 HELPERS_FROM = 4  # chunks: for fewer no process is started
 MAX_HELPERS = 16
-POLL_S = 0.2
+POLL_S, MAX_POLL_S = 0.2, 2.0
 
 
 def settings_of(plan: Plan) -> Settings:
@@ -89,15 +94,18 @@ def load_plan_tokenizer(plan: Plan):
     from rlhf.models.tokenizer import load_tokenizer
 
     args, recipe = plan.args, plan.recipe
-    template = plan.stage_args.chat_template
+    template, eos_token = plan.stage_args.chat_template, getattr(args, "eos_token", None)
     try:
-        return load_tokenizer(
+        tokenizer = load_tokenizer(
             plan.model_name,
             template,
             args.trust_remote_code,
             encoder=recipe.stage == "reward",
             revision=plan.model_args.model_revision,
         )
+        if eos_token:  # as TRL's SFTTrainer does
+            tokenizer.eos_token = eos_token
+        return tokenizer
     except UserError as error:
         where = recipe.where("chat_template" if template is not None else "model_name_or_path")
         raise UserError(f"{where}: {error}") from None
@@ -117,18 +125,20 @@ def known_counts(plan: Plan, tokenizer) -> Counts | None:
 
 
 def in_memory(rows: Rows, tokenise: Tokenise) -> Tokens:
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
     counts, tables = Counts(), []
     for start in range(0, len(rows), BATCH_ROWS):
         columns = tokenise([rows[i] for i in range(start, min(start + BATCH_ROWS, len(rows)))], start, counts)
         if columns:
             tables.append(_table(columns))
-    import pyarrow as pa
+    return Tokens(_dataset(tables), counts)
 
-    table = pa.concat_tables(tables) if tables else _table({"example": []})
-    return Tokens(Dataset(InMemoryTable(table)), counts)
+
+def _dataset(tables: list[Any]) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable(pa.concat_tables(tables) if tables else _table({"example": []})))
 
 
 def _table(columns: dict[str, list[Any]]):
@@ -213,24 +223,23 @@ class Job:
         """Tokenise chunks until there is none left that nobody has."""
         from tqdm import tqdm
 
-        left = self.missing()
+        left, pause_s = self.missing(), POLL_S / 2
         progress = tqdm(total=self.num_rows, initial=self.num_rows - self._rows_of(left), desc="Tokenising", unit=" rows",
                         unit_scale=True, disable=not bar, delay=2, leave=False)  # fmt: skip
         with progress:
             while left:
                 idle = True
-                turn = (
-                    rank() * len(left) // max(1, int(os.environ.get("WORLD_SIZE", 1)))
-                )  # ranks start at different places
+                turn = rank() * len(left) // world_size()  # ranks start at different places
                 for chunk in left[turn:] + left[:turn]:
-                    if _alone() and stopper and stopper.asked_by:
+                    if world_size() == 1 and stopper and stopper.asked_by:
                         raise Stopped
                     if self._try(chunk, rows, tokenise):
                         idle = False
                         progress.n = self.num_rows - self._rows_of(self.missing())
                         progress.refresh()
+                pause_s = min(2 * pause_s, MAX_POLL_S) if idle else POLL_S  # a thousand ranks may ask the same disk
                 if idle:
-                    time.sleep(POLL_S)
+                    time.sleep(pause_s)
                 left = self.missing()
                 progress.n = self.num_rows - self._rows_of(left)
                 progress.refresh()
@@ -246,10 +255,8 @@ class Job:
         with open(ids.with_suffix(".lock"), "a", encoding="utf-8") as lock:
             if not lock_file(lock) or counted.exists():
                 return False
-            for left in self.folder.glob(f"{ids.stem}.*.partial"):  # by a process that was killed
-                left.unlink(missing_ok=True)
-            counts = Counts()
-            partial = ids.with_suffix(f".{os.getpid()}.partial")
+            counts, partial = Counts(), partial_path(ids)
+            remove_partials(ids)
             try:
                 self._write(chunk, rows, tokenise, partial, counts)
                 sync_file(partial)
@@ -300,12 +307,11 @@ class Job:
         number = min(wanted - local_world, num_missing // 2, MAX_HELPERS)
         if number < 1 or num_missing < HELPERS_FROM or any(part.path is None for part in rows.parts):
             return []
-        if not self._write_job(rows, plan):
-            return []
+        self._write_job(rows, plan)
         environment = {
             **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}, "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        command = [sys.executable, "-m", "rlhf.training.tokens", str(self.folder)]
+        command = [sys.executable, "-m", "rlhf.training.tokens", str(self.folder), str(os.getpid())]
         return [
             subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -313,18 +319,18 @@ class Job:
             for _ in range(number)
         ]
 
-    def _write_job(self, rows: Rows, plan: Plan) -> bool:
+    def _write_job(self, rows: Rows, plan: Plan) -> None:
         """What a helper needs to know, in the folder."""
         if rows.indices is not None:
-            np.save(self.folder / "indices.npy", rows.indices)
+            content = io.BytesIO()
+            np.save(content, rows.indices)
+            write_file(self.folder / "indices.npy", content.getvalue())
         write_file(self.folder / "job.json", json.dumps({
             "num_rows": self.num_rows, "num_chunks": self.num_chunks, "settings": dataclasses.asdict(settings_of(plan)),
             "parts": [[part.name, part.has_lines, part.line_offset, str(part.path)] for part in rows.parts],
             "model": plan.model_name, "chat_template": plan.stage_args.chat_template,
             "trust_remote_code": plan.args.trust_remote_code, "revision": plan.model_args.model_revision,
-            "parent": os.getpid(),
         }))  # fmt: skip
-        return True
 
     def counts(self) -> Counts:
         """Of all rows."""
@@ -340,30 +346,15 @@ class Job:
         os.utime(self.folder)  # when it was last used
         files = [self.files(chunk)[0] for chunk in range(self.num_chunks)]
         parts = [Dataset.from_file(str(file)) for file in files if file.stat().st_size]
-        if not parts:
-            return in_memory_nothing(self.counts())
-        return Tokens(concatenate_datasets(parts) if len(parts) > 1 else parts[0], self.counts())
-
-
-def in_memory_nothing(counts: Counts) -> Tokens:
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    return Tokens(Dataset(InMemoryTable(_table({"example": []}))), counts)
-
-
-def _alone() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+        return Tokens(concatenate_datasets(parts) if parts else _dataset([]), self.counts())
 
 
 @functools.cache
 def code_digest() -> str:
     """A digest of the code and the libraries that decide the ids."""
-    import tokenizers
-    import transformers
-
-    digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__}".encode())
-    digest.update((Path(__file__).parent / "tokenise.py").read_bytes())
+    digest = hashlib.sha256(repr([version(name) for name in ("transformers", "tokenizers", "trl")]).encode())
+    for file in ("training/tokenise.py", "models/tokenizer.py"):
+        digest.update((Path(__file__).parents[1] / file).read_bytes())
     return digest.hexdigest()
 
 
@@ -379,7 +370,7 @@ def tokenizer_digest(tokenizer) -> str:
     return hashlib.sha256((rules + more).encode()).hexdigest()
 
 
-def help_tokenise(folder: Path) -> None:
+def help_tokenise(folder: Path, parent: int) -> None:
     """What a helper process does, until all chunks are there or its parent is gone."""
     from rlhf.models.tokenizer import load_tokenizer
 
@@ -393,10 +384,10 @@ def help_tokenise(folder: Path) -> None:
     job = Job(folder, told["num_rows"], told["num_chunks"])
     rows = Rows(parts, indices)
     for chunk in reversed(range(job.num_chunks)):  # from the other end than the process that has started this one
-        if os.getppid() != told["parent"]:
+        if os.getppid() != parent:
             return
         job._try(chunk, rows, tokenise)
 
 
 if __name__ == "__main__":
-    help_tokenise(Path(sys.argv[1]))
+    help_tokenise(Path(sys.argv[1]), int(sys.argv[2]))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rlhf.data import prepare as preparing
 from rlhf.data.format_options import FormatOptions
 from rlhf.data.heldout import held_out
-from rlhf.data.prepare import is_prepared, prepare
+from rlhf.data.prepare import prepare
 from rlhf.data.sources import Source, from_python, load_source
 from rlhf.data.store import Part, PartWriter, Rows, concatenate
 from rlhf.data.summary import line, summarise
@@ -27,6 +27,11 @@ from rlhf.errors import UserError
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 QUESTION = "What is the capital of France?"
+
+
+def is_prepared(source, kind):
+    """Whether the cache has the rows of a source."""
+    return preparing._Job(source, kind, FormatOptions(), "error", False).open() is not None
 
 
 def pair(number, **more):
@@ -408,3 +413,16 @@ def test_the_first_rows_of_a_large_source_are_another_preparation(tmp_path, monk
     assert len(first.rows) == 5 and max(read) == 5 and first.rows.place(4) == "f:5"
     assert len(prepare(source, "pairs").rows) == 30
     assert prepare(source.head(5), "pairs").key == first.key
+
+
+def test_a_file_that_changes_while_it_is_read_ends_the_start(tmp_path, monkeypatch):
+    """The rows would be kept under the digest of others."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{n}", "chosen": "y", "rejected": "n"}) + "\n" for n in range(9)))
+    with as_large(tmp_path / "cache"):
+        source = load_source(str(path))
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"prompt": "late", "chosen": "y", "rejected": "n"}) + "\n")
+        with pytest.raises(UserError, match="a.jsonl has changed while it was read; wait until it is written"):
+            prepare(source, "pairs")
+        assert len(prepare(load_source(str(path)), "pairs").rows) == 10

@@ -39,10 +39,10 @@ def assistant(text):
 
 def test_normalised_prompt():
     """\ufb01 is the ligature fi, \uff21 a wide A: NFKC makes them plain; casefold makes ß ss."""
-    messages = [{"role": "system", "content": " Be\n\n  BRIEF "}, user("\ufb01nd \uff21 Straße")]
+    turns = [("system", " Be\n\n  BRIEF "), ("user", "\ufb01nd \uff21 Straße")]
     expected = "user\x1ffind a strasse"  # the same question under another system message is the same prompt
-    assert normalise_prompt(messages) == expected
-    assert prompt_hash(messages) == int.from_bytes(hashlib.sha256(expected.encode()).digest()[:8], "big")
+    assert normalise_prompt(turns) == expected
+    assert prompt_hash(turns) == int.from_bytes(hashlib.sha256(expected.encode()).digest()[:8], "big")
 
 
 @pytest.mark.parametrize(

@@ -531,7 +531,7 @@ DATA = (
     Defect(
         "held-out-by-columns", "which rows are held out depends on columns and answers, not on the prompt alone",
         "rlhf/data/features.py",
-        "opening = prompts[0] if len(prompts) == 1 == len(spoken) else _hash64(spoken[:1])",
+        "opening = prompts[0] if len(prompts) == 1 == len(spoken) else prompt_hash(spoken[:1])",
         "opening = own",
         ("tests/data/test_heldout.py::test_all_stages_agree_whatever_the_order_and_the_columns",),
     ),
