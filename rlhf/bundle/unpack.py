@@ -48,10 +48,10 @@ def unbundle(file: str, folder: str | None, overwrite: bool = False) -> None:
     target = Path(os.path.abspath(Path(folder or path.name.split(".tar")[0] or "bundle").expanduser()))
     if not path.is_file():
         raise UserError(f"no bundle at {path}; `rlhf bundle RECIPE_DIR -o FILE` makes one")
-    _check_target(target, overwrite)
     with open(path, "rb") as opened:
         members = read_members(opened, str(path))
         header = read_header(members, str(path))
+        _check_target(target, overwrite)
         _check_room(target, header, str(path))
         with _partial_folder(target) as partial:
             with open(partial / HEADER, "w", encoding="utf-8") as copy:

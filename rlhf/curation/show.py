@@ -50,7 +50,7 @@ def show(options: Any, rest: list[str]) -> None:
     encoder = encoder_of(target, data, options.max_length)
     if isinstance(encoder, str):
         raise UserError(
-            f"tokens need a tokenizer: give --model NAME_OR_FOLDER ({encoder})" if "--model" in encoder
+            "tokens need a tokenizer: give --model NAME_OR_FOLDER, or a recipe" if "--model" in encoder
             else f"tokens need a tokenizer: {encoder}"
         )  # fmt: skip
     rows = data.train

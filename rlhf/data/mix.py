@@ -148,14 +148,15 @@ def shuffle(numbers: np.ndarray, seed: int) -> np.ndarray:
 def mix_lines(entries: list[Entry], sizes: list[int], used: list[int]) -> list[str]:
     """What is taken of each data set, for the screen.
 
-    Example: "a.jsonl: 300 of 600 rows (37.5% of the mix)".
+    Example: "mix: 300 of the 600 rows of a.jsonl (37.5%)", "mix: all 20 rows of b.jsonl, each 2.50 times (62.5%)".
     """
     total = sum(used) or 1
-    return [
-        f"{entry.name}: {count:,} of {size:,} rows ({count / total:.1%} of the mix)"
-        + (f", each {count / size:.2f} times" if count > size else "")
-        for entry, size, count in zip(entries, sizes, used, strict=True)
-    ]
+    found = []
+    for entry, size, count in zip(entries, sizes, used, strict=True):
+        part = f"{count:,} of the {size:,}" if count < size else f"all {size:,}"
+        often = f", each {count / size:.2f} times" if count > size else ""
+        found.append(f"mix: {part} rows of {entry.name}{often} ({count / total:.1%})")
+    return found
 
 
 def data_name(value: Any) -> str:

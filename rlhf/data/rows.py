@@ -52,7 +52,7 @@ class StageData:
         """A summary of the rows, as lines for the screen."""
         if self.summary is None:
             return []
-        lines, leaks = [*self.about, line(self.summary)], self.summary.leaks
+        lines, leaks = [line(self.summary)], self.summary.leaks
         if self.skipped:
             total = self.num_read + len(self.skipped)
             lines.append(skipped_line(self.skipped, total))
@@ -61,7 +61,7 @@ class StageData:
                 f"{leaks.rows:,} of {len(self.heldout or ()):,} held-out prompts are also in the training data (first: "
                 f"{leaks.first}); scores on them are not meaningful"
             )
-        return [f"{self.name}: {text}" for text in lines]
+        return [*self.about, *(f"{self.name}: {text}" for text in lines)]
 
 
 def read_data(recipe: Recipe, kind: Kind, given: Mapping[str, Source] | None = None) -> StageData:
@@ -100,10 +100,10 @@ def read_data(recipe: Recipe, kind: Kind, given: Mapping[str, Source] | None = N
 
 
 def _summary(rows: Rows, unused: dict[str, int], whole: Whole, heldout: Rows | None) -> DataSummary | None:
-    """Of the training rows, on the rank that shows and records it: seconds for ten million."""
+    """Of the training rows, each once, on the rank that shows and records it: seconds for ten million."""
     if int(os.environ.get("RANK", 0)):
         return None
-    return summarise(rows, unused, len(whole.skipped), whole.stripped, heldout)
+    return summarise(rows.distinct(), unused, len(whole.skipped), whole.stripped, heldout)
 
 
 @dataclass(frozen=True)

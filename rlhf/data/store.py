@@ -166,6 +166,10 @@ class Rows(Sequence[dict[str, Any]]):
         """The first `count` rows (all of them for None)."""
         return self if count is None or count >= len(self) else self[:count]
 
+    def distinct(self) -> Rows:
+        """Each row once, in the order of the files: a mix may repeat rows."""
+        return self if self.indices is None else Rows(self.parts, np.unique(self.indices))
+
     def column(self, name: str) -> np.ndarray:
         """A feature of all rows: `chars`, `flags`, `opening`, `own`, `flipped`, `line`."""
         found = [batch.column(name).to_numpy(zero_copy_only=False) for _, batch in self._batches]

@@ -76,7 +76,7 @@ def test_each_row_is_chosen_as_often_as_said(size, amount, seed):
 
 def test_lines():
     lines = mix_lines([Entry("a"), Entry("b")], [600, 100], [300, 200])
-    assert lines == ["a: 300 of 600 rows (60.0% of the mix)", "b: 200 of 100 rows (40.0% of the mix), each 2.00 times"]
+    assert lines == ["mix: 300 of the 600 rows of a (60.0%)", "mix: all 100 rows of b, each 2.00 times (40.0%)"]
 
 
 @pytest.fixture
@@ -101,7 +101,10 @@ def test_in_a_recipe(recipe, files):
     mix = [{"name": files[0], "fraction": 0.5}, {"name": files[1], "epochs": 2}]
     found, train, _ = rows_of(recipe, dataset_name=mix)
     assert len(train) == 20 + 40 and sorted(train.count(f"b {n}") for n in range(20)) == [2] * 20
-    assert found.describe()[0] == f"{files[0]} + {files[1]}: {files[0]}: 20 of 40 rows (33.3% of the mix)"
+    assert found.describe()[0] == f"mix: 20 of the 40 rows of {files[0]} (33.3%)"
+    assert found.describe()[2].startswith(
+        f"{files[0]} + {files[1]}: 40 pairs: 0 duplicates, "
+    )  # those of `epochs` are none
     assert rows_of(recipe, dataset_name=mix)[1] == train
     other = rows_of(recipe, dataset_name=mix, seed=7)[1]
     assert other != train and len(other) == 60
