@@ -106,6 +106,17 @@ class Tokens:
     counts: Counts
 
 
+def training_template(tokenizer) -> str | None:
+    """TRL's variant of the chat template that marks the assistant's tokens; None if the template itself does.
+
+    Raises:
+        ValueError: TRL has none for this template.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    return None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)
+
+
 class Tokenise:
     """Tokenises batches of canonical rows.
 
@@ -117,14 +128,9 @@ class Tokenise:
         from rlhf.models.tokenizer import template_arguments  # imports torch, which takes seconds
 
         self.tokenizer, self.settings, self.arguments = tokenizer, settings, template_arguments
-        self.template: str | None = None
+        self.template = training_template(tokenizer) if settings.assistant_only_loss else None
         if settings.eos_token:
             tokenizer.eos_token = settings.eos_token
-        if settings.assistant_only_loss:
-            from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-            if not has_generation_markers(tokenizer.chat_template):
-                self.template = get_training_chat_template(tokenizer)
         self.splits = split_tokens(tokenizer)
 
     def __call__(self, rows: list[dict[str, Any]], first: int, counts: Counts) -> dict[str, list[Any]]:

@@ -27,11 +27,11 @@ import numpy as np
 
 from rlhf.data.store import Part, Rows, read_part
 from rlhf.distributed.processes import is_main, local_rank, rank, world_size
-from rlhf.errors import UserError, sentence
+from rlhf.errors import UserError, quote, sentence
 from rlhf.files import cache_dir, free_bytes, lock_file, partial_path, read_json, remove_partials, sync_file, write_file
 from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training.stage import Plan
-from rlhf.training.tokenise import Counts, Settings, Tokenise, Tokens
+from rlhf.training.tokenise import Counts, Settings, Tokenise, Tokens, training_template
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,9 +103,6 @@ def load_plan_tokenizer(plan: Plan):
             encoder=recipe.stage == "reward",
             revision=plan.model_args.model_revision,
         )
-        if eos_token:  # as TRL's SFTTrainer does
-            tokenizer.eos_token = eos_token
-        return tokenizer
     except UserError as error:
         where = recipe.where("chat_template" if template is not None else "model_name_or_path")
         raise UserError(f"{where}: {error}") from None
@@ -113,6 +110,22 @@ def load_plan_tokenizer(plan: Plan):
         raise UserError(
             f"{recipe.where('model_name_or_path')}: the tokenizer of {plan.model_name} can't be loaded: {sentence(error)}"
         ) from None
+    if eos_token:  # as TRL's SFTTrainer does
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"{recipe.where('eos_token')}: {quote(eos_token)} is no token of {plan.model_name}; name one of its own"
+            )
+        tokenizer.eos_token = eos_token
+    if getattr(args, "assistant_only_loss", False):
+        try:
+            training_template(tokenizer)
+        except ValueError:
+            raise UserError(
+                f"{recipe.where('assistant_only_loss')}: the chat template does not mark the assistant's tokens "
+                "({% generation %}), and TRL knows no variant of it that does; set `chat_template` to a .jinja file that does, or "
+                "remove assistant_only_loss: of a prompt and its answer only the answer is learnt anyway"
+            ) from None
+    return tokenizer
 
 
 def known_counts(plan: Plan, tokenizer) -> Counts | None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from letters import Letters, texts
 from tiny_tokenizers import CHATML_TOKENS, byte_level_tokenizer, sample_texts
 
+from rlhf.__main__ import main
 from rlhf.data.prepare import prepare
 from rlhf.data.sources import Source
 from rlhf.data.store import Rows
@@ -516,3 +517,51 @@ def test_few_chunks_and_rows_in_memory_start_no_helper(plan, tokenizer):
     assert job._start_helpers(plan.data.train, plan, tokens.HELPERS_FROM - 1) == []
     rows = Rows([part._replace(path=None) for part in plan.data.train.parts])
     assert job._start_helpers(rows, plan, 100) == []
+
+
+# --- SFT's own keys --------------------------------------------------------------------------------------------------
+
+MARKED = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"
+    "{%- if m.role == 'assistant' -%}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{%- else -%}{{ m.content }}<|im_end|>{%- endif %}\n{% endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("limit", [None, 40])
+@pytest.mark.parametrize("shape", ["messages", "prompt + completion"])
+def test_only_the_assistants_tokens(shape, limit, mode, tiny_llama):
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.chat_template = MARKED
+    args = SimpleNamespace(dataset_num_proc=None, max_length=limit, truncation_mode=mode, assistant_only_loss=True,
+                           dataset_text_field="text", shuffle_dataset=False)  # fmt: skip
+    trainer = SimpleNamespace(
+        completion_only_loss=shape == "prompt + completion", chat_template=None, _tokenizer=tokenizer
+    )
+    rows = SHAPES[shape]
+    theirs = SFTTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, False, None, "train")
+    places, found, _ = by_us(shape, rows, tokenizer, limit, mode, assistant_only_loss=True)
+    assert places == theirs["place"][:]
+    assert (found["input_ids"], found["labels"]) == (theirs["input_ids"][:], theirs["labels"][:])
+    assert any(label == -100 for label in found["labels"][0])
+
+
+def test_a_run_on_the_assistants_tokens(recipe, tiny_llama, tmp_path, capsys):
+    """TRL looks for messages in rows whose ids are made already; without the marks it would raise after the model has loaded."""
+    data, template = tmp_path / "d.jsonl", tmp_path / "marked.jinja"
+    turns = [user("q"), assistant("a b"), user("more"), assistant("yes")]
+    data.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(6)))
+    template.write_text(MARKED)
+    path = recipe("sft", model_name_or_path=tiny_llama, dataset_name=str(data), output_dir=str(tmp_path / "o"), max_steps=1,
+                  assistant_only_loss=True)  # fmt: skip
+    assert main(["sft", path, "--check"]) == 2
+    error = capsys.readouterr().err
+    assert "does not mark the assistant's tokens" in error and error.count("\n") == 1
+    assert main(["sft", path, "--check", "--assistant_only_loss", "false", "--eos_token", "<none>"]) == 2
+    assert "--eos_token: '<none>' is no token of" in capsys.readouterr().err
+    assert main(["sft", path, "--chat_template", str(template)]) == 0
