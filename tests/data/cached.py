@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,26 @@ from rlhf.data.convert import convert_range
 from rlhf.data.prepare import prepare
 from rlhf.data.sources import load_source
 from rlhf.errors import UserError
+
+
+@contextlib.contextmanager
+def processes_that_stop():
+    """Gives a function that starts Python with these words and returns when the process has printed `half`: it then waits for a
+    line on its stdin. All are killed in the end."""
+    started = []
+
+    def start(*words, **environment):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout.readline() == "half\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 class Here:

@@ -4,15 +4,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cached import as_large, described, outcome
+from cached import as_large, described, outcome, processes_that_stop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,21 +160,8 @@ with as_large(sys.argv[1]):
 @pytest.fixture
 def other(cache):
     """Starts a process that prepares a file, and stops in the middle until it is told to go on."""
-    started = []
-
-    def start(path):
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", HELD, str(cache), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )  # fmt: skip
-        started.append(process)
-        assert process.stdout.readline() == "half\n"
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    with processes_that_stop() as start:
+        yield lambda path: start("-c", HELD, cache, path, PYTHONPATH=f"{ROOT}{os.pathsep}{HERE}")
 
 
 def when_waiting(monkeypatch, do):

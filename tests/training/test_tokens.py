@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cached import as_large
+from cached import as_large, processes_that_stop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from letters import Letters, texts
@@ -414,22 +412,13 @@ def test_a_folder_that_cannot_be_written(plan, tokenizer, monkeypatch):
 @pytest.fixture
 def other(tmp_path):
     """Starts a process that fills the folder, and stops within the row `hold` until it is told to go on."""
-    started = []
+    with processes_that_stop() as start:
 
-    def start(job, hold):
-        job.folder.mkdir()
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "letters.py"), str(job.folder), str(job.num_rows), str(job.num_chunks), str(hold)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        started.append(process)
-        assert process.stdout.readline() == "half\n"
-        return process
+        def fill(job, hold):
+            job.folder.mkdir()
+            return start(HERE / "letters.py", job.folder, job.num_rows, job.num_chunks, hold, PYTHONPATH=str(ROOT))
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+        yield fill
 
 
 def assert_all_there(job):
