@@ -53,7 +53,7 @@ def secrets(rows: Rows, most: int | None, others: list[Finding]) -> list[Finding
 def _hidden(finding: Finding, held: set[str], scan_line) -> Finding:
     quotes = finding.kind in QUOTING
     places = tuple(
-        place._replace(about="not shown: this row holds what looks like a secret")
+        Place(place.place, "not shown: this row holds what looks like a secret")
         if quotes and place.about and (place.place in held or any(scan_line(place.about))) else place
         for place in finding.places
     )  # fmt: skip

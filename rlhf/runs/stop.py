@@ -79,15 +79,33 @@ class Stopper:
 
         A collective: all ranks must call it at the same point. Two processes on a busy 2-core CPU take 0.2 ms for it.
         """
-        first = local_rank() == 0  # per host: a stop file may exist in one container only
-        if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and first:
-            self._looked_at = time.monotonic()
-            self.asked_by = next((f"the file {file}" for file in self.files if file.exists()), "")
+        self._look_for_files()
         names = ["", *(s.name for s in self.SIGNALS), *(f"the file {file}" for file in self.files), SPIKE, NOT_FINITE]
         code = names.index(failure or self.asked_by)
         found = names[self._largest(code)]
         self.agreed = "" if found in (SPIKE, NOT_FINITE) else found
         return found
+
+    def heard(self) -> bool:
+        """Whether this or another rank has been asked to stop: no collective, for work that each rank does by itself.
+
+        All ranks must call `agree` after that work, which tells them by what.
+        """
+        import torch
+
+        self._look_for_files()
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return bool(self.asked_by)
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if self.asked_by:
+            store.set("rlhf/stop", "1")
+        return store.check(["rlhf/stop"])
+
+    def _look_for_files(self) -> None:
+        first = local_rank() == 0  # per host: a stop file may exist in one container only
+        if not self.asked_by and time.monotonic() - self._looked_at > 1.0 and first:
+            self._looked_at = time.monotonic()
+            self.asked_by = next((f"the file {file}" for file in self.files if file.exists()), "")
 
     def _largest(self, code: int) -> int:
         import torch

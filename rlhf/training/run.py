@@ -68,7 +68,6 @@ def run_recipe(stage: Stage, recipe: Recipe, given: Mapping[str, Source] | None 
     with Stopper(inputs.run.folder) as stopper:
         plan = make_plan(stage, recipe, topology_of_environment(), inputs)
         with open_folder(plan, inputs.run) as run, reporting_out_of_memory(plan):
-            plan = with_tokens(plan, load_plan_tokenizer(plan), stopper)
             trainer = build(stage, plan, run, inputs.digests, stopper)
             seconds = train(plan, trainer, run, stopper)
             finish(stage, plan, trainer, run, seconds)
@@ -147,14 +146,15 @@ def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], sto
     """Build the stage's trainer, write the run folder's first files, and describe the run on the screen.
 
     Raises:
-        Stopped: a stop was requested while the reference was being computed.
+        Stopped: a stop was requested while token ids or the reference were being made.
     """
     from rlhf.runs.checkpointing import note_stop
 
     args, recipe = plan.args, plan.recipe
     try:
+        plan = with_tokens(plan, load_plan_tokenizer(plan), stopper)
         trainer = stage.build(plan, stopper)
-    except Stopped:  # in DPO's reference pass, before training
+    except Stopped:  # before training
         if is_main():
             note_stop(run.folder, stopper.agreed)
         raise

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf.data.store import Part, Rows, read_part
-from rlhf.distributed.processes import is_main, local_rank, rank, world_size
+from rlhf.distributed.processes import is_main, local_rank, rank, say, world_size
 from rlhf.errors import UserError, quote, sentence
 from rlhf.files import cache_dir, free_bytes, lock_file, partial_path, read_json, remove_partials, sync_file, write_file
 from rlhf.runs.stop import Stopped, Stopper
@@ -53,11 +53,10 @@ def settings_of(plan: Plan) -> Settings:
 
 
 def tokenised(plan: Plan, tokenizer, side: str = "train", stopper: Stopper | None = None) -> Tokens | None:
-    """The token ids of a side's rows; None if the plan has no such rows.
+    """The token ids of a side's rows; None if the plan has no such rows, or a stop was requested before they were made.
 
     Raises:
         UserError: `too_long: error`; no room on the disk.
-        Stopped: a stop was requested, of a run of one process; what is done is kept.
     """
     rows = plan.data.train if side == "train" else plan.data.heldout
     if rows is None:
@@ -66,8 +65,7 @@ def tokenised(plan: Plan, tokenizer, side: str = "train", stopper: Stopper | Non
     if not plan.data.keys.get(side):
         return in_memory(rows, tokenise)
     job = Job.make(plan, tokenizer, rows, side)
-    job.complete(rows, tokenise, plan, stopper)
-    return job.open()
+    return job.open() if job.complete(rows, tokenise, plan, stopper) else None
 
 
 def with_tokens(plan: Plan, tokenizer, stopper: Stopper | None = None) -> Plan:
@@ -75,13 +73,18 @@ def with_tokens(plan: Plan, tokenizer, stopper: Stopper | None = None) -> Plan:
 
     Raises:
         UserError: `too_long: error`; max_length leaves no example; no room on the disk.
-        Stopped: a stop was requested, of a run of one process; what is done is kept.
+        Stopped: a stop was requested; what is done is kept.
+
+    With a `stopper` a collective: all ranks must call it.
     """
     found = {
         side: tokens
         for side in ("train", "heldout")
         if (tokens := tokenised(plan, tokenizer, side, stopper)) is not None
     }
+    if stopper and any(plan.data.keys.values()) and stopper.agree():
+        say("\nStopped: finished token ids are in the cache. Run the same command to resume.")
+        raise Stopped
     if len(found["train"].dataset) == 0:
         raise UserError(
             f"{plan.recipe.where('max_length')}: max_length={plan.args.max_length} leaves no training example; raise it"
@@ -217,23 +220,23 @@ class Job:
             if not whole:
                 counted.unlink(missing_ok=True)
 
-    def complete(self, rows: Rows, tokenise: Tokenise, plan: Plan, stopper: Stopper | None) -> None:
-        """Tokenise what is missing, together with the other processes that do the same."""
+    def complete(self, rows: Rows, tokenise: Tokenise, plan: Plan, stopper: Stopper | None) -> bool:
+        """Tokenise what is missing, together with the other processes that do the same; False if a stop was requested before."""
         self.forget_damaged()
         if not (missing := self.missing()):
-            return
+            return True
         self._check_disk(rows, missing)
         self.folder.mkdir(parents=True, exist_ok=True)
         helpers = self._start_helpers(rows, plan, len(missing)) if local_rank() == 0 else []
         try:
-            self.work(rows, tokenise, stopper, bar=is_main())
+            return self.work(rows, tokenise, stopper, bar=is_main())
         finally:
             for process in helpers:
                 process.kill()
                 process.wait()
 
-    def work(self, rows: Rows, tokenise: Tokenise, stopper: Stopper | None = None, bar: bool = False) -> None:
-        """Tokenise chunks until there is none left that nobody has."""
+    def work(self, rows: Rows, tokenise: Tokenise, stopper: Stopper | None = None, bar: bool = False) -> bool:
+        """Tokenise chunks until all are there; False if a stop was requested before."""
         from tqdm import tqdm
 
         left, pause_s = self.missing(), POLL_S / 2
@@ -244,8 +247,8 @@ class Job:
                 idle = True
                 turn = rank() * len(left) // world_size()  # ranks start at different places
                 for chunk in left[turn:] + left[:turn]:
-                    if world_size() == 1 and stopper and stopper.asked_by:
-                        raise Stopped
+                    if stopper and stopper.heard():
+                        return False
                     if self._try(chunk, rows, tokenise):
                         idle = False
                         progress.n = self.num_rows - self._rows_of(self.missing())
@@ -256,6 +259,7 @@ class Job:
                 left = self.missing()
                 progress.n = self.num_rows - self._rows_of(left)
                 progress.refresh()
+        return True
 
     def _rows_of(self, chunks: list[int]) -> int:
         return sum(end - start for start, end in map(self.bounds, chunks))

@@ -54,6 +54,18 @@ def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
             time.sleep(1)
 
 
+def test_a_request_is_heard_by_another_rank_without_a_collective(tmp_path, monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    asked, other = Stopper(tmp_path / "a"), Stopper(tmp_path / "b")
+    assert not asked.heard() and not other.heard()
+    asked.asked_by = "SIGTERM"
+    assert not other.heard()  # until the rank that was asked comes by
+    assert asked.heard() and other.heard()
+
+
 def test_what_is_not_finite_is_no_request(tmp_path):
     with Stopper(tmp_path) as stopper:
         assert (stopper.agree("loss"), stopper.agreed) == ("loss", "")

@@ -19,9 +19,10 @@ from rlhf.data.sources import Source
 from rlhf.data.store import Rows
 from rlhf.errors import UserError
 from rlhf.models.tokenizer import load_tokenizer, read_template, tokenize_pair
+from rlhf.runs.stop import Stopped, Stopper
 from rlhf.training import tokens
 from rlhf.training.tokenise import Counts, Settings, Tokenise, count_tokens, last_split, pair_key, split_tokens
-from rlhf.training.tokens import Job, known_counts, tokenised, tokenizer_digest
+from rlhf.training.tokens import Job, known_counts, tokenised, tokenizer_digest, with_tokens
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 
@@ -506,6 +507,29 @@ def test_few_chunks_and_rows_in_memory_start_no_helper(plan, tokenizer):
     assert job._start_helpers(plan.data.train, plan, tokens.HELPERS_FROM - 1) == []
     rows = Rows([part._replace(path=None) for part in plan.data.train.parts])
     assert job._start_helpers(rows, plan, 100) == []
+
+
+def test_a_stop_leaves_finished_chunks(plan, tokenizer, given_rows, tmp_path, capsys):
+    """Asked after the second chunk: the third is not begun, and the next start makes the other three."""
+    stopper = Stopper(tmp_path / "run")
+    real = Job._try
+
+    def asked(job, chunk, *rest):
+        done = real(job, chunk, *rest)
+        stopper.asked_by = "SIGTERM" if len(given_rows) == 10 else ""
+        return done
+
+    Job._try = asked
+    try:
+        with pytest.raises(Stopped):
+            with_tokens(plan, tokenizer, stopper)
+    finally:
+        Job._try = real
+    assert len(given_rows) == 10 and stopper.agreed == "SIGTERM"
+    assert "Stopped: finished token ids are in the cache" in capsys.readouterr().out
+    given_rows.clear()
+    tokenised(plan, tokenizer)
+    assert len(given_rows) == 13
 
 
 # --- SFT's own keys --------------------------------------------------------------------------------------------------
