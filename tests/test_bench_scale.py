@@ -196,7 +196,10 @@ with watch:
     assert json.loads(line) == [sizes, {"all-reduce": 12}] and refused == "refused"
 
 
-CASES = [("ddp", ["lora"]), ("fsdp2", ["full"]), pytest.param("zero3", ["full", "lora"], marks=pytest.mark.slow)]
+CASES = [
+    ("ddp", ["lora"]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp2", ["full"]), ("zero3", ["full", "lora"]))),
+]
 
 
 @pytest.mark.parametrize(("launch", "trainings"), CASES, ids=["ddp", "fsdp2", "zero3"])

@@ -83,6 +83,7 @@ def test_a_stage_that_is_stopped_ends_it(recipes, launch):
     assert not (run / "reward").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_launcher_too(recipes, hold):
     """A terminal signals all processes: the launcher ends with a traceback and code 1, although the run has saved."""
     for stage in ("reward", "dpo", "evaluate"):  # one is enough

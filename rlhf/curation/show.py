@@ -169,9 +169,8 @@ def _show_row(screen: Screen, row: dict[str, Any], number: int, encoder: Encoder
         for title, part in found.items()
     )
     screen.print()
-    screen.rule(
-        Text(f"{shown(row['place'], 120)}", "bold"), align="left", characters="-" if not screen.color_system else "─"
-    )
+    place, line = shown(row["place"], 300), "─" if screen.color_system else "-"
+    screen.print(Text.assemble((place, "bold"), " ", line * max(screen.width - len(place) - 1, 3)), soft_wrap=True)
     for line in filter(None, (sizes, said)):
         screen.print(Text(shown(line), "dim"))
     texts = {title: rendered(part, bool(screen.color_system)) for title, part in found.items()}

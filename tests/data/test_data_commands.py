@@ -394,7 +394,8 @@ def test_show_joins_the_tokens_of_one_character(tiny_llama):
     assert (found[-1].trained, found[-1].special, found[0].special) == (True, True, False)
 
 
-def test_show_finds_a_row_by_its_place(write, tiny_llama, capsys):
+def test_show_finds_a_row_by_its_place(write, tiny_llama, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")  # fewer than the place has characters: it's told in full
     file = write([pair("first"), pair("second")])
     assert main(["data", "show", file, "--model", tiny_llama, "--row", f"{file}:2"]) == 0
     assert f"{file}:2 ---" in capsys.readouterr().out

@@ -20,8 +20,6 @@ sys.path.append(str(ROOT / "bench"))  # its scripts import each other
 memory = importlib.import_module("memory")
 PHASES = memory.PHASES
 CASES = ("zero3-full-2", "fsdp2-full-2", "zero3-lora-2", "fsdp2-lora-2")
-# Phases that break the law today. The marks are strict: a phase that holds it again fails here, and leaves the table.
-EXPECTED_BREAKS = {case: set[str]() for case in CASES}
 # What there is beside the weights, in multiples of a rank's share of what is trained: under ZeRO-3 master weights and
 # gradients from the wrapping on, under FSDP2 gradients in a step; then Adam's two moments. What a resume reads goes from the
 # files to where it belongs.
@@ -109,12 +107,7 @@ def broken(model: str, case: str, phase: str, ranks) -> list[str]:
 def each_phase():
     for case in CASES:
         for phase in PHASES:
-            marks = [pytest.mark.xdist_group(f"memory {case}")]
-            if phase in EXPECTED_BREAKS[case]:
-                marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason="more than its share"))
-            if "lora" in case:
-                marks.append(pytest.mark.slow)
-            yield pytest.param(case, phase, marks=marks)
+            yield pytest.param(case, phase, marks=[pytest.mark.xdist_group(f"memory {case}"), pytest.mark.slow])
 
 
 @pytest.mark.parametrize(("case", "phase"), each_phase())

@@ -99,6 +99,7 @@ def test_rank_that_never_comes(dpo):
     assert (code, shown) == (2, "") and said.startswith(expected)
 
 
+@pytest.mark.slow
 def test_rank_that_starts_and_never_comes_under_accelerate(dpo):
     done = run(*launch_command(3, dpo, "--timeout_s", "20", program=(WORKER,)), env={"TROUBLE": "never_comes"})
     assert done.returncode == 1  # the launcher's own code for any failure
@@ -120,6 +121,7 @@ def test_name_that_cant_be_resolved(dpo):
     assert "the name 'no-such-host.invalid' (MASTER_ADDR) can't be resolved" in said
 
 
+@pytest.mark.slow
 def test_all_reduce_that_hangs(dpo):
     both = run_ranks(dpo, "--timeout_s", 20, trouble="hangs_in_all_reduce")
     assert [code for code, _, _ in both] == [2, 2]

@@ -109,7 +109,7 @@ WHOLE_MODEL = {"use_peft": False, "merge_adapter": None}
     ("layouts", "more"),
     [
         (LORA, {}),
-        (FULL, WHOLE_MODEL),
+        pytest.param(FULL, WHOLE_MODEL, marks=slow),
         pytest.param(MORE, WHOLE_MODEL, marks=slow),
     ],
 )
