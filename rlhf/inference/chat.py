@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.data.sources import use_cache_without_network
 from rlhf.errors import UserError, quote
-from rlhf.inference.terminal import Interrupt, Reader, Screen, converse, note
+from rlhf.inference.terminal import Reader, Screen, converse, note
 
 HELP = '''\
 /reset           forget the conversation
@@ -78,7 +78,7 @@ class Speaker:
             note(f"{oldest} left out: the conversation exceeds the model's context")
         return Turn(messages, ids, min(wanted, room - len(ids)) if room else wanted)
 
-    def answer(self, turn: Turn, screen: Screen, interrupt: Interrupt) -> str:
+    def answer(self, turn: Turn, screen: Screen) -> str:
         """Generate the answer, print it word by word, note if it was cut off or empty, and return it."""
         import torch
 
@@ -91,7 +91,7 @@ class Speaker:
             out = self.model.generate(
                 input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=turn.limit,
                 pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
-                streamer=_streamer(self.tokenizer, screen, interrupt), **sampling,
+                streamer=_streamer(self.tokenizer, screen), **sampling,
             )  # fmt: skip
         new = out[0, len(turn.ids) :].tolist()
         answer = clean(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
@@ -109,14 +109,10 @@ def clean(text: str) -> str:
     return CONTROL_CHARACTERS.sub("", text)
 
 
-def _streamer(tokenizer, screen: Screen, interrupt: Interrupt):
+def _streamer(tokenizer, screen: Screen):
     from transformers import TextStreamer
 
     class Words(TextStreamer):
-        def put(self, value):
-            interrupt.raise_if_asked()
-            super().put(value)
-
         def on_finalized_text(self, text: str, stream_end: bool = False):
             screen.write(clean(text))
             if stream_end:
@@ -210,12 +206,11 @@ class Chat:
         screen = Screen()
         answers = []
         try:
-            with Interrupt() as interrupt:
-                for speaker, turn in zip(self.speakers, turns, strict=True):
-                    if len(self.speakers) > 1:
-                        screen.write(f"[{Path(speaker.name).name}] ")
-                    answers.append(speaker.answer(turn, screen, interrupt))
-                    self._score(turn, answers[-1])
+            for speaker, turn in zip(self.speakers, turns, strict=True):
+                if len(self.speakers) > 1:
+                    screen.write(f"[{Path(speaker.name).name}] ")
+                answers.append(speaker.answer(turn, screen))
+                self._score(turn, answers[-1])
         except KeyboardInterrupt:
             screen.end()
             print("(stopped; this message is not kept)", flush=True)

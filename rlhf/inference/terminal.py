@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import select
 import shutil
-import signal
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -94,29 +93,6 @@ def converse(reader: Reader, say: Callable[[str], None], command: Callable[[str]
                 say(text if "\n" in text else text.strip())
         except KeyboardInterrupt:
             print("\n(stopped)", flush=True)
-
-
-class Interrupt:
-    """Within it a Ctrl-C raises KeyboardInterrupt, and is remembered: a library may drop what is raised in its midst."""
-
-    def __enter__(self) -> Interrupt:
-        self.asked = False
-        self._before = signal.getsignal(signal.SIGINT)
-        if self._before is signal.default_int_handler:  # not where it's ignored, as in the background job of a shell
-            signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, *_) -> None:
-        self.asked = True
-        raise KeyboardInterrupt
-
-    def raise_if_asked(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
 
 
 def note(text: object) -> None:

@@ -1,8 +1,6 @@
 """Chat: one-shot, over a pipe, its commands, and what it refuses."""
 
-import contextlib
 import io
-import signal
 import socket
 import sys
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from test_terminal import Terminal
 from rlhf.__main__ import main
 from rlhf.errors import UserError
 from rlhf.inference.chat import Chat, Speaker, clean, find
-from rlhf.inference.terminal import LEAVE_HINT, Interrupt, Screen, columns
+from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 
 
 def chat(*words, typed=None):
@@ -99,7 +97,7 @@ def test_an_answer_that_is_cut_off_is_marked(tiny_llama, tiny_gpt2, capsys):
     ids = torch.tensor([[*few.ids, 5, ends]])
     talk.speakers[0].model.generate = lambda *a, **k: ids
     few.limit = 2
-    talk.speakers[0].answer(few, Screen(), Interrupt())
+    talk.speakers[0].answer(few, Screen())
     assert "cut off" not in capsys.readouterr().err  # it has ended by itself, with its last token
 
 
@@ -122,27 +120,6 @@ def test_an_interrupt_stops_both_models_and_both_forget(tiny_llama, tiny_gpt2, c
         assert [speaker.messages for speaker in talk.speakers] == before
     assert asked == [1, 0]  # stopped in the first, the second is not asked
     assert capsys.readouterr().out.count("(stopped; this message is not kept)") == 2
-
-
-def test_an_interrupt_that_a_library_drops_stops_it_too(tiny_llama, capsys, monkeypatch):
-    talk = Chat(options(tiny_llama))
-    model = talk.speakers[0].model
-    generate = model.generate
-
-    def drops_it(*args, **kwargs):
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(model, "generate", drops_it)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        talk.say("Hello")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().out.count("(stopped; this message is not kept)") == 1
-    assert talk.speakers[0].messages == []
 
 
 # --- which model -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 
@@ -11,14 +12,13 @@ import pytest
 from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 
 CHILD = """\
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell is started without
 from rlhf.inference.terminal import Reader, converse
 def say(text):
     print("SAID", repr(text), flush=True)
     if text == "wait":
         import time
-        time.sleep(600)
+        while True:  # a signal just before one long sleep would be heard after it
+            time.sleep(0.01)
 converse(Reader(True, {bracketed}), say, lambda line: print("COMMAND", line) or line != "/quit")
 print("LEFT", flush=True)
 """
@@ -30,6 +30,9 @@ class Terminal:
     def __init__(self, *command):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # these tests may be the background job of a shell, which ignores it
             os.environ.update(TERM="xterm-256color", COLUMNS="80", LINES="24", INPUTRC="/dev/null")
             os.execv(sys.executable, [sys.executable, *command])
         self.shown = ""
