@@ -145,16 +145,20 @@ def shuffle(numbers: np.ndarray, seed: int) -> np.ndarray:
     return numbers[np.random.default_rng([seed, len(numbers)]).permutation(len(numbers))]
 
 
-def mix_lines(entries: list[Entry], sizes: list[int], used: list[int]) -> list[str]:
+def mix_lines(entries: list[Entry], sizes: list[int], used: list[int], distinct: list[int]) -> list[str]:
     """What is taken of each data set, for the screen.
+
+    Args:
+        used: rows of the mix that are the data set's.
+        distinct: as many different ones; without those that are held out.
 
     Example: "mix: 300 of the 600 rows of a.jsonl (37.5%)", "mix: all 20 rows of b.jsonl, each 2.50 times (62.5%)".
     """
     total = sum(used) or 1
     found = []
-    for entry, size, count in zip(entries, sizes, used, strict=True):
-        part = f"{count:,} of the {size:,}" if count < size else f"all {size:,}"
-        often = f", each {count / size:.2f} times" if count > size else ""
+    for entry, size, count, different in zip(entries, sizes, used, distinct, strict=True):
+        part = f"{different:,} of the {size:,}" if different < size else f"all {size:,}"
+        often = f", each {count / different:.2f} times" if count > different else ""
         found.append(f"mix: {part} rows of {entry.name}{often} ({count / total:.1%})")
     return found
 

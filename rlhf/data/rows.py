@@ -144,10 +144,9 @@ class Whole(Prepared):
         if not self.entries:
             return []
         bounds = np.cumsum([0, *self.sizes])
-        used = (
-            np.histogram(rows.indices, bounds)[0] if rows.indices is not None and len(rows) else [0] * len(self.entries)
-        )
-        return mix_lines(list(self.entries), list(self.sizes), [int(count) for count in used])
+        taken = np.arange(len(rows)) if rows.indices is None else rows.indices
+        used, distinct = (np.histogram(numbers, bounds)[0].tolist() for numbers in (taken, np.unique(taken)))
+        return mix_lines(list(self.entries), list(self.sizes), used, distinct)
 
 
 def split_off(whole: Whole, share: float, recipe: Recipe) -> tuple[Rows, Rows]:

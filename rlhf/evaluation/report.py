@@ -13,10 +13,10 @@ import shutil
 import sys
 from collections import Counter
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
 from rlhf.curation.lengths import bucket
@@ -24,6 +24,7 @@ from rlhf.data.format_options import FormatOptions
 from rlhf.data.messages import answer_text
 from rlhf.data.mix import data_name
 from rlhf.data.prepare import prepare
+from rlhf.data.rows import read_data
 from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
 from rlhf.data.store import Rows
 from rlhf.distributed.processes import say
@@ -209,7 +210,7 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
     if recipe.get("heldout") and recipe["dataset_name"] == SAMPLE_NAME:
         train = ALL_ROWS
     if isinstance(recipe["dataset_name"], list):
-        return [{"split": data_name(recipe["dataset_name"]), "gone": "is a mix, which is not counted here"}]
+        return _mix_statistics(recipe, inputs)
     splits = [(train, "dataset_name", None if recipe.get("heldout") else "max_train_examples")]
     if recipe.get("dataset_test_split") and not recipe.get("eval_dataset_name"):
         splits.append((recipe["dataset_test_split"], "heldout", "max_eval_examples"))
@@ -225,15 +226,37 @@ def data_statistics(stages: dict[str, dict]) -> list[dict[str, Any]]:
             found.append({"split": split, "gone": "has changed since the run read it"})
             continue
         found.append(
-            {"split": split, "gone": "", "digest": source.digest} | _count(rows, source.head(recipe.get(most or "")))
+            {"split": split, "gone": "", "digest": source.digest}
+            | _count(rows)
+            | {"tasks": _tasks(source.head(recipe.get(most or "")), len(rows))}
         )
+    return found
+
+
+def _mix_statistics(recipe: dict[str, Any], inputs: dict[str, str]) -> list[dict[str, Any]]:
+    """The same of a mix and of what is held out of it; `about` says what is taken of each data set."""
+    name = data_name(recipe["dataset_name"])
+    try:
+        data = read_data(Recipe("dpo", "", recipe, {}), "pairs")
+    except UserError:
+        return [{"split": name, "gone": "can no longer be read"}]
+    found: list[dict[str, Any]] = []
+    for split, rows, key in ((name, data.train, "dataset_name"), ("held out", data.heldout, "heldout")):
+        if rows is None:
+            continue
+        if inputs.get(key) not in (None, data.digests[key]):
+            found.append({"split": split, "gone": "has changed since the run read it"})
+            continue
+        found.append({"split": split, "gone": "", "digest": data.digests[key], "tasks": {}} | _count(rows))
+    if not found[0]["gone"]:
+        found[0]["about"] = data.about
     return found
 
 
 MOST_COUNTED = 20_000  # rows: a report of ten million takes seconds, not minutes
 
 
-def _count(rows: Rows, source: Source) -> dict[str, Any]:
+def _count(rows: Rows) -> dict[str, Any]:
     """Counts of the pairs; the words of every n-th if there are more than MOST_COUNTED."""
     words: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
     turns, counted = 0, rows[:: max(1, -(-len(rows) // MOST_COUNTED))]
@@ -241,7 +264,6 @@ def _count(rows: Rows, source: Source) -> dict[str, Any]:
         turns += len(row["prompt"]) > 1
         for side, counts in words.items():
             counts.append(len(answer_text(row[side]).split()))
-    tasks = Counter(str(row["task"]) for row, _ in islice(source.stream(), MOST_COUNTED) if row.get("task"))
     shorter = sum(r < c for c, r in zip(words["chosen"], words["rejected"], strict=True))
     return {
         "pairs": len(rows),
@@ -249,5 +271,11 @@ def _count(rows: Rows, source: Source) -> dict[str, Any]:
         "mean_words": {k: sum(v) / len(v) for k, v in words.items()},
         "rejected_shorter": shorter / len(counted),
         "plot": draw_lengths({side: Counter(map(bucket, counts)) for side, counts in words.items()}, "words"),
-        "tasks": dict(tasks) if len(rows) <= MOST_COUNTED else {},
     }
+
+
+def _tasks(source: Source, num_rows: int) -> dict[str, int]:
+    """Rows by their `task` column; {} if there are more than MOST_COUNTED."""
+    if num_rows > MOST_COUNTED:
+        return {}
+    return dict(Counter(str(row["task"]) for row, _ in source.stream() if row.get("task")))

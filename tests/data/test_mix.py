@@ -75,8 +75,10 @@ def test_each_row_is_chosen_as_often_as_said(size, amount, seed):
 
 
 def test_lines():
-    lines = mix_lines([Entry("a"), Entry("b")], [600, 100], [300, 200])
+    lines = mix_lines([Entry("a"), Entry("b")], [600, 100], [300, 200], [300, 100])
     assert lines == ["mix: 300 of the 600 rows of a (60.0%)", "mix: all 100 rows of b, each 2.00 times (40.0%)"]
+    (line,) = mix_lines([Entry("b")], [100], [120], [60])  # 40 are held out
+    assert line == "mix: 60 of the 100 rows of b, each 2.00 times (100.0%)"
 
 
 @pytest.fixture

@@ -322,6 +322,27 @@ def test_data_is_counted_as_far_as_it_was_used():
     assert data_statistics({"dpo": stage})[0]["pairs"] == 5
 
 
+def test_a_mix_is_counted_with_what_is_held_out_of_it(tmp_path):
+    rows = [{"prompt": f"q {n}", "chosen": "one two three", "rejected": "one"} for n in range(40)]
+    for name, part in (("a", rows[:30]), ("b", rows[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    files = [str(tmp_path / "a.jsonl"), {"name": str(tmp_path / "b.jsonl"), "epochs": 2}]
+    stage = {"recipe": {"dataset_name": files, "heldout": 0.25}}
+    train, heldout = data_statistics({"dpo": stage})
+    assert heldout["split"] == "held out" and 0 < heldout["pairs"] < 20
+    from_b = train["pairs"] + heldout["pairs"] - 40  # those that are there twice
+    assert 0 < from_b <= 10 and train["mean_words"]["chosen"] == 3 and train["rejected_shorter"] == 1
+    assert [line.startswith("mix: ") for line in train["about"]] == [True, True] and "each 2.00 times" in train[
+        "about"
+    ][1]
+    stage["provenance"] = {"inputs": {"dataset_name": "another"}}
+    assert data_statistics({"dpo": stage})[0] == {
+        "split": train["split"], "gone": "has changed since the run read it",
+    }  # fmt: skip
+    (tmp_path / "b.jsonl").unlink()
+    assert data_statistics({"dpo": stage}) == [{"split": train["split"], "gone": "can no longer be read"}]
+
+
 def test_stages_of_two_machines_have_two_environments(run):
     write = run / "dpo" / "provenance.json"
     provenance = json.loads(write.read_text())
