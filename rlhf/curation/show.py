@@ -85,8 +85,8 @@ def find_row(rows: Rows, place: str) -> int:
         raise UserError("--row: there are no rows")
     nearest = int(np.abs(lines - int(match[2])).argmin())
     raise UserError(
-        f"--row: no training row at {quote(place)}: it may be held out, skipped, or not selected; the nearest is "
-        f"{quote(rows.place(nearest))}"
+        f"--row: no training row at {quote(place, 300)}: it may be held out, skipped, or not selected; the nearest is "
+        f"{quote(rows.place(nearest), 300)}"
     )
 
 

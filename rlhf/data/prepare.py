@@ -409,8 +409,8 @@ def _run(job: dict[str, Any], running: list[subprocess.Popen], bar: Any) -> Repo
     )  # fmt: skip
     running.append(process)
     assert process.stdin and process.stdout and process.stderr  # pipes
-    process.stdin.write(json.dumps(job))
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # where it has ended already: why is told below
+        process.stdin.write(json.dumps(job))
     before = 0
     for line in process.stdout:
         bar.update(int(line) - before)
@@ -418,7 +418,7 @@ def _run(job: dict[str, Any], running: list[subprocess.Popen], bar: Any) -> Repo
     failure = process.stderr.read()
     if process.wait():
         last = (failure.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise OSError(None, f"a process that converts {job['path']} has failed: {last}")
+        raise UserError(f"{job['path']}: a process that converts its rows has failed: {last}")
     found = read_json(job["report"]) or {}
     os.unlink(job["report"])
     error, bad = found.pop("error"), [(line, why) for line, why in found.pop("bad")]

@@ -51,7 +51,10 @@ class Here:
     def write(self, text):
         self.job = json.loads(text)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         Path(self.job["report"]).write_text(json.dumps(asdict(convert_range(self.job))))
 
     def poll(self):
