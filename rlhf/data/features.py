@@ -88,7 +88,12 @@ def _flags(row: dict[str, Any], turns: list[Turn], answers: list[str]) -> int:
     if len(answers) == 2:
         if len(answers[0]) > len(answers[1]):
             found |= BIT["chosen_longer"]
-        if abs(len(answers[0]) - len(answers[1])) < BLANKS and answers[0].split() == answers[1].split():
+        # most answers differ in their first word: the others are split whole
+        if (
+            abs(len(answers[0]) - len(answers[1])) < BLANKS
+            and answers[0].split(None, 1)[:1] == answers[1].split(None, 1)[:1]
+            and (answers[0].split() == answers[1].split())
+        ):
             found |= BIT["blanks_only"]
     return found
 
