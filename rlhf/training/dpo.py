@@ -80,8 +80,9 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
     from rlhf.models.folder import is_adapter
     from rlhf.models.loading import load_policy
     from rlhf.models.on_disk import shard_model
-    from rlhf.packing import pack_backbone
+    from rlhf.packing import pack_backbone, why_not
     from rlhf.training.precision import adds_in_float64, sum_logps_in_float64
+    from rlhf.training.trainer import known_longest
 
     args, name = cast("DPOConfig", plan.args), reference_name(plan)
     merged = Path(str(args.output_dir)) / MERGED_REFERENCE
@@ -94,8 +95,10 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
         sum_logps_in_float64(model)
     if trainer.is_fsdp_enabled:
         shard_model(model, trainer.accelerator)
-    if packed:
-        pack_backbone(model, "pairs")
+    if packed and (reason := why_not(model, longest := known_longest(plan))):
+        say(f"note: the reference model computes padded batches: {reason}")
+    elif packed:
+        pack_backbone(model, "pairs", longest)
     engine: Any = None
     if trainer.is_deepspeed_enabled:
         model = engine = prepare_deepspeed(model, trainer.accelerator)

@@ -108,8 +108,8 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
         check_memory(plan)
     tell_replicated(plan)
     tokenizer = load_plan_tokenizer(plan)
-    packs = check_modules(plan)
-    check_examples(plan, tokenizer, packs)
+    packs_up_to = check_modules(plan)
+    check_examples(plan, tokenizer, packs_up_to)
     return plan
 
 
