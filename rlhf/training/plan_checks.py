@@ -15,9 +15,10 @@ from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote, sentence
 from rlhf.models.embedded import is_fetched
-from rlhf.models.folder import base_of, commit_of, revision_of
+from rlhf.models.folder import base_of, commit_of
 from rlhf.runs.lineage import maker_of
 from rlhf.training.lengths import longest_row, too_long
+from rlhf.training.model_checks import check_positions, model_config
 from rlhf.training.stage import Plan
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def check_modules(plan: Plan) -> float:
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl import get_peft_config
 
     from rlhf.distributed.sharding import loading_unsharded
@@ -136,8 +137,7 @@ def check_modules(plan: Plan) -> float:
 
     recipe, args, model_args = plan.recipe, plan.args, plan.model_args
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    revision = revision_of(plan.model_name, model_args.model_revision)
-    config = AutoConfig.from_pretrained(base_of(plan.model_name), revision=revision, **options)
+    config = model_config(plan)
     auto: Any = AutoModelForCausalLM
     if recipe.stage == "reward":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
@@ -214,14 +214,17 @@ def check_examples(plan: Plan, tokenizer, packs_up_to: float) -> None:
     counts = known_counts(plan, tokenizer)
     if counts is not None:
         report = cut_report(counts, settings, rows.place)
-        tokens, number = counts.longest if longest_row(plan, counts) <= packs_up_to else counts.longest_padded
+        longest = longest_row(plan, counts)
+        tokens, number = counts.longest if longest <= packs_up_to else counts.longest_padded
     else:
         report, counts = answers_cut(rows, tokenizer, settings, MOST_ROWS)
         chars = rows.column("chars")
         most = np.argsort(chars)[-MOST_LONG_ROWS:]
         found = cost(tokenizer, [rows[int(i)] for i in most], settings)
-        tokens, number = found.longest if longest_row(plan, found) <= packs_up_to else found.longest_padded
+        longest = longest_row(plan, found)
+        tokens, number = found.longest if longest <= packs_up_to else found.longest_padded
         number = int(most[number])
+    check_positions(plan, longest)
     if report.left_out.rows == report.rows:
         raise UserError(
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it ({line(report)})"

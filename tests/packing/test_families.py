@@ -5,6 +5,7 @@ The references are plain copies: no fused head, no packing. Other families stay 
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_models import (
     LONGEST,
     REWARD,
     UNEVEN,
+    WINDOWS,
     Calls,
     assert_same,
     gradients_of,
@@ -189,3 +191,11 @@ def test_what_would_be_wrong_is_refused(model_type, monkeypatch):
 def test_attention_with_sinks_is_refused(model_type, auto):
     model = tiny_model(model_type, auto, sliding_window=LONGEST)
     assert why_not(model, LONGEST) == "GptOssModel's attention has sinks: learned scores beside those of the keys"
+
+
+def test_the_documentation_names_them():
+    lines = (Path(__file__).parents[2] / "docs/performance.md").read_text(encoding="utf-8").splitlines()
+    told = [
+        set(re.findall(r"[a-z]\w+", line.split("|")[2].split(";")[0])) for line in lines if line.startswith("| packed")
+    ]
+    assert told[0] | told[1] == packing.VERIFIED and told[1] == set(WINDOWS)

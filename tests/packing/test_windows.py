@@ -6,19 +6,11 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import LONGEST, UNEVEN, Calls, assert_same, hidden_and_gradients, tiny_model
+from tiny_models import ALL_SLIDING, LONGEST, UNEVEN, WINDOWS, Calls, assert_same, hidden_and_gradients, tiny_model
 
 from rlhf.packing import attention_window, pack_backbone, why_not
 from rlhf.packing import backbone as packing
 
-ALL_SLIDING = {"layer_types": ["sliding_attention"] * 2}
-# Families with windows, and what gives one to the tiny model's layers. Mistral 7B v0.1 has 4096, Phi-3-mini 2047.
-WINDOWS = {
-    "mistral": {}, "mixtral": {}, "phi3": {}, "starcoder2": {}, "ministral": {},
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), {"use_sliding_window": True, "max_window_layers": 1}),
-    "smollm3": {"use_sliding_window": True} | ALL_SLIDING, "dots1": {"max_window_layers": 1},
-    **dict.fromkeys(("cohere2", "exaone4", "gemma3_text", "olmo3"), ALL_SLIDING),
-}  # fmt: skip
 # Packed attention has no soft-capping and no sinks; their windows end where the others' do.
 REFUSED = {"gemma2": ALL_SLIDING | {"attn_logit_softcapping": 50.0}, "gpt_oss": ALL_SLIDING}
 

@@ -31,7 +31,15 @@ OWN_SIZES = {
 WINDOWED = {
     "cohere2": {}, "exaone4": {"sliding_window_pattern": 2}, "gemma3_text": {}, "ministral": {}, "olmo3": {},
 }  # fmt: skip
-LONGEST = 8
+ALL_SLIDING = {"layer_types": ["sliding_attention"] * 2}
+# Families with windows, and what gives one to the tiny model's layers. Mistral 7B v0.1 has 4096, Phi-3-mini 2047.
+WINDOWS = {
+    "mistral": {}, "mixtral": {}, "phi3": {}, "starcoder2": {}, "ministral": {},
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), {"use_sliding_window": True, "max_window_layers": 1}),
+    "smollm3": {"use_sliding_window": True} | ALL_SLIDING, "dots1": {"max_window_layers": 1},
+    **dict.fromkeys(("cohere2", "exaone4", "gemma3_text", "olmo3"), ALL_SLIDING),
+}  # fmt: skip
+LONGEST = 8  # the longest row of `UNEVEN`
 CAUSAL, REWARD = AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
