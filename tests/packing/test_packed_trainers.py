@@ -204,7 +204,12 @@ def of_family(tiny_llama, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("model_type", ADDED)
+QUICK = ("deepseek_v3", "gemma3_text", "opt")
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ADDED]
+)
 def test_dpo_of_families(model_type, of_family, tmp_path):
     """Three steps of full fine-tuning by DPOTrainer itself: fused head, its own copy as reference, shared prompts."""
     values = {"router_aux_loss_coef": 0.0} if model_type == "granitemoeshared" else {}  # TRL 1.16 can't compute it

@@ -122,7 +122,9 @@ def test_experts_that_need_no_balance(model_of, recipe, few_pairs, tmp_path):
     assert main(["dpo", file]) == 0
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("sft", marks=pytest.mark.slow), "dpo", pytest.param("reward", marks=pytest.mark.slow)]
+)
 def test_experts_implementations_train_alike(stage, model_of, recipe, few_pairs, tmp_path, monkeypatch):
     """The key reaches the model, under packing, and the losses are those of the others to rounding."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
