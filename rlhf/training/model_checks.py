@@ -111,8 +111,7 @@ def check_experts(plan: Plan) -> None:
     recipe, asked = plan.recipe, plan.stage_args.experts_implementation
     coefficient = getattr(plan.args, "router_aux_loss_coef", None)
     config = model_config(plan).get_text_config()
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if asked and not experts:
+    if asked and not has_experts(config):
         raise UserError(
             f"{recipe.where('experts_implementation')}: 'experts_implementation' has no effect on {plan.model_name}, whose "
             f"model type {config.model_type} has no experts; remove it"
@@ -129,10 +128,14 @@ def check_experts(plan: Plan) -> None:
         )
 
 
+def has_experts(config: Any) -> bool:
+    return bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+
+
 def use_experts(model, plan: Plan):
-    """The model, with the recipe's `experts_implementation`."""
-    if plan.stage_args.experts_implementation:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model, with the recipe's `experts_implementation`; a reference without experts as it is."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if plan.stage_args.experts_implementation and has_experts(base.config.get_text_config()):
         base.set_experts_implementation(plan.stage_args.experts_implementation)
     return model
 

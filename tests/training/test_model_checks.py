@@ -155,6 +155,14 @@ def test_experts_implementations_train_alike(stage, model_of, recipe, few_pairs,
         assert found == pytest.approx(losses["eager"], abs=2e-5), name
 
 
+def test_a_reference_without_experts(llama, model_of, recipe, few_pairs, tmp_path):
+    """The key is the policy's; a dense reference model is computed as it is."""
+    policy = model_of(Qwen3MoeConfig(**SMALL, **MIXTURE, num_experts=4))
+    file = recipe("dpo", model_name_or_path=policy, reference_model=llama(), dataset_name=few_pairs, output_dir=str(tmp_path / "out"),
+                  experts_implementation="batched_mm", max_steps=1)  # fmt: skip
+    assert main(["dpo", file]) == 0
+
+
 @pytest.mark.parametrize("values, on, words", [
     ({}, False, "set `gradient_checkpointing: true`, "),
     ({}, True, "set `gradient_checkpointing_kwargs: {offload: true}` (activations wait in host memory: slower), "),
