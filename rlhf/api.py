@@ -77,7 +77,8 @@ def pack(
 
 def _pack_backbones(trainer: DPOTrainer | RewardTrainer | SFTTrainer, mode: str) -> str:
     """Pack model and reference; returns '' or why they can't be."""
-    from rlhf.packing import pack_backbone, why_not
+    from rlhf.packing import attention_window, pack_backbone, why_not
+    from rlhf.packing.backbone import find_backbone
 
     for option in ("packing", "padding_free"):
         if mode == "rows" and getattr(trainer.args, option, False):
@@ -85,12 +86,38 @@ def _pack_backbones(trainer: DPOTrainer | RewardTrainer | SFTTrainer, mode: str)
     models = [trainer.model]
     if (reference := getattr(trainer, "ref_model", None)) is not None:
         models.append(trainer.accelerator.unwrap_model(reference))
+    longest = cast("DPOConfig", trainer.args).max_length
+    windows = [
+        window for model in models if (backbone := find_backbone(model)) and (window := attention_window(backbone))
+    ]
+    if windows and (longest is None or longest > min(windows)):
+        longest = _longest_row(trainer)
     for model in models:
-        if reason := why_not(model):
+        if reason := why_not(model, longest):
             return f"batches are padded, not packed: {reason}"
     for model in models:
-        pack_backbone(model, mode)
+        pack_backbone(model, mode, longest)
     return ""
+
+
+def _longest_row(trainer: DPOTrainer | RewardTrainer | SFTTrainer) -> int | None:
+    """Tokens of the longest row among the trainer's; max_length if they are not tokenised yet."""
+    from datasets import Dataset
+
+    from rlhf.training.tokenise import count_tokens
+
+    most, heldout, longest = cast("DPOConfig", trainer.args).max_length, trainer.eval_dataset, 0
+    for dataset in (trainer.train_dataset, *(heldout.values() if isinstance(heldout, dict) else (heldout,))):
+        if dataset is None:
+            continue
+        if not isinstance(dataset, Dataset):
+            return most
+        names = [n for n in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if n in dataset.column_names]
+        if not names:
+            return most
+        sides, rows = 1 if "input_ids" in names else 2, dataset.select_columns(names)
+        longest = max(longest, max((count_tokens(row, most, padded=True) // sides for row in rows), default=0))
+    return longest
 
 
 def _cache_reference(trainer: DPOTrainer, folder: Path | None) -> str:

@@ -120,6 +120,11 @@ _ADAM = Needs(
 _PADDED = Needs(
     ("packing",), lambda values: values.get("packing") is False, "without `packing: false`: packed rows have no padding"
 )
+_COMPILED = Needs(
+    ("packing",), lambda values: values.get("packing") is False,
+    "that is worth its price without `packing: false`: packed rows have another length in every micro-batch, for each of "
+    "which torch.compile builds anew, until it gives up after eight and computes as without",
+)  # fmt: skip
 _CHECKPOINTING = Needs(  # TRL switches it on
     ("gradient_checkpointing", "activation_checkpointing"),
     lambda values: values.get("activation_checkpointing", values.get("gradient_checkpointing")) is not False,
@@ -166,6 +171,7 @@ ONLY_WITH = {
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
     "activation_checkpointing_kwargs": _CHECKPOINTING,
     "pad_to_multiple_of": _PADDED,
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
     "neftune_noise_alpha": Needs(
         ("packing",), lambda values: values.get("packing") is False,
         "of a known size without `packing: false`: its noise depends on the length of the row",
@@ -202,7 +208,7 @@ ONLY_WITH = {
 EFFECTIVE = frozenset(
     # model, precision, memory
     "model_name_or_path model_revision dtype attn_implementation trust_remote_code use_peft load_in_8bit load_in_4bit "
-    "bf16 fp16 tf32 activation_checkpointing gradient_checkpointing activation_offloading torch_compile torch_compile_backend torch_compile_mode "
+    "bf16 fp16 tf32 activation_checkpointing gradient_checkpointing activation_offloading "
     "use_liger_kernel torch_empty_cache_steps use_cpu disable_dropout eos_token "
     # data
     "packing max_length truncation_mode dataset_num_proc shuffle_dataset completion_only_loss "

@@ -184,6 +184,10 @@ FOREIGN = {
     "sequence_parallel_degree": "nothing: sequence parallelism is not supported; launch/fsdp2.yaml shards the model",
     "context_parallel_size": "nothing: context parallelism is not supported; launch/fsdp2.yaml shards the model",
     "ring_attn_size": "nothing: ring attention is not supported",
+    "use_kernels": "nothing: transformers would fetch kernels from the hub and put them in the place of layers, which has not been "
+    "verified with packed rows; `use_liger_kernel: true` has kernels in a package",
+    "rope_scaling": "nothing: positions are scaled as the model's config.json says (rope_parameters), packed too",
+    "rope_parameters": "nothing: positions are scaled as the model's config.json says (rope_parameters), packed too",
     "unsloth": "nothing: use packing and `use_liger_kernel: true`",
     "device_map": _DDP,
 }

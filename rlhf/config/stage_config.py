@@ -91,6 +91,14 @@ class StageConfig:
             "help": "Pack each micro-batch into one row without padding; a pair shares its prompt (equal results)."
         },
     )
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={
+            "choices": ["eager", "batched_mm", "grouped_mm"],
+            "help": "How a mixture of experts is computed: expert by expert (eager), or all experts in one batched or grouped "
+            "product; default: transformers' choice. The same results to rounding, packed or padded.",
+        },
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={

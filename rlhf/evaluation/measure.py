@@ -149,7 +149,7 @@ def _load(name: str, config: EvaluateConfig, reward: bool):
     model, _ = load_finished(
         name, reward=reward, dtype=_dtype(config, device), device=device, load_in_4bit=config.load_in_4bit
     )
-    pack(model)
+    pack(model, config.max_length)
     return model
 
 

@@ -23,14 +23,18 @@ MAX_TOKENS = 4096  # padded tokens per forward pass
 MAX_LOGIT_BYTES = 1 << 30  # of the logits of one forward pass, in fp32
 
 
-def pack(model) -> bool:
-    """Pack the backbone of a model that will not be trained, if it can be; returns whether it is."""
+def pack(model, longest: int | None = None) -> bool:
+    """Pack the backbone of a model that will not be trained, if it can be; returns whether it is.
+
+    Args:
+        longest: tokens of the longest row of a pair; None if that isn't known.
+    """
     for module in model.modules():  # GPT-2's attention has a dropout, which has no effect in eval mode
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    if why_not(model) is not None:
+    if why_not(model, longest) is not None:
         return False
-    pack_backbone(model, "pairs")  # a pair shares one copy of its prompt
+    pack_backbone(model, "pairs", longest)  # a pair shares one copy of its prompt
     return True
 
 

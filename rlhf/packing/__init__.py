@@ -4,7 +4,9 @@
 """
 
 from rlhf.packing.attention import kernel_name
-from rlhf.packing.backbone import pack_backbone, packing_mode, why_not
+from rlhf.packing.backbone import attention_window, pack_backbone, packing_mode, why_not
 from rlhf.packing.layout import MODES, Layout, packed_layout
 
-__all__ = ["MODES", "Layout", "kernel_name", "pack_backbone", "packed_layout", "packing_mode", "why_not"]
+__all__ = [
+    "MODES", "Layout", "attention_window", "kernel_name", "pack_backbone", "packed_layout", "packing_mode", "why_not",
+]  # fmt: skip

@@ -20,9 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.packing.layout import longest_row
+
 NAME = "rlhf_packed"
 # Arguments that some models pass to attention functions and that would change the result.
-UNSUPPORTED = ("softcap", "s_aux", "sliding_window", "position_bias", "head_mask")
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 def register() -> None:
@@ -51,6 +53,10 @@ class Segments:
         if device not in self._copies:
             self._copies[device] = Segments(self.lengths, device)
         return self._copies[device]
+
+    @cached_property
+    def longest(self) -> int:
+        return longest_row(self.lengths)
 
     @cached_property
     def masks(self) -> list[torch.Tensor]:
@@ -114,6 +120,11 @@ def attention_forward(
         raise ValueError(
             f"packing: {type(module).__name__} uses {', '.join(found) or 'attention that is not causal'}, which "
             "packed attention doesn't support; switch packing off"
+        )
+    if (window := kwargs.get("sliding_window")) is not None and packed_segments.longest > window:
+        raise ValueError(
+            f"packing: a row has {packed_segments.longest} tokens, more than the sliding_window of {window} tokens of "
+            f"{type(module).__name__}; cut rows to {window} tokens or switch packing off"
         )
     packed_segments = packed_segments.on(query.device)
     kernel = varlen_kernel(query.device)

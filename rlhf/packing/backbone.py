@@ -18,25 +18,32 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.packing.attention import NAME, Segments, register
-from rlhf.packing.layout import MODES, is_right_padded, packed_layout, unpack
+from rlhf.packing.layout import MODES, is_right_padded, longest_row, packed_layout, unpack
 
-# Model types whose packed hidden states and gradients tests/packing/test_packed_backbone.py compares with the padded
-# ones. An allow-list, because many unsupported models can't be detected: transformers 5.23's falcon, gpt_neo, nemotron
-# and stablelm choose their attention at construction, and would ignore the segments.
+# Model types whose packed log-probabilities, rewards and gradients tests/packing/test_families.py compares with those of
+# transformers' padded model. An allow-list, because many unsupported models can't be detected: transformers 5.23's
+# falcon, gpt_neo, nemotron and stablelm choose their attention at construction, gptj and codegen have none of
+# transformers' interface; they would ignore the segments, and log-probabilities would be off by several nats.
 VERIFIED = frozenset(
-    "apertus arcee cohere ernie4_5 gemma glm glm4 gpt2 gpt_bigcode gpt_neox granite granitemoe helium llama mistral "
-    "mixtral olmo olmo2 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2".split()
+    "apertus arcee cohere cohere2 deepseek_v3 dots1 ernie4_5 exaone4 flex_olmo gemma gemma3_text glm glm4 glm4_moe gpt2 "
+    "gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense llama ministral mistral mixtral "
+    "nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 "
+    "starcoder2".split()
 )
 # Arguments that a packed call may have besides input_ids and attention_mask; with any other, the call is not packed.
 # `margin` is a column of TRL's reward data, which RewardTrainer passes to the model with everything else.
 HARMLESS = frozenset({"return_dict", "output_router_logits", "num_items_in_batch", "margin"})
 
 
-def why_not(model) -> str | None:
+def why_not(model, longest: int | None = None) -> str | None:
     """Why this model can't be packed, in one sentence; None if it can.
 
     Call it once the trainer is built: TRL's DPO and reward trainers disable dropout modules (GPT-2's attention has 0.1
     by default).
+
+    Args:
+        longest: tokens of the longest row that the model will be given; None if that isn't known. A sliding window that
+            no row exceeds is plain causal attention.
     """
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning:
@@ -49,14 +56,10 @@ def why_not(model) -> str | None:
     attention = [module for module in backbone.modules() if hasattr(module, "is_causal")]
     if attention and not all(module.is_causal for module in attention):
         return f"{type(backbone).__name__} is an encoder: its tokens attend to later ones"
-    layer_types = getattr(config, "layer_types", None)
-    if kinds := sorted(set(layer_types or ()) - {"full_attention"}):
+    if kinds := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
         return f"{type(backbone).__name__} has layers of type {', '.join(kinds)}"
-    windows = {getattr(module, "sliding_window", None) for module in attention}
-    if not layer_types:  # Mistral, Mixtral, Phi-3, Starcoder2: one window for all layers, only in the config
-        windows.add(getattr(config, "sliding_window", None))
-    if sizes := [window for window in windows if window]:
-        return f"its attention has a sliding window of {max(sizes)} tokens"
+    if any(getattr(module, "sinks", None) is not None for module in attention):
+        return f"{type(backbone).__name__}'s attention has sinks: learned scores beside those of the keys"
     if getattr(backbone, "_is_stateful", False):
         return f"{type(backbone).__name__} is recurrent: its state can't branch into two answers"
     if getattr(config, "attn_logit_softcapping", None):
@@ -69,14 +72,35 @@ def why_not(model) -> str | None:
         return f"packing has not been verified for {type(backbone).__name__} (model type {config.model_type})"
     if dropout := max((_attention_dropout(module) for module in attention), default=0.0):
         return f"its attention has a dropout of {dropout}; set attention_dropout (GPT-2: attn_pdrop) to 0"
+    window = attention_window(backbone)  # last: the only reason that a recipe's max_length removes
+    if window is not None and (longest is None or longest > window):
+        rows = "rows may have any length" if longest is None else f"rows may have {longest:,}"
+        return (
+            f"its attention has a sliding window of {window:,} tokens, and {rows}; set `max_length: {window}` or less to "
+            "pack them"
+        )
     return None
 
 
-def pack_backbone(model, mode: str) -> None:
+def attention_window(backbone) -> int | None:
+    """The smallest sliding window of a backbone's layers, in tokens; None if there is none.
+
+    With a window of W tokens a token attends to itself and the W - 1 before it, in each family of transformers
+    (`sliding_window_overlay`; tests/packing/test_windows.py), so that rows of up to W tokens are as without.
+    """
+    config = backbone.config
+    windows = {getattr(module, "sliding_window", None) for module in backbone.modules() if hasattr(module, "is_causal")}
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or "sliding_attention" in kinds:  # Mistral, Mixtral, Phi-3, Starcoder2: only in the config
+        windows.add(getattr(config, "sliding_window", None))
+    return min((window for window in windows if window), default=None)
+
+
+def pack_backbone(model, mode: str, longest: int | None = None) -> None:
     """Make a model's backbone compute padded batches as one packed row (this instance only, not reversible).
 
-    A call is packed if it has a right-padded 2-D batch of input_ids, no cache (`use_cache=False`) and requests only
-    last hidden states and router logits; it returns them as the padded call does, with zeros for padding. Every other
+    A call is packed if it has a right-padded 2-D batch of input_ids, no cache (`use_cache=False`), no row longer than a
+    sliding window, and requests only last hidden states and router logits; it returns them as the padded call does, with zeros for padding. Every other
     call (generation, inputs_embeds, left padding, hidden states of all layers) runs the original forward, with
     attention "sdpa". Weights, parameter names and the output of `save_pretrained` are unchanged. Calling this again
     only sets the mode.
@@ -84,13 +108,14 @@ def pack_backbone(model, mode: str) -> None:
     Args:
         model: a transformers model with a backbone, or a PeftModel around one; before or after TRL's trainer wrapped it.
         mode: `pairs` (DPO, rewards) or `rows` (everything else), see `packed_layout`.
+        longest: tokens of the longest row that it will be given, see `why_not`.
 
     Raises:
         ValueError: an unknown mode, or a model that can't be packed (`why_not`).
     """
     if mode not in MODES:
         raise ValueError(f"packing mode '{mode}' is unknown; expected {' or '.join(MODES)}")
-    if reason := why_not(model):
+    if reason := why_not(model, longest):
         raise ValueError(f"this model can't be packed: {reason}")
     register()
     backbone = find_backbone(model)
@@ -98,7 +123,8 @@ def pack_backbone(model, mode: str) -> None:
     for config in (backbone.config, _without_peft(model).config):  # usually the same object
         config._attn_implementation = NAME
     if not hasattr(backbone, "_packing_mode"):
-        backbone.forward = MethodType(packed_forward(_unbound_forward(backbone)), backbone)
+        packed = packed_forward(_unbound_forward(backbone), attention_window(backbone))
+        backbone.forward = MethodType(packed, backbone)
     backbone._packing_mode = mode  # type: ignore[assignment]  # torch takes what it does not know for a module
 
 
@@ -110,7 +136,11 @@ def packing_mode(model) -> str | None:
 def find_backbone(model) -> PreTrainedModel | None:
     """The decoder stack that a (PEFT-wrapped) model calls; the model itself if it is one."""
     backbone = getattr(_without_peft(model), "base_model", None)
-    return backbone if isinstance(backbone, PreTrainedModel) else None
+    if not isinstance(backbone, PreTrainedModel):
+        return None
+    # OPTForCausalLM calls the decoder in OPTModel itself (transformers 5.17 to 5.23): OPTModel's forward is not on the way
+    inner = getattr(backbone, "decoder", None) if backbone.config.model_type == "opt" else None
+    return inner if isinstance(inner, PreTrainedModel) else backbone
 
 
 def _without_peft(model):
@@ -133,27 +163,24 @@ def _attention_dropout(module) -> float:
 # --- the wrapped forward ---------------------------------------------------------------------------------------------
 
 
-def packed_forward(forward: Callable) -> Callable:
-    """Wrap a backbone's `forward` in one that packs the calls that it can pack."""
+def packed_forward(forward: Callable, window: int | None = None) -> Callable:
+    """Wrap a backbone's `forward` in one that packs the calls that it can pack; `window` as in `attention_window`."""
     names = [name for name in inspect.signature(forward).parameters if name != "self"]
 
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if not can_pack(self, arguments):
-            if self.training and torch.is_grad_enabled():
-                given = sorted(name for name, value in arguments.items() if value is not None)
-                warnings.warn(
-                    f"packing: a training batch is computed padded, because of its arguments ({', '.join(given)}) or "
-                    "because it is not right-padded",
-                    stacklevel=2,
-                )
+            given = ", ".join(sorted(name for name, value in arguments.items() if value is not None))
+            _warn_padded(self, f"because of its arguments ({given}) or because it is not right-padded")
             return forward(self, *args, **kwargs)
-        input_ids = arguments.pop("input_ids")
-        attention_mask = arguments.pop("attention_mask", None)
+        input_ids, attention_mask = arguments["input_ids"], arguments.get("attention_mask")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         layout = packed_layout(input_ids, attention_mask, self._packing_mode)
+        if window is not None and (longest := longest_row(layout.segments)) > window:
+            _warn_padded(self, f"because a row of {longest} tokens exceeds the sliding window of {window}")
+            return forward(self, *args, **kwargs)
         packed = {
             "input_ids": input_ids.flatten().index_select(0, layout.token_index_T)[None],
             "position_ids": layout.position_ids_T[None],
@@ -169,6 +196,11 @@ def packed_forward(forward: Callable) -> Callable:
         return outputs
 
     return wrapper
+
+
+def _warn_padded(backbone, why: str) -> None:
+    if backbone.training and torch.is_grad_enabled():
+        warnings.warn(f"packing: a training batch is computed padded, {why}", stacklevel=3)
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -37,6 +37,11 @@ class Layout:
         return self.token_index_T.numel()
 
 
+def longest_row(segments: list[tuple[int, int, int]]) -> int:
+    """Tokens of the longest row that the segments hold."""
+    return max((p + max(c, r) for p, c, r in segments), default=0)
+
+
 def is_right_padded(attention_mask_RL: torch.Tensor) -> bool:
     """Whether each row of a 0/1 mask is ones followed by zeros."""
     mask = attention_mask_RL.bool()

@@ -30,6 +30,7 @@ from rlhf.distributed.sharding import num_elements
 from rlhf.errors import UserError, quote
 from rlhf.runs.folder import MERGED_REFERENCE
 from rlhf.runs.stop import Stopper
+from rlhf.training.model_checks import use_experts
 from rlhf.training.sft import load
 from rlhf.training.stage import Plan, Stage
 from rlhf.upstream import check_upstream
@@ -58,6 +59,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
         reference = load_policy(
             plan.model_name, loaded.tokenizer, model_args, args.trust_remote_code, False, merged=plan.merged_start
         )
+        use_experts(reference, plan)
     elif plan.reference == "nf4":
         reference = load_nf4(reference_name(plan), loaded.tokenizer, loaded.model.dtype, args.trust_remote_code)
     trainer = trainer_class(plan, stopper)(ref_model=reference, **trainer_arguments(plan, loaded))
@@ -80,22 +82,25 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
     from rlhf.models.folder import is_adapter
     from rlhf.models.loading import load_policy
     from rlhf.models.on_disk import shard_model
-    from rlhf.packing import pack_backbone
+    from rlhf.packing import pack_backbone, why_not
     from rlhf.training.precision import adds_in_float64, sum_logps_in_float64
+    from rlhf.training.trainer import known_longest
 
     args, name = cast("DPOConfig", plan.args), reference_name(plan)
     merged = Path(str(args.output_dir)) / MERGED_REFERENCE
     full = dataclasses.replace(plan.model_args, load_in_4bit=False, load_in_8bit=False, model_revision="main")
     say(f"  reference {plan.stage_args.reference_model}, loaded for one pass; the loss need not start at ln 2")
     model: Any = load_policy(name, trainer.processing_class, full, args.trust_remote_code, False, merged)
-    model = model.eval().requires_grad_(False)
+    model = use_experts(model, plan).eval().requires_grad_(False)
     add_fused_lm_head(model)  # as TRL's trainer calls it
     if adds_in_float64(trainer.args):
         sum_logps_in_float64(model)
     if trainer.is_fsdp_enabled:
         shard_model(model, trainer.accelerator)
-    if packed:
-        pack_backbone(model, "pairs")
+    if packed and (reason := why_not(model, longest := known_longest(plan))):
+        say(f"note: the reference model computes padded batches: {reason}")
+    elif packed:
+        pack_backbone(model, "pairs", longest)
     engine: Any = None
     if trainer.is_deepspeed_enabled:
         model = engine = prepare_deepspeed(model, trainer.accelerator)

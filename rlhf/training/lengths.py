@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config.recipe import Recipe
 from rlhf.data.summary import Count
 from rlhf.errors import UserError
 from rlhf.training.tokenise import Counts, Settings, Tokenise
+
+if TYPE_CHECKING:
+    from rlhf.training.stage import Plan
 
 BATCH_ROWS = 500
 
@@ -64,14 +67,13 @@ def cut_report(counts: Counts, settings: Settings, place: Callable[[int], str]) 
     )  # fmt: skip
 
 
-def cost(tokenizer, rows: list[dict[str, Any]], settings: Settings, padded: bool) -> tuple[int, int]:
-    """(tokens that the longest row counts towards max_tokens_per_device, its number)"""
+def cost(tokenizer, rows: list[dict[str, Any]], settings: Settings) -> Counts:
+    """The counts of rows, `longest` and `longest_padded` of what counts towards max_tokens_per_device among them."""
     counts = Counts()
     Tokenise(tokenizer, dataclasses.replace(settings, too_long=settings.too_long.replace("error", "drop")))(
         rows, 0, counts
     )
-    tokens, number = counts.longest_padded if padded else counts.longest
-    return tokens, number
+    return counts
 
 
 def line(report: CutReport) -> str:
@@ -97,6 +99,12 @@ def line(report: CutReport) -> str:
             f"{report.left_out.rows:,} of {report.rows:,} {kind} are left out, since {why}{first(report.left_out)}"
         )
     return f"max_length={report.max_length}: {'; '.join(parts)}" if parts else ""
+
+
+def longest_row(plan: Plan, *counted: Counts) -> int:
+    """Tokens of the longest row among counted examples; a row is never longer than max_length."""
+    rows = 1 if plan.recipe.stage == "sft" else 2  # of an example in a padded batch
+    return max(counts.longest_padded[0] for counts in counted) // rows
 
 
 def too_long(recipe: Recipe, place: str, tokens: int, most: int) -> UserError:

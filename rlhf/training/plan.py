@@ -25,6 +25,7 @@ from rlhf.runs.folder import MERGED_START, RunFolder, open_run
 from rlhf.runs.lineage import maker_of, starting_model, waits_for
 from rlhf.runs.provenance import model_digest
 from rlhf.training.checks import check_extras
+from rlhf.training.model_checks import check_checkpointing, check_experts, check_offloading
 from rlhf.training.plan_checks import (
     check_examples,
     check_hub_login,
@@ -102,14 +103,17 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     """
     inputs = inputs or read_inputs(stage, recipe)
     plan = draft_plan(stage, recipe, topology, inputs)
-    for check in (check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, stage.check):
+    for check in (
+        check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, check_offloading, check_checkpointing,
+        check_experts, stage.check,
+    ):  # fmt: skip
         check(plan)
     if topology.started:
         check_memory(plan)
     tell_replicated(plan)
     tokenizer = load_plan_tokenizer(plan)
-    packs = check_modules(plan)
-    check_examples(plan, tokenizer, packs)
+    packs_up_to = check_modules(plan)
+    check_examples(plan, tokenizer, packs_up_to)
     return plan
 
 

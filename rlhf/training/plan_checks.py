@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote, sentence
 from rlhf.models.embedded import is_fetched
-from rlhf.models.folder import base_of, commit_of, revision_of
+from rlhf.models.folder import base_of, commit_of
 from rlhf.runs.lineage import maker_of
-from rlhf.training.lengths import too_long
+from rlhf.training.lengths import longest_row, too_long
+from rlhf.training.model_checks import check_positions, model_config
 from rlhf.training.stage import Plan
 
 if TYPE_CHECKING:
@@ -116,27 +118,26 @@ def check_hub_login(plan: Plan) -> None:
         ) from None
 
 
-def check_modules(plan: Plan) -> bool:
+def check_modules(plan: Plan) -> float:
     """Build the architecture on the meta device (no memory) and add LoRA: checks module names, attention and sizes.
 
     Returns:
-        Whether its batches will be packed.
+        The longest row, in tokens, with which its batches are packed: 0 if they never are, its sliding window, or infinity.
 
     Raises:
         UserError: the model lacks LoRA's target modules, or can't be built with this attention.
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl import get_peft_config
 
     from rlhf.distributed.sharding import loading_unsharded
-    from rlhf.packing import why_not
+    from rlhf.packing import attention_window, why_not
 
     recipe, args, model_args = plan.recipe, plan.args, plan.model_args
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    revision = revision_of(plan.model_name, model_args.model_revision)
-    config = AutoConfig.from_pretrained(base_of(plan.model_name), revision=revision, **options)
+    config = model_config(plan)
     auto: Any = AutoModelForCausalLM
     if recipe.stage == "reward":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
@@ -148,9 +149,10 @@ def check_modules(plan: Plan) -> bool:
     except (ValueError, ImportError) as error:
         key = "attn_implementation" if recipe.get("attn_implementation") else "model_name_or_path"
         raise UserError(f"{recipe.where(key)}: {plan.model_name} can't be built: {sentence(error)}") from None
-    packed = plan.packing_mode is not None and why_not(model) is None
+    can_pack = plan.packing_mode is not None and why_not(model, longest=0) is None
+    packs_up_to = (attention_window(model.base_model) or math.inf) if can_pack else 0
     if not model_args.use_peft or plan.continues_adapter:
-        return packed
+        return packs_up_to
     named, linear = model_args.lora_target_modules, _linear_layers(model)
     missing = [n for n in named if not _matches(model, n)] if isinstance(named, list) else []
     reason = f"the model has no module {', '.join(map(quote, missing))}" if missing else ""
@@ -173,7 +175,7 @@ def check_modules(plan: Plan) -> bool:
             f"{recipe.where(key)}: {reason.removesuffix('.')}; its linear layers are {', '.join(linear)}. "
             "With lora_target_modules `all-linear` is right for any model"
         )
-    return packed
+    return packs_up_to
 
 
 def _matches(model, name: str) -> bool:
@@ -191,10 +193,13 @@ def packed_attention(name: str | None) -> str | None:
     return None if name is None or "flash" in name or "/" in name else name
 
 
-def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
+def check_examples(plan: Plan, tokenizer, packs_up_to: float) -> None:
     """Report what max_length cuts, and reject what the start would reject once all rows are tokenised.
 
     Of a large data set it inspects every n-th row and the rows with the longest texts: a few seconds for any size.
+
+    Args:
+        packs_up_to: batches are packed if no row has more tokens.
 
     Raises:
         UserError: no example is left, or one is longer than max_tokens_per_device.
@@ -209,13 +214,17 @@ def check_examples(plan: Plan, tokenizer, packed: bool) -> None:
     counts = known_counts(plan, tokenizer)
     if counts is not None:
         report = cut_report(counts, settings, rows.place)
-        tokens, number = counts.longest if packed else counts.longest_padded
+        longest = longest_row(plan, counts)
+        tokens, number = counts.longest if longest <= packs_up_to else counts.longest_padded
     else:
         report, counts = answers_cut(rows, tokenizer, settings, MOST_ROWS)
         chars = rows.column("chars")
         most = np.argsort(chars)[-MOST_LONG_ROWS:]
-        tokens, number = cost(tokenizer, [rows[int(i)] for i in most], settings, not packed)
+        found = cost(tokenizer, [rows[int(i)] for i in most], settings)
+        longest = longest_row(plan, found)
+        tokens, number = found.longest if longest <= packs_up_to else found.longest_padded
         number = int(most[number])
+    check_positions(plan, longest)
     if report.left_out.rows == report.rows:
         raise UserError(
             f"{recipe.where('max_length')}: max_length={args.max_length} leaves no training example; raise it ({line(report)})"

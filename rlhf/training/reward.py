@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.distributed.sharding import is_zero3
 from rlhf.runs.stop import Stopper
+from rlhf.training.model_checks import use_experts
 from rlhf.training.stage import Loaded, Plan, Stage
 from rlhf.upstream import check_upstream
 
@@ -33,6 +34,7 @@ def load(plan: Plan) -> Loaded:
     model, new_modules = load_reward_model(
         plan.model_name, tokenizer, model_args, args.trust_remote_code, plan.merged_start
     )
+    use_experts(model, plan)
     adapter: Any = get_peft_config(model_args)  # a LoraConfig; TRL annotates what all methods of PEFT share
     if adapter is not None:
         adapter.task_type = "SEQ_CLS"

@@ -30,6 +30,7 @@ from rlhf.runs.resume import find_checkpoint, lock_folder
 from rlhf.runs.stop import OutOfMemory, Stopped, Stopper, watch
 from rlhf.training.checks import bytes_needed, on_cpu
 from rlhf.training.finish import finish
+from rlhf.training.model_checks import less_activations
 from rlhf.training.plan import Inputs, make_plan, read_inputs, unknown_yet
 from rlhf.training.stage import Plan, Stage
 from rlhf.training.tokens import load_plan_tokenizer, with_tokens
@@ -216,8 +217,8 @@ def out_of_memory(error: Exception, plan: Plan) -> OutOfMemory:
     """The error that names the rank and the remedies."""
     return OutOfMemory(
         f"rank {rank()} is out of GPU memory ({' '.join(str(error).split())[:200]}). Lower max_tokens_per_device (it is "
-        f"{plan.stage_args.max_tokens_per_device}), set `gradient_checkpointing: true`, or use a launch file that shards the model "
-        "(launch/zero3.yaml, launch/fsdp2.yaml); after the first two the same command resumes from the last checkpoint"
+        f"{plan.stage_args.max_tokens_per_device}), {less_activations(plan)}or use a launch file that shards the model "
+        "(launch/zero3.yaml, launch/fsdp2.yaml); with the same launch file the same command resumes from the last checkpoint"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf.runs.stop import Stopper
+from rlhf.training.model_checks import use_experts
 from rlhf.training.stage import Loaded, Plan, Stage
 from rlhf.upstream import check_upstream
 
@@ -25,6 +26,7 @@ def load(plan: Plan) -> Loaded:
     model = load_policy(
         plan.model_name, tokenizer, plan.model_args, trust, plan.continues_adapter, merged=plan.merged_start
     )
+    use_experts(model, plan)
     return Loaded(model, tokenizer, None if plan.continues_adapter else get_peft_config(plan.model_args))
 
 

@@ -24,7 +24,7 @@ from rlhf.config.build import is_flash
 from rlhf.distributed.processes import say
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
-from rlhf.training.lengths import too_long
+from rlhf.training.lengths import longest_row, too_long
 from rlhf.training.precision import AccurateNorm
 from rlhf.training.stage import Loaded, Plan
 from rlhf.training.throughput import flops_per_token, peak_flops
@@ -430,7 +430,8 @@ def pack(trainer: GlobalBatches, plan: Plan) -> bool:
     models = [trainer.model]
     if (reference := getattr(trainer, "ref_model", None)) is not None:
         models.append(trainer.accelerator.unwrap_model(reference))
-    for reason in filter(None, map(why_not, models)):
+    longest = known_longest(plan)
+    for reason in filter(None, (why_not(model, longest) for model in models)):
         say(f"note: batches are padded, not packed: {reason}")
         if is_flash(asked):
             found = trainer.model.config._attn_implementation
@@ -440,11 +441,17 @@ def pack(trainer: GlobalBatches, plan: Plan) -> bool:
             )
         return False
     for model in models:
-        pack_backbone(model, plan.packing_mode)
+        pack_backbone(model, plan.packing_mode, longest)
     if asked not in (None, "sdpa"):  # flash attention, eager
         device = trainer.args.device
         say(f"note: {asked} selects packed attention; on {device.type} the kernel is {kernel_name(device)}")
     return True
+
+
+def known_longest(plan: Plan) -> int | None:
+    """Tokens of the longest row that a model will be given: of the token ids if they are there, else max_length."""
+    counted = [tokens.counts for tokens in plan.tokens.values()]
+    return longest_row(plan, *counted) if counted else plan.args.max_length
 
 
 def use_global_batches(trainer: GlobalBatches, plan: Plan, packed: bool) -> None:

@@ -322,6 +322,8 @@ NO_EFFECT = (
     ("dpo", "lr_scheduler_type: constant\nwarmup_steps: 3", "#:6: 'warmup_steps' has no effect with a scheduler that does not"),
     ("dpo", "pad_to_multiple_of: 8", "without `packing: false`: packed rows have no padding"),
     ("dpo", "gradient_checkpointing: false\ngradient_checkpointing_kwargs: {use_reentrant: true}", "#:6: 'gradient_checkpointing_kwargs' has no effect without `gradient_checkpointing: true`"),
+    ("dpo", "torch_compile: true", "#:5: 'torch_compile' has no effect that is worth its price without `packing: false`: "),
+    ("sft", "torch_compile_mode: default", "'torch_compile_mode' has no effect that is worth its price without `packing: false`"),
     ("dpo", "optim_target_modules: [a]", "without a GaLore or APOLLO `optim`"),
     ("dpo", "eval_steps: 8", "without `eval_strategy: steps`"),
     ("dpo", "save_strategy: epoch\nsave_steps: 8", "#:6: 'save_steps' has no effect without `save_strategy: steps`"),

@@ -197,8 +197,9 @@ def test_dropout_is_refused():
         call(packed_segments=Segments([(2, 1, 2)], CPU), dropout=0.1)
 
 
-@pytest.mark.parametrize("kwargs, word", [({"softcap": 30.0}, "softcap"), ({"s_aux": 1}, "s_aux"), ({"sliding_window": 4}, "sliding_window"), ({"is_causal": False}, "not causal")])  # fmt: skip
+@pytest.mark.parametrize("kwargs, word", [({"softcap": 30.0}, "softcap"), ({"s_aux": 1}, "s_aux"), ({"sliding_window": 3}, "a row has 4 tokens, more than the sliding_window of 3"), ({"is_causal": False}, "not causal")])  # fmt: skip
 def test_what_would_change_attention_is_refused(kwargs, word):
     with pytest.raises(ValueError, match=word):
         call(packed_segments=Segments([(2, 1, 2)], CPU), **kwargs)
     call(packed_segments=Segments([(2, 1, 2)], CPU), sliding_window=None, softcap=None)
+    call(packed_segments=Segments([(2, 1, 2)], CPU), sliding_window=4)  # its longest row has 4 tokens

@@ -1,7 +1,6 @@
 """Packed backbones against padded ones: hidden states, gradients, saving, generation; and what can't be packed."""
 
 import copy
-import inspect
 import json
 import math
 import re
@@ -9,126 +8,30 @@ import warnings
 
 import pytest
 import torch
+from tiny_models import (
+    BATCHES,
+    CAUSAL,
+    REWARD,
+    SIZES,
+    UNEVEN,
+    Calls,
+    assert_same,
+    hidden_and_gradients,
+    tiny_model,
+)
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BertConfig,
     Gemma2Config,
-    MistralConfig,
-    Qwen2Config,
     T5Config,
 )
 
 from rlhf.packing import backbone as packing
 from rlhf.packing import pack_backbone, why_not
 
-SIZES = {  # whatever a config calls them
-    "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8, "ffn_dim": 48,
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "sliding_window": None, "attention_dropout": 0.0, "dropout": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0, "hidden_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0,
-}  # fmt: skip
-CAUSAL, REWARD = AutoModelForCausalLM, AutoModelForSequenceClassification
-
-
-def tiny_config(model_type, **values):
-    cls = CONFIG_MAPPING[model_type]
-    known = set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__dataclass_fields__", {}))
-    if model_type == "gpt2":
-        values = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | values
-    elif model_type == "gpt_bigcode":
-        values = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48} | values
-    sizes = {k: v for k, v in SIZES.items() if k in known and not (k == "hidden_size" and "n_embd" in values)}
-    return cls(**{**sizes, **values})
-
-
-def tiny_model(model_type, auto=CAUSAL, **values):
-    if auto is REWARD:
-        values["num_labels"] = 1
-    config = tiny_config(model_type, **values)
-    torch.manual_seed(0)
-    model = auto.from_config(config)
-    with torch.no_grad():  # so large that an error in attention shows
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    return model.train()
-
-
-def batch(chosen, rejected):
-    rows = chosen + rejected
-    length = max(map(len, rows)) + 1
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    return ids, (ids != 0).long()
-
-
-BATCHES = {
-    "uneven": batch([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17, 18]], [[5, 6, 7, 20, 21, 22, 23], [11, 12, 24]]),
-    "identical": batch([[5, 6, 7, 8]], [[5, 6, 7, 8]]),
-    "one begins the other": batch([[5, 6, 7], [9, 8, 7, 6]], [[5, 6, 7, 8, 9], [9, 8]]),
-    "one-token completions": batch([[5, 6, 7], [4]], [[5, 6, 8], [3]]),
-    "nothing in common": batch([[5, 6, 7]], [[8, 9]]),
-}
-UNEVEN = BATCHES["uneven"]
-
-
-def hidden_and_gradients(model, ids, mask):
-    """Last hidden states at the real positions, and the gradients of a random weighting of them."""
-    model.zero_grad()
-    hidden = packing.find_backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    hidden = hidden[mask.bool()]
-    hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)))
-    return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found, expected):
-    """Hidden states and gradients to 1e-5 of the largest entry (fp32; a key bias has a gradient of 0, in rounding)."""
-    pairs = [(found[0], expected[0])] + [(found[1][name], grad) for name, grad in expected[1].items()]
-    scale = max(float(grad.abs().max()) for grad in expected[1].values())
-    assert found[1].keys() == expected[1].keys()
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, scale))
-
-
-class Calls:
-    """Counts the tokens that a model's embedding sees, call by call."""
-
-    def __init__(self, model):
-        self.tokens = []
-        model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: self.tokens.append(args[0].numel()))
-
-
 # --- packed = padded -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", sorted(packing.VERIFIED))
-def test_verified_types(model_type):
-    model = tiny_model(model_type)
-    expected = hidden_and_gradients(model, *UNEVEN)
-    pack_backbone(model, "pairs")
-    calls = Calls(model)
-    assert_same(hidden_and_gradients(model, *UNEVEN), expected)
-    assert calls.tokens == [19]  # 6 + 8 + 7 + 3 real tokens, less the shared 5 6 7 and 11 12
-
-
-@pytest.mark.parametrize("model_type", sorted(packing.VERIFIED))
-def test_verified_types_score_pairs(model_type):
-    """An evaluation hands them the packed row itself, and takes the logits of the answers only."""
-    from rlhf.inference.score import Pair, pair_logps
-
-    model = tiny_model(model_type).eval()
-    pairs = [Pair([5, 6, 7], [8, 9, 10], [20, 21, 22, 23]), Pair([11, 12], [13, 14], [24])]
-    expected = pair_logps(model, pairs)
-    pack_backbone(model, "pairs")
-    calls = Calls(model)
-    for value, want in zip(pair_logps(model, pairs), expected, strict=True):
-        assert value == pytest.approx(want, rel=1e-5)
-    assert calls.tokens == [15]
 
 
 @pytest.mark.parametrize("mode", packing.MODES)
@@ -163,17 +66,6 @@ def test_reward_model(model_type):
     calls = Calls(model)
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
     assert calls.tokens == [19]
-
-
-def test_router_logits_of_a_mixture_of_experts():
-    model = tiny_model("qwen3_moe", output_router_logits=True)
-    ids, mask = UNEVEN
-    arguments = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    expected = model(**arguments, use_cache=False)
-    pack_backbone(model, "pairs")
-    found = model(**arguments, use_cache=False)
-    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
-    torch.testing.assert_close(found.loss, expected.loss)
 
 
 def test_peft_adapter_on_and_off():
@@ -390,9 +282,6 @@ SMALL = {k: SIZES[k] for k in ("vocab_size", "hidden_size", "intermediate_size",
 REASONS = [
     (lambda: from_config(BertConfig(**SMALL), REWARD), "BertModel is an encoder: its tokens attend to later ones"),
     (lambda: from_config(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)), "T5Model is an encoder-decoder"),
-    (lambda: from_config(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)), "its attention has a sliding window of 8 tokens"),
-    (lambda: tiny_model("phi3", sliding_window=8), "its attention has a sliding window of 8 tokens"),
-    (lambda: from_config(Qwen2Config(**SMALL, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1)), "layers of type sliding_attention"),
     (lambda: from_config(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, layer_types=["full_attention"] * 2)), "attention scores are soft-capped"),
     (lambda: from_config(AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)), "linear_attention|recurrent|encoder"),
     (lambda: from_config(AutoConfig.for_model("lfm2", **SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])), "layers of type conv"),
