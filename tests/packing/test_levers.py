@@ -117,6 +117,7 @@ def test_activation_offloading(model_type, monkeypatch):
     assert packs
 
 
+@pytest.mark.slow
 def test_compiling_packed_rows_builds_anew_for_each_length():
     """Why `torch_compile` is refused with packing: the graph of a packed batch does not serve the next one."""
     import torch._dynamo
