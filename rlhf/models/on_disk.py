@@ -19,10 +19,12 @@ import torch
 from rlhf.distributed.processes import rank, say, world_size
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
 from rlhf.models import four_bits
+from rlhf.models.converted import Converted, Entry, Part, noting_conversions, unknown_operation
 from rlhf.models.pieces import ADAPTER, base_model
 from rlhf.models.place_holders import is_place_holder
 
-INDEX = "weights_on_disk"  # the attribute of a model: parameter name -> {"safetensors_file", "weight_name", "dtype"}
+INDEX = "weights_on_disk"  # the attribute of a model: an Index
+Index = dict[str, Entry | Converted]  # by a parameter's name
 
 
 def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
@@ -35,18 +37,16 @@ def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return False
     from transformers import AutoConfig
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
 
     given = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
     config = AutoConfig.from_pretrained(name, **given)
     with loading_unsharded(), torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=options["trust_remote_code"])
     reason = ""
-    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
-        reason = "transformers converts the tensors of this architecture"
-    elif hasattr(config, "quantization_config"):
+    if hasattr(config, "quantization_config"):
         reason = "its files are quantised"
+    elif operation := unknown_operation(model):
+        reason = f"transformers converts its tensors by {operation}, which is not known to work on a part of them"
     elif "quantization_config" in options:
         reason = four_bits.why_whole(model)
     if reason:
@@ -62,21 +62,18 @@ def leaving_weights_on_disk() -> Iterator[dict[str, Any]]:
     It is transformers' loading with every module on `disk`, without the hooks that would read a module when it computes.
     Parameters that are not in the files, such as a new head, are initialised as ever.
     """
-    from transformers import core_model_loading, modeling_utils
-
-    def read_nothing(thread_pool, tensor, *args, **options):
-        return lambda: torch.empty(tensor.get_shape(), device="meta")
+    from transformers import modeling_utils
 
     def keep_index(model, hf_quantizer, device_map, offload_folder, offload_index, offload_buffers) -> None:
         setattr(model, INDEX, offload_index)
 
-    before = modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize
-    modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = keep_index, read_nothing
-    with loading_unsharded(), tempfile.TemporaryDirectory() as unused:
+    before = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = keep_index
+    with loading_unsharded(), tempfile.TemporaryDirectory() as unused, noting_conversions():
         try:
             yield {"device_map": {"": "disk"}, "offload_folder": unused}
         finally:
-            modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = before
+            modeling_utils.accelerate_dispatch = before
 
 
 def read_buffers(model) -> None:
@@ -85,7 +82,7 @@ def read_buffers(model) -> None:
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             module, _, own = name.rpartition(".")
-            model.get_submodule(module)._buffers[own] = _read(index[name], None).to(buffer.dtype)
+            model.get_submodule(module)._buffers[own] = read_part(index[name], None).to(buffer.dtype)
 
 
 def read_embeddings(model) -> None:
@@ -96,7 +93,7 @@ def read_embeddings(model) -> None:
     for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         key = id(layer.weight)
         if key not in made:
-            made[key] = torch.nn.Parameter(_read(index[names[key]], None).to(layer.weight.dtype))
+            made[key] = torch.nn.Parameter(read_part(index[names[key]], None).to(layer.weight.dtype))
         layer.weight = made[key]
 
 
@@ -132,7 +129,7 @@ def shard_model(model, accelerator) -> None:
     model._get_fsdp_state()._lazy_init()
 
 
-def _compute_magnitudes(model, index: dict[str, dict[str, str]], device) -> None:
+def _compute_magnitudes(model, index: Index, device) -> None:
     """DoRA's magnitudes, which PEFT has computed from place-holders: each layer's by one rank, which reads its weight."""
     base = base_model(model)
     found = [
@@ -143,7 +140,7 @@ def _compute_magnitudes(model, index: dict[str, dict[str, str]], device) -> None
     ]
     for number, (name, layer, adapter) in enumerate(found):
         if number % world_size() == rank():
-            _compute_magnitude(layer, adapter, _read(index[name], None))
+            _compute_magnitude(layer, adapter, read_part(index[name], None))
     if world_size() > 1:
         for number, (_, layer, adapter) in enumerate(found):
             magnitudes = layer.lora_magnitude_vector[adapter].weight.data
@@ -178,7 +175,7 @@ class _OnDisk(NamedTuple):
         dtypes: of parameters that accelerate has cast.
     """
 
-    entries: dict[str, dict[str, str]]
+    entries: Index
     quantised: dict[str, Any]
     dtypes: dict[str, torch.dtype]
 
@@ -202,7 +199,7 @@ def _load_shards(accelerator, model, values: dict[str, Any], on_disk: _OnDisk, c
         elif value.numel() and (place := (value.data_ptr(), value.shape)) in tied:
             loaded[name] = tied[place]
         elif (entry := on_disk.entries.get(_name_on_disk(name))) and is_place_holder(value):
-            loaded[name] = _shard(parameter, device, functools.partial(_read, entry))
+            loaded[name] = _shard(parameter, device, functools.partial(read_part, entry))
         else:
             loaded[name] = _shard(parameter, device, value.__getitem__, on_disk.dtypes.get(name))
         tied[value.data_ptr(), value.shape] = loaded[name]
@@ -215,7 +212,8 @@ def _packers(accelerator, on_disk: _OnDisk) -> Callable[[str], four_bits.Packer]
     @functools.lru_cache(maxsize=1)
     def packer(name: str) -> four_bits.Packer:
         entry = on_disk.entries[_name_on_disk(f"{name}.weight")]
-        dtype, read = getattr(torch, entry["dtype"]), functools.partial(_read, entry)
+        dtype = entry.dtype if isinstance(entry, Converted) else getattr(torch, entry["dtype"])
+        read = functools.partial(read_part, entry)
         return four_bits.Packer(on_disk.quantised[name], read, dtype, accelerator.device)
 
     return packer
@@ -223,9 +221,8 @@ def _packers(accelerator, on_disk: _OnDisk) -> Callable[[str], four_bits.Packer]
 
 def _name_on_disk(name: str) -> str:
     """A parameter's name without what PEFT and activation checkpointing put into it."""
-    name = (
-        name.replace("_checkpoint_wrapped_module.", "").removeprefix("base_model.model.").replace(".base_layer.", ".")
-    )
+    name = name.replace("_checkpoint_wrapped_module.", "").removeprefix("base_model.model.")
+    name = name.replace("base_layer.", "")  # several of experts, of which each tensor has an adapter
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
@@ -249,7 +246,12 @@ def _shard(parameter, device, part_of: Callable[[tuple[slice, ...]], torch.Tenso
     )
 
 
-def _read(entry: dict[str, str], part: tuple[slice, ...] | None) -> torch.Tensor:
+def read_part(entry: Entry | Converted, part: Part | None) -> torch.Tensor:
+    """A part of a parameter, as the model has it; None: all of it."""
+    return entry.make(part, _read) if isinstance(entry, Converted) else _read(entry, part)
+
+
+def _read(entry: Entry, part: Part | None) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(entry["safetensors_file"], "pt") as file:
