@@ -91,7 +91,9 @@ class Converted:
         first, *later = self._converter.operations
         groups, everything = self._sources, slice(None)
         if _stacks(first) and all(map(_keeps_rows, later)) and all(len(g) == self.shape[0] for g in groups.values()):
-            return {pattern: [(source, None) for source in group[rows]] for pattern, group in groups.items()}, everything
+            return {
+                pattern: [(source, None) for source in group[rows]] for pattern, group in groups.items()
+            }, everything
         sources = [source for group in groups.values() for source in group]
         if all(map(_keeps_rows, (first, *later))) and all(s.shape[:1] == self.shape[:1] for s in sources):
             return {pattern: [(source, (rows,)) for source in group] for pattern, group in groups.items()}, everything
@@ -193,14 +195,18 @@ class _Loading:
         tensors = dict(model.state_dict(keep_vars=True))
         self._tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         self._model = SimpleNamespace(get_parameter=self._tensors.__getitem__, config=model.config)
-        self._file_of = {}
+        self._file_of: dict[str, str] = {}
         for file in files:
             with safe_open(file, "pt") as opened:
                 self._file_of |= dict.fromkeys(opened.keys(), file)
         self._sources: dict[str, dict[str, list[Source]]] = {}
 
     def note(self, layer: str, source: str, pattern: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        entry = {"safetensors_file": self._file_of[source], "weight_name": source, "dtype": str(dtype).removeprefix("torch.")}
+        entry = {
+            "safetensors_file": self._file_of[source],
+            "weight_name": source,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         self._sources.setdefault(layer, {}).setdefault(pattern, []).append(Source(entry, shape, dtype))
 
     def converted(self, name: str, converter) -> Converted:

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.distributed.processes import rank, say, world_size
+from rlhf.distributed.processes import is_main, rank, say, world_size
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
 from rlhf.models import four_bits
 from rlhf.models.converted import Converted, Entry, Part, noting_conversions, unknown_operation
+from rlhf.models.digests import local_folder
+from rlhf.models.folder import weight_files
 from rlhf.models.pieces import ADAPTER, base_model
 from rlhf.models.place_holders import is_place_holder
 
@@ -27,12 +29,13 @@ INDEX = "weights_on_disk"  # the attribute of a model: an Index
 Index = dict[str, Entry | Converted]  # by a parameter's name
 
 
-def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
+def stays_on_disk(name: str, auto, options: dict[str, Any], use_dora: bool = False) -> bool:
     """Whether a model's weights are read when it is sharded; says why if they can't be.
 
     Args:
         auto: `AutoModelForCausalLM`, ...
         options: for its `from_pretrained`.
+        use_dora: whether DoRA's magnitudes will be computed from the weights.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return False
@@ -48,10 +51,11 @@ def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
     elif operation := unknown_operation(model):
         reason = f"transformers converts its tensors by {operation}, which is not known to work on a part of them"
     elif "quantization_config" in options:
-        reason = four_bits.why_whole(model)
-    if reason:
+        reason = "DoRA's magnitudes are those of the 4-bit weights" if use_dora else four_bits.why_whole(model)
+    if reason and is_main():
         always = " and then, in 4 bits," if "quantization_config" in options else ""
-        say(f"note: each process holds all of {name} while it loads{always}: {reason}")
+        size = sum(file.stat().st_size for file in weight_files(local_folder(name, options.get("revision"))))
+        say(f"note: each process holds all of {name}, {size / 1e9:.2f} GB of files, while it loads{always}: {reason}")
     return not reason
 
 
