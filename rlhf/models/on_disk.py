@@ -80,6 +80,24 @@ def leaving_weights_on_disk() -> Iterator[dict[str, Any]]:
             modeling_utils.accelerate_dispatch = before
 
 
+def index_of(name: str, auto, options: dict[str, Any]) -> Index:
+    """What each tensor of a model is read from, without reading any.
+
+    Args:
+        auto: `AutoModelForCausalLM`, ...
+        options: for its `from_pretrained`.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # a head that is in the adapter's files
+    try:
+        with leaving_weights_on_disk() as more:
+            return getattr(auto.from_pretrained(name, **options, **more), INDEX)
+    finally:
+        logging.set_verbosity(before)
+
+
 def read_buffers(model) -> None:
     """Read the buffers that are in the files: FSDP2 does not shard them."""
     index = getattr(model, INDEX)
