@@ -35,7 +35,7 @@ KINDS = {
     "interleaved rows, cut": (lambda: WeightConverter("ab", ["a", "b"], [Interleave(dim=0), Chunk(dim=0)]), {"ab": [(12, 4)]}, 2),
     "transposed": (lambda: WeightConverter("a", "b", [Transpose(0, 1)]), {"a": [(6, 4)]}, 2),
     "transposed if need be": (lambda: WeightConverter("e.a", "e.b", [Transpose(1, 2, check_dims=True)]), {"e.a": [(4, 6, 3)]}, 2),
-    "for rotary embeddings": (lambda: WeightConverter("a", "b", [PermuteForRope()]), {"a": [(12, 4)]}, 2),
+    "for rotary embeddings": (lambda: WeightConverter("a", "b", [PermuteForRope(permute_layer_names=["a"])]), {"a": [(12, 4)]}, 2),
     "of a convolution": (lambda: WeightConverter("a", "b", [Conv3dToLinear(2, (1, 2, 2))]), {"a": [(6, 2, 1, 2, 2)]}, 2),
     "experts of text and vision": (
         lambda: WeightConverter(list(STACK), ["t.gate_up", "v.gate_up"], [ErnieFuseAndSplitTextVisionExperts()]), STACK, 2),
