@@ -33,14 +33,23 @@ def unknown_operation(model) -> str:
         model: a PreTrainedModel on the meta device.
     """
     from transformers import core_model_loading
+
+    for kind in _operations(model):
+        if kind.__module__ != core_model_loading.__name__ or kind.__name__ not in KNOWN:
+            return kind.__name__
+    return ""
+
+
+def converts_tensors(model) -> bool:
+    """Whether transformers may convert tensors of the files for a model, beyond their names."""
+    return bool(_operations(model))
+
+
+def _operations(model) -> list[type]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    for entry in get_model_conversion_mapping(model):
-        for operation in getattr(entry, "operations", ()):
-            kind = type(operation)
-            if kind.__module__ != core_model_loading.__name__ or kind.__name__ not in KNOWN:
-                return kind.__name__
-    return ""
+    entries = get_model_conversion_mapping(model)
+    return [type(operation) for entry in entries for operation in getattr(entry, "operations", ())]
 
 
 class Source(NamedTuple):

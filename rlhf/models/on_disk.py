@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging import version
+from transformers import AutoConfig
 
 from rlhf.distributed.processes import is_main, rank, say, world_size
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
 from rlhf.models import four_bits
-from rlhf.models.converted import Converted, Entry, Part, noting_conversions, unknown_operation
+from rlhf.models.converted import Converted, Entry, Part, converts_tensors, noting_conversions, unknown_operation
 from rlhf.models.digests import local_folder
 from rlhf.models.folder import weight_files
 from rlhf.models.pieces import ADAPTER, base_model
@@ -37,26 +40,52 @@ def stays_on_disk(name: str, auto, options: dict[str, Any], use_dora: bool = Fal
         options: for its `from_pretrained`.
         use_dora: whether DoRA's magnitudes will be computed from the weights.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
-        return False
-    from transformers import AutoConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-    given = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
-    config = AutoConfig.from_pretrained(name, **given)
-    with loading_unsharded(), torch.device("meta"):
-        model = auto.from_config(config, trust_remote_code=options["trust_remote_code"])
-    reason = ""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if not fsdp and ("quantization_config" in options or not is_deepspeed_zero3_enabled()):
+        return False
+    if reason := _why_whole(name, auto, options, use_dora) if fsdp else _why_whole_under_zero3(name, auto, options):
+        if is_main():
+            always = " and then, in 4 bits," if "quantization_config" in options else ""
+            size = sum(file.stat().st_size for file in weight_files(local_folder(name, options.get("revision"))))
+            say(
+                f"note: each process holds all of {name}, {size / 1e9:.2f} GB of files, while it loads{always}: {reason}"
+            )
+    return fsdp and not reason
+
+
+def _why_whole(name: str, auto, options: dict[str, Any], use_dora: bool) -> str:
+    """Why a model's weights can't be read when FSDP2 has sharded it; '' if they can."""
+    config = _config(name, options)
     if hasattr(config, "quantization_config"):
-        reason = "its files are quantised"
-    elif operation := unknown_operation(model):
-        reason = f"transformers converts its tensors by {operation}, which is not known to work on a part of them"
-    elif "quantization_config" in options:
-        reason = "DoRA's magnitudes are those of the 4-bit weights" if use_dora else four_bits.why_whole(model)
-    if reason and is_main():
-        always = " and then, in 4 bits," if "quantization_config" in options else ""
-        size = sum(file.stat().st_size for file in weight_files(local_folder(name, options.get("revision"))))
-        say(f"note: each process holds all of {name}, {size / 1e9:.2f} GB of files, while it loads{always}: {reason}")
-    return not reason
+        return "its files are quantised"
+    model = _without_weights(config, auto, options)
+    if operation := unknown_operation(model):
+        return f"transformers converts its tensors by {operation}, which is not known to work on a part of them"
+    if "quantization_config" not in options:
+        return ""
+    return "DoRA's magnitudes are those of the 4-bit weights" if use_dora else four_bits.why_whole(model)
+
+
+def _why_whole_under_zero3(name: str, auto, options: dict[str, Any]) -> str:
+    """transformers loads under ZeRO-3 itself: tensor by tensor, and since 5.23 conversion by conversion too."""
+    if version.parse(transformers.__version__) >= version.parse("5.23.0"):
+        return ""
+    if not converts_tensors(_without_weights(_config(name, options), auto, options)):
+        return ""
+    return f"transformers {transformers.__version__} converts its tensors all at once; 5.23 does it one by one"
+
+
+def _config(name: str, options: dict[str, Any]):
+    given = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
+    return AutoConfig.from_pretrained(name, **given)
+
+
+def _without_weights(config, auto, options: dict[str, Any]):
+    """A model on the meta device."""
+    with loading_unsharded(), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=options["trust_remote_code"])
 
 
 @contextlib.contextmanager

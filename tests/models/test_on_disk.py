@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -218,6 +219,26 @@ def test_what_has_to_be_read_at_once_is_told(tiny_llama, fsdp, tmp_path, capsys,
     monkeypatch.setattr(on_disk, "unknown_operation", lambda model: "Negate")
     assert not on_disk.stays_on_disk(tiny_llama, AutoModelForCausalLM, options)
     assert "transformers converts its tensors by Negate, which" in capsys.readouterr().out
+
+
+def test_experts_under_an_old_zero3_are_told(converted, tiny_llama, monkeypatch, capsys):
+    """transformers before 5.23 holds all that it has converted, on every rank."""
+    experts = converted("mixtral")
+    zero3 = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", lambda: zero3)
+    options = {"trust_remote_code": False}
+    told = "files, while it loads: transformers 5.22.2 converts its tensors all at once; 5.23 does it one by one"
+    for number, name, expected in (
+        ("5.22.2", experts, True),
+        ("5.22.2", tiny_llama, False),
+        ("5.23.0", experts, False),
+    ):
+        monkeypatch.setattr(on_disk.transformers, "__version__", number)
+        assert not on_disk.stays_on_disk(name, AutoModelForCausalLM, options)
+        assert (told in capsys.readouterr().out) == expected
+    monkeypatch.setattr(on_disk.transformers, "__version__", "5.22.2")
+    assert not on_disk.stays_on_disk(experts, AutoModelForCausalLM, options | {"quantization_config": None})
+    assert not capsys.readouterr().out
 
 
 def test_dora_on_4_bits_is_read_at_once(llama_64, fsdp, capsys):
