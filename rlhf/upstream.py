@@ -156,11 +156,22 @@ TRANSFORMERS = [
         "_skip_keys_device_placement": "comparing a finished model on the GPU",
     }),
     *_of("accelerate", "", "models/saving.py", {"dispatch_model": "comparing a finished model on the GPU"}),
-    *_of("transformers.core_model_loading", "", "models/on_disk.py", {
-        "spawn_materialize thread_pool tensor": "loading a model in shards under FSDP2",
+    *_of("transformers.modeling_utils", "", "models/converted.py", {
+        "accelerate_disk_offload model disk_offload_folder checkpoint_files": "loading a model in shards under FSDP2",
     }),
-    *_of("transformers.conversion_mapping", "", "models/on_disk.py", {
-        "get_model_conversion_mapping model": "loading a model in shards under FSDP2",
+    *_of("transformers.core_model_loading", "", "models/converted.py", {
+        "spawn_materialize thread_pool tensor device dtype": "loading a model in shards under FSDP2",
+        "offload_and_maybe_resave_param target_name param loading_info disk_offload_folder disk_offload_index applied_ops": "loading experts in shards under FSDP2",
+    }),
+    *_of("transformers.core_model_loading", "WeightConverter", "models/converted.py", {
+        "add_tensor target_key source_key source_pattern future": "loading experts in shards under FSDP2",
+        "convert layer_name model config": "loading experts in shards under FSDP2",
+    }),
+    *_of("transformers.core_model_loading", "WeightConverter", "models/converted.py", {
+        name: "loading experts in shards under FSDP2" for name in ("layer_targets", "operations", "source_patterns")
+    }),
+    *_of("transformers.conversion_mapping", "", "models/converted.py", {
+        "get_model_conversion_mapping model": "loading experts in shards under FSDP2",
     }),
     *_of("transformers.core_model_loading", "", "models/pieces.py", {
         "revert_weight_conversion model state_dict": "writing mixtures of experts in the layout of their files",

@@ -73,8 +73,7 @@ def _load(auto, name: str, tokenizer, options: dict[str, Any], use_dora: bool = 
 
     from rlhf.models import four_bits, on_disk
 
-    # DoRA's first magnitudes are computed from the weights as they are in 4 bits
-    lazy = not (use_dora and "quantization_config" in options) and on_disk.stays_on_disk(name, auto, options)
+    lazy = on_disk.stays_on_disk(name, auto, options, use_dora)
     quantisation = options.get("quantization_config") if lazy else None
     if quantisation is not None:
         options = {key: value for key, value in options.items() if key != "quantization_config"}

@@ -21,8 +21,10 @@ from rlhf.distributed.processes import is_main, on_main, world_size
 from rlhf.distributed.sharding import loading_unsharded
 from rlhf.errors import UserError
 from rlhf.files import free_bytes, lock_file
+from rlhf.models.converted import unknown_operation
 from rlhf.models.digests import local_folder, weights_digest
 from rlhf.models.folder import base_of, is_adapter, is_reward_model, weight_files
+from rlhf.models.on_disk import Index, index_of, read_part
 from rlhf.models.pieces import base_model
 from rlhf.models.place_holders import make_place_holders
 from rlhf.models.tokenizer import fit_tokenizer, load_tokenizer
@@ -179,13 +181,13 @@ def skeleton(adapter: str, base: Checkpoint, reward: bool, trust_remote_code: bo
         auto, config.num_labels = AutoModelForSequenceClassification, 1
     with loading_unsharded(), torch.device("meta"):
         model = auto.from_config(config, **options)
-    missing = [name for name, _ in model.named_parameters() if base.key(name) is None]
-    peft_config = PeftConfig.from_pretrained(adapter)
-    trained = tuple(getattr(peft_config, "modules_to_save", None) or ())
-    missing = [name for name in missing if not any(part in trained for part in name.split("."))]
-    if missing:
+    trained = tuple(getattr(PeftConfig.from_pretrained(adapter), "modules_to_save", None) or ())
+    needed = [name for name, _ in model.named_parameters() if not any(part in trained for part in name.split("."))]
+    if not all(map(base.holds, needed)) and not unknown_operation(model):
+        base.convert(auto, options | ({"num_labels": 1} if reward else {}))
+    if missing := [name for name in needed if not base.holds(name)]:
         raise UserError(
-            f"the files of {base.name} hold no {missing[0]}: transformers converts this architecture when it loads, so it can't be "
+            f"the files of {base.name} hold no {missing[0]}, nor what is known to be converted to it, so an adapter can't be "
             "merged tensor by tensor; set `merge_adapter: true` in the recipe that makes the adapter"
         )
     make_place_holders(model)
@@ -198,14 +200,14 @@ def _read_buffers(model, base: Checkpoint) -> None:
     for prefix, module in model.named_modules():
         for name in set(module._buffers) - module._non_persistent_buffers_set:
             full = f"{prefix}.{name}".lstrip(".")
-            if base.key(full) is None:
-                module._non_persistent_buffers_set.add(name)
-            else:
+            if base.holds(full):
                 module._buffers[name] = base.read(full)
+            else:
+                module._non_persistent_buffers_set.add(name)
 
 
 class Checkpoint:
-    """The safetensors files of a model, read one tensor at a time.
+    """The safetensors files of a model, read one tensor at a time; where transformers converts them, one parameter.
 
     Attributes:
         name: a local folder or a hub id.
@@ -220,6 +222,19 @@ class Checkpoint:
         self._prefixes = sorted({key.partition(".")[0] for key in self._file_of})
         dtypes = (file.get_slice(key).get_dtype() for key, file in self._file_of.items())
         self.dtype = next((_DTYPES[dtype] for dtype in dtypes if dtype in _DTYPES), torch.float32)
+        self._index: Index | None = None
+
+    def convert(self, auto, options: dict[str, Any]) -> None:
+        """From now on names are those of the loaded model, which transformers makes of the files' tensors.
+
+        Args:
+            auto: `AutoModelForCausalLM`, ...
+            options: for its `from_pretrained`.
+        """
+        self._index = index_of(self.name, auto, options | {"dtype": torch.float32})  # it casts before it converts
+
+    def holds(self, name: str) -> bool:
+        return name in self._index if self._index is not None else self.key(name) is not None
 
     def key(self, name: str) -> str | None:
         """A parameter's name in the files, which may lack the backbone's prefix (`model.`) or have one; None: not there."""
@@ -227,6 +242,8 @@ class Checkpoint:
         return next((key for key in candidates if key in self._file_of), None)
 
     def read(self, name: str) -> torch.Tensor:
+        if self._index is not None:
+            return read_part(self._index[name], None)
         key = self.key(name)
         assert key is not None, name
         return self._file_of[key].get_tensor(key)

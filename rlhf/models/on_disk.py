@@ -15,44 +15,77 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging import version
+from transformers import AutoConfig
 
-from rlhf.distributed.processes import rank, say, world_size
+from rlhf.distributed.processes import is_main, rank, say, world_size
 from rlhf.distributed.sharding import is_sharded, loading_unsharded
 from rlhf.models import four_bits
+from rlhf.models.converted import Converted, Entry, Part, converts_tensors, noting_conversions, unknown_operation
+from rlhf.models.digests import local_folder
+from rlhf.models.folder import weight_files
 from rlhf.models.pieces import ADAPTER, base_model
 from rlhf.models.place_holders import is_place_holder
 
-INDEX = "weights_on_disk"  # the attribute of a model: parameter name -> {"safetensors_file", "weight_name", "dtype"}
+INDEX = "weights_on_disk"  # the attribute of a model: an Index
+Index = dict[str, Entry | Converted]  # by a parameter's name
 
 
-def stays_on_disk(name: str, auto, options: dict[str, Any]) -> bool:
+def stays_on_disk(name: str, auto, options: dict[str, Any], use_dora: bool = False) -> bool:
     """Whether a model's weights are read when it is sharded; says why if they can't be.
 
     Args:
         auto: `AutoModelForCausalLM`, ...
         options: for its `from_pretrained`.
+        use_dora: whether DoRA's magnitudes will be computed from the weights.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
-        return False
-    from transformers import AutoConfig
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if not fsdp and ("quantization_config" in options or not is_deepspeed_zero3_enabled()):
+        return False
+    if reason := _why_whole(name, auto, options, use_dora) if fsdp else _why_whole_under_zero3(name, auto, options):
+        if is_main():
+            always = " and then, in 4 bits," if "quantization_config" in options else ""
+            size = sum(file.stat().st_size for file in weight_files(local_folder(name, options.get("revision"))))
+            say(
+                f"note: each process holds all of {name}, {size / 1e9:.2f} GB of files, while it loads{always}: {reason}"
+            )
+    return fsdp and not reason
+
+
+def _why_whole(name: str, auto, options: dict[str, Any], use_dora: bool) -> str:
+    """Why a model's weights can't be read when FSDP2 has sharded it; '' if they can."""
+    config = _config(name, options)
+    if hasattr(config, "quantization_config"):
+        return "its files are quantised"
+    model = _without_weights(config, auto, options)
+    if operation := unknown_operation(model):
+        return f"transformers converts its tensors by {operation}, which is not known to work on a part of them"
+    if "quantization_config" not in options:
+        return ""
+    return "DoRA's magnitudes are those of the 4-bit weights" if use_dora else four_bits.why_whole(model)
+
+
+def _why_whole_under_zero3(name: str, auto, options: dict[str, Any]) -> str:
+    """transformers loads under ZeRO-3 itself: tensor by tensor, and since 5.23 conversion by conversion too."""
+    if version.parse(transformers.__version__) >= version.parse("5.23.0"):
+        return ""
+    if not converts_tensors(_without_weights(_config(name, options), auto, options)):
+        return ""
+    return f"transformers {transformers.__version__} converts its tensors all at once; 5.23 does it one by one"
+
+
+def _config(name: str, options: dict[str, Any]):
     given = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
-    config = AutoConfig.from_pretrained(name, **given)
+    return AutoConfig.from_pretrained(name, **given)
+
+
+def _without_weights(config, auto, options: dict[str, Any]):
+    """A model on the meta device."""
     with loading_unsharded(), torch.device("meta"):
-        model = auto.from_config(config, trust_remote_code=options["trust_remote_code"])
-    reason = ""
-    if any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model)):
-        reason = "transformers converts the tensors of this architecture"
-    elif hasattr(config, "quantization_config"):
-        reason = "its files are quantised"
-    elif "quantization_config" in options:
-        reason = four_bits.why_whole(model)
-    if reason:
-        always = " and then, in 4 bits," if "quantization_config" in options else ""
-        say(f"note: each process holds all of {name} while it loads{always}: {reason}")
-    return not reason
+        return auto.from_config(config, trust_remote_code=options["trust_remote_code"])
 
 
 @contextlib.contextmanager
@@ -62,21 +95,36 @@ def leaving_weights_on_disk() -> Iterator[dict[str, Any]]:
     It is transformers' loading with every module on `disk`, without the hooks that would read a module when it computes.
     Parameters that are not in the files, such as a new head, are initialised as ever.
     """
-    from transformers import core_model_loading, modeling_utils
-
-    def read_nothing(thread_pool, tensor, *args, **options):
-        return lambda: torch.empty(tensor.get_shape(), device="meta")
+    from transformers import modeling_utils
 
     def keep_index(model, hf_quantizer, device_map, offload_folder, offload_index, offload_buffers) -> None:
         setattr(model, INDEX, offload_index)
 
-    before = modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize
-    modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = keep_index, read_nothing
-    with loading_unsharded(), tempfile.TemporaryDirectory() as unused:
+    before = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = keep_index
+    with loading_unsharded(), tempfile.TemporaryDirectory() as unused, noting_conversions():
         try:
             yield {"device_map": {"": "disk"}, "offload_folder": unused}
         finally:
-            modeling_utils.accelerate_dispatch, core_model_loading.spawn_materialize = before
+            modeling_utils.accelerate_dispatch = before
+
+
+def index_of(name: str, auto, options: dict[str, Any]) -> Index:
+    """What each tensor of a model is read from, without reading any.
+
+    Args:
+        auto: `AutoModelForCausalLM`, ...
+        options: for its `from_pretrained`.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # a head that is in the adapter's files
+    try:
+        with leaving_weights_on_disk() as more:
+            return getattr(auto.from_pretrained(name, **options, **more), INDEX)
+    finally:
+        logging.set_verbosity(before)
 
 
 def read_buffers(model) -> None:
@@ -85,7 +133,7 @@ def read_buffers(model) -> None:
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             module, _, own = name.rpartition(".")
-            model.get_submodule(module)._buffers[own] = _read(index[name], None).to(buffer.dtype)
+            model.get_submodule(module)._buffers[own] = read_part(index[name], None).to(buffer.dtype)
 
 
 def read_embeddings(model) -> None:
@@ -96,7 +144,7 @@ def read_embeddings(model) -> None:
     for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
         key = id(layer.weight)
         if key not in made:
-            made[key] = torch.nn.Parameter(_read(index[names[key]], None).to(layer.weight.dtype))
+            made[key] = torch.nn.Parameter(read_part(index[names[key]], None).to(layer.weight.dtype))
         layer.weight = made[key]
 
 
@@ -132,7 +180,7 @@ def shard_model(model, accelerator) -> None:
     model._get_fsdp_state()._lazy_init()
 
 
-def _compute_magnitudes(model, index: dict[str, dict[str, str]], device) -> None:
+def _compute_magnitudes(model, index: Index, device) -> None:
     """DoRA's magnitudes, which PEFT has computed from place-holders: each layer's by one rank, which reads its weight."""
     base = base_model(model)
     found = [
@@ -143,7 +191,7 @@ def _compute_magnitudes(model, index: dict[str, dict[str, str]], device) -> None
     ]
     for number, (name, layer, adapter) in enumerate(found):
         if number % world_size() == rank():
-            _compute_magnitude(layer, adapter, _read(index[name], None))
+            _compute_magnitude(layer, adapter, read_part(index[name], None))
     if world_size() > 1:
         for number, (_, layer, adapter) in enumerate(found):
             magnitudes = layer.lora_magnitude_vector[adapter].weight.data
@@ -178,7 +226,7 @@ class _OnDisk(NamedTuple):
         dtypes: of parameters that accelerate has cast.
     """
 
-    entries: dict[str, dict[str, str]]
+    entries: Index
     quantised: dict[str, Any]
     dtypes: dict[str, torch.dtype]
 
@@ -202,7 +250,7 @@ def _load_shards(accelerator, model, values: dict[str, Any], on_disk: _OnDisk, c
         elif value.numel() and (place := (value.data_ptr(), value.shape)) in tied:
             loaded[name] = tied[place]
         elif (entry := on_disk.entries.get(_name_on_disk(name))) and is_place_holder(value):
-            loaded[name] = _shard(parameter, device, functools.partial(_read, entry))
+            loaded[name] = _shard(parameter, device, functools.partial(read_part, entry))
         else:
             loaded[name] = _shard(parameter, device, value.__getitem__, on_disk.dtypes.get(name))
         tied[value.data_ptr(), value.shape] = loaded[name]
@@ -215,7 +263,8 @@ def _packers(accelerator, on_disk: _OnDisk) -> Callable[[str], four_bits.Packer]
     @functools.lru_cache(maxsize=1)
     def packer(name: str) -> four_bits.Packer:
         entry = on_disk.entries[_name_on_disk(f"{name}.weight")]
-        dtype, read = getattr(torch, entry["dtype"]), functools.partial(_read, entry)
+        dtype = entry.dtype if isinstance(entry, Converted) else getattr(torch, entry["dtype"])
+        read = functools.partial(read_part, entry)
         return four_bits.Packer(on_disk.quantised[name], read, dtype, accelerator.device)
 
     return packer
@@ -223,9 +272,8 @@ def _packers(accelerator, on_disk: _OnDisk) -> Callable[[str], four_bits.Packer]
 
 def _name_on_disk(name: str) -> str:
     """A parameter's name without what PEFT and activation checkpointing put into it."""
-    name = (
-        name.replace("_checkpoint_wrapped_module.", "").removeprefix("base_model.model.").replace(".base_layer.", ".")
-    )
+    name = name.replace("_checkpoint_wrapped_module.", "").removeprefix("base_model.model.")
+    name = name.replace("base_layer.", "")  # several of experts, of which each tensor has an adapter
     return name.replace(".original_module.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
 
 
@@ -249,7 +297,12 @@ def _shard(parameter, device, part_of: Callable[[tuple[slice, ...]], torch.Tenso
     )
 
 
-def _read(entry: dict[str, str], part: tuple[slice, ...] | None) -> torch.Tensor:
+def read_part(entry: Entry | Converted, part: Part | None) -> torch.Tensor:
+    """A part of a parameter, as the model has it; None: all of it."""
+    return entry.make(part, _read) if isinstance(entry, Converted) else _read(entry, part)
+
+
+def _read(entry: Entry, part: Part | None) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(entry["safetensors_file"], "pt") as file:

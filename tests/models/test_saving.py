@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.__main__ import main
 from rlhf.errors import RunFailed, UserError
+from rlhf.models import on_disk
 from rlhf.models.finished import probe_logits
 from rlhf.models.inference import load_finished
 from rlhf.models.merge import Checkpoint, merge, merge_for_training
@@ -45,9 +46,9 @@ def assert_same(found, expected):
         assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]), name
 
 
-def mixtral():
+def mixtral(vocab_size: int = 64):
     config = AutoConfig.for_model(
-        "mixtral", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        "mixtral", vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
@@ -321,14 +322,50 @@ def test_the_command(tiny_llama, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_experts_are_not_merged_file_by_file(tiny_llama, tmp_path):
-    """transformers joins them when it loads."""
+@pytest.mark.parametrize("reward", [False, True])
+def test_experts_are_merged_from_disk_to_disk(reward, tiny_llama, tmp_path, monkeypatch):
+    """With an adapter on each expert: one layer's are in memory, made by transformers' conversion of the base's files."""
+    mixtral(600).save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    torch.manual_seed(0)
+    base = auto.from_pretrained(tmp_path / "base", **({"num_labels": 1} if reward else {}))
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    more = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"} if reward else {}
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **experts, **more))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    read, before = [], on_disk._read
+    monkeypatch.setattr(
+        on_disk, "_read", lambda entry, part: (read.append(entry["weight_name"]), before(entry, part))[1]
+    )
+    merge(str(tmp_path / "adapter"), tmp_path / "out")
+    assert len([name for name in read if ".experts." in name]) == 2 * 4 * 3  # each of the files' tensors once
+    again, _ = load_finished(str(tmp_path / "out"), reward=reward)
+    ours, theirs = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        saved(model.merge_and_unload(), tmp_path / "theirs"),
+    )
+    assert torch.equal(
+        again.state_dict()["model.layers.1.mlp.experts.down_proj"][3],
+        ours["model.layers.1.block_sparse_moe.experts.3.w2.weight"],
+    )
+    assert ours.keys() == theirs.keys() and any(".experts.3.w1" in name for name in ours)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_base_that_is_converted_otherwise_is_not_merged(tiny_llama, tmp_path, monkeypatch):
     mixtral().save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("rlhf.models.merge.unknown_operation", lambda model: "Negate")
     with pytest.raises(UserError, match="hold no model.layers.0.mlp"):
         merge(str(tmp_path / "adapter"), tmp_path / "out")
 

@@ -633,6 +633,27 @@ DATA = (
         "if not digest:",
         ("tests/models/test_embedded.py::test_wheel_with_another_gguf",),
     ),
+    Defect(
+        "first-experts-everywhere", "under FSDP2 every rank loads the first experts instead of its own",
+        "rlhf/models/converted.py",
+        "for source in group[rows]",
+        "for source in group[: rows.stop - rows.start]",
+        ("tests/models/test_converted.py::test_any_rows_are_those_that_transformers_makes",),
+    ),
+    Defect(
+        "experts-read-whole", "under FSDP2 every rank reads all experts of a layer and keeps its own",
+        "rlhf/models/converted.py",
+        "if _stacks(first) and",
+        "if False and _stacks(first) and",
+        ("tests/models/test_converted.py::test_any_rows_are_those_that_transformers_makes",),
+    ),
+    Defect(
+        "rows-joined-from-zero", "of joined tensors each is taken from its own first row on",
+        "rlhf/models/converted.py",
+        "max(rows.start - start, 0), min(",
+        "0, min(",
+        ("tests/models/test_converted.py::test_any_rows_are_those_that_transformers_makes",),
+    ),
 )  # fmt: skip
 
 DEFECTS = (*PACKING, *TRAINING, *REFERENCE, *RUNS, *PREPARED, *DATA)
