@@ -113,7 +113,11 @@ def check_device(device: torch.device, found: dict, sizes: tuple[StepSize, ...])
     size = next((size for size in sizes if device.type != "cuda" or size.needs_gib * 2**30 <= free[0]), None)
     if size is None:
         return [*rows, Row("a step", f"not measured: less than {sizes[-1].needs_gib:g} GiB are free")]
-    return [*rows, step_row(measure_step(size, device, half_dtype(device)), name, half_dtype(device))]
+    measured = measure_step(size, device, half_dtype(device))
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [*rows, step_row(measured, name, half_dtype(device))]
 
 
 def _kernel_row(device: torch.device) -> Row:
@@ -186,6 +190,7 @@ def small_llama(hidden: int, layers: int, heads: int, device: str | torch.device
     config = LlamaConfig(
         vocab_size=32_000 if hidden >= 1024 else 256, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 4, max_position_embeddings=4096,
+        initializer_range=0.02 if hidden >= 1024 else 0.2,  # a small one: so large that an error in attention shows
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
@@ -214,21 +219,18 @@ def measure_step(size: StepSize, device: torch.device, dtype: torch.dtype, times
         model = small_llama(size.hidden, size.layers, size.heads, device)
     finally:
         torch.set_default_dtype(default)
-    ids, mask = (x.to(device) for x in pairs(size.repeats, model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+    vocabulary: int = model.config.vocab_size  # type: ignore[assignment, union-attr]
+    ids, mask = (x.to(device) for x in pairs(size.repeats, vocabulary))
 
-    def step() -> None:
+    def step(model: torch.nn.Module) -> None:
         hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         hidden.float().square().mean().backward()
 
-    padded_seconds, padded_memory = _timed(step, device, times)
+    padded_seconds, padded_memory = _timed(lambda: step(model), device, times)
     pack_backbone(model, "pairs")
-    seconds, memory = _timed(step, device, times)
+    seconds, memory = _timed(lambda: step(model), device, times)
     tokens = sum(map(sum, PAIR)) * size.repeats
     parameters, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model) * tokens
-    del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return StepMeasure(parameters, tokens, flops, seconds, padded_seconds, memory, padded_memory)
 
 
