@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +34,6 @@ SAME = (
     "torch",
 )  # of the machine, and the versions below: else an earlier result says nothing of this one
 SAME_VERSIONS = ("transformers", "trl", "peft", "accelerate")
-MODEL_BYTES = 40e9  # of the scratch folder: an 8B model in bf16, a 1B model, runs
 
 
 def main() -> int:
@@ -56,6 +54,8 @@ def main() -> int:
         print("\n".join(f"{name:<26} {part.what}" for name, part in PARTS.items()))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from gpu_proof_device import roomy_folder
+
     with contextlib.ExitStack() as stack:
         scratch = args.scratch or stack.enter_context(
             tempfile.TemporaryDirectory(dir=roomy_folder(), prefix="gpu-proof-")
@@ -103,14 +103,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def roomy_folder() -> str | None:
-    """Where models go: memory, if there is room for them (an 8B model is loaded a dozen times), else the usual place."""
-    with contextlib.suppress(OSError):
-        if shutil.disk_usage("/dev/shm").free > MODEL_BYTES and os.access("/dev/shm", os.W_OK):
-            return "/dev/shm"
-    return None
-
-
 @dataclass
 class Running:
     """A part's process."""
@@ -131,6 +123,8 @@ class Proof:
         self.about: dict[str, Any] = {}
         self.environment = dict(os.environ)
         if args.fresh and folder.is_dir():
+            from gpu_proof_device import free_name
+
             folder.rename(free_name(folder))
         for name in ("parts", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -169,8 +163,12 @@ class Proof:
         found = self.start(ABOUT, 120)
         found.process.wait()
         if not found.out.is_file():
-            tail = self.tail(ABOUT)
-            raise SystemExit(f"gpu_proof.py: torch can't use a GPU here (or a package is missing: --wheels); --device cpu runs toys\n{tail}")  # fmt: skip
+            why = (
+                "torch can't use a GPU here (--device cpu runs toys)"
+                if self.args.device == "cuda"
+                else "torch can't be used here"
+            )
+            raise SystemExit(f"gpu_proof.py: {why}, or a package is missing (--wheels)\n{self.tail(ABOUT)}")
         self.about = json.loads(found.out.read_text())["about"]
         print(
             f"{self.about['device']}, {self.about['gpus']} GPUs, torch {self.about['torch']}: {self.about['kernel']}",
@@ -220,15 +218,20 @@ class Proof:
 
     def start(self, name: str, seconds: float) -> Running:
         from gpu_proof_device import Context
+        from gpu_proof_parts import PARTS
 
         cpu = self.args.device == "cpu"
         context = Context(self.args.device, cpu, self.scratch, self.about.get("gpus", 0))
         job, out = self.folder / "parts" / f"{name}.job", self.result_file(name)
         out.unlink(missing_ok=True)
         job.write_text(json.dumps({"context": asdict(context), "out": str(out.absolute())}))
+        environment = dict(self.environment)
+        if not cpu and name in PARTS and not name.startswith("launch-"):
+            # one process that sees several GPUs would train on all of them (torch's DataParallel)
+            environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         with open(self.folder / "logs" / f"{name}.log", "w", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).absolute()), "--part", name, "--job", str(job.absolute())], cwd=ROOT, env=self.environment,
+                [sys.executable, str(Path(__file__).absolute()), "--part", name, "--job", str(job.absolute())], cwd=ROOT, env=environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         return Running(name, process, time.monotonic() + seconds, out)
@@ -298,11 +301,6 @@ class Proof:
             flush=True,
         )
         return 0 if all(result["ok"] for result in found.values()) else 1
-
-
-def free_name(folder: Path) -> Path:
-    """A name beside a folder that is not taken: FOLDER.old-1."""
-    return next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
 
 
 if __name__ == "__main__":

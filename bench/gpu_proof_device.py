@@ -6,6 +6,7 @@ Each does nothing, or returns None, on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -23,6 +24,9 @@ SHAPES = compare.SHAPES | {
     "small": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
               "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096, "tie_word_embeddings": True},
 }  # fmt: skip
+
+
+MODEL_BYTES = 40e9  # of the scratch folder: an 8B model in bf16, a 1B model, runs
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,19 @@ class Context:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         return path
+
+
+def roomy_folder() -> str | None:
+    """Where models go: memory, if there is room for them (an 8B model is loaded a dozen times), else the usual place."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > MODEL_BYTES and os.access("/dev/shm", os.W_OK):
+            return "/dev/shm"
+    return None
+
+
+def free_name(folder: Path) -> Path:
+    """A name beside a folder that is not taken: FOLDER.old-1."""
+    return next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
 
 
 def model_folder(context: Context, shape: str) -> str:

@@ -89,9 +89,12 @@ def run_part(name: str, job: Path) -> None:
         traceback.print_exc()
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         found = {"state": "failed", "ok": False, "summary": words}
+    about = gpu_proof_device.describe(context.device) | {
+        "gpus": context.gpus
+    }  # of the machine; this process may see only one
     found |= {
         "part": name,
         "seconds": round(time.time() - started, 1),
-        "about": gpu_proof_device.describe(context.device),
+        "about": about,
     }
     write_file(out, json.dumps(found))

@@ -12,11 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # In the versions of requirements.lock; liger-kernel (pure Python) is not among this project's own, and any version will do.
-NEEDED = ("trl", "datasets", "dill", "multiprocess", "deepspeed", "hjson", "bitsandbytes", "gguf")
+NEEDED = ("trl", "peft", "datasets", "dill", "multiprocess", "deepspeed", "hjson", "bitsandbytes", "gguf")
 OPTIONAL = ("liger-kernel",)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)] + ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64", "linux_x86_64"]  # fmt: skip
 
@@ -118,12 +119,23 @@ def install(wheels: Path, site: Path) -> Path:
 
 
 def is_installed(wheel: Path, site: Path) -> bool:
-    """Whether this Python, or `site`, has the version of a wheel: `trl-1.16.0-py3-none-any.whl`."""
+    """Whether this Python, or `site`, has the package of a wheel (`trl-1.16.0-py3-none-any.whl`) in a version that will do: within
+    this project's bounds or, if it has none for the package, that of the wheel."""
+    from packaging.requirements import Requirement
+
     name, version = wheel.name.split("-")[:2]
-    where = [str(site), *sys.path]
-    names = (
-        d.version
-        for d in importlib.metadata.distributions(path=where)
-        if d.name.lower().replace("-", "_") == name.lower()
-    )
-    return version in names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    bounds = {plain(needs.name): needs.specifier for needs in map(Requirement, lines)}
+    found = [
+        d.version for d in importlib.metadata.distributions(path=[str(site), *sys.path]) if plain(d.name) == plain(name)
+    ]
+    if plain(name) in bounds:
+        return any(
+            bounds[plain(name)].contains(one, prereleases=True) for one in found[:1]
+        )  # the first is what is imported
+    return version in found[:1]
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

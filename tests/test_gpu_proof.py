@@ -370,8 +370,11 @@ def test_wheels_are_used_without_an_index(script, tmp_path):
     wheels = script("gpu_proof_wheels")
     make_wheel(tmp_path / "wheels", "brought_along", "1.2.3")
     make_wheel(tmp_path / "wheels", "trl", trl.__version__)
+    make_wheel(tmp_path / "wheels", "peft", "0.21.99")  # what is here is another, within this project's bounds
     site = wheels.install(tmp_path / "wheels", tmp_path / "site")
     assert (site / "brought_along.py").read_text() == "version = '1.2.3'\n" and not (site / "trl.py").exists()
+    assert not (site / "peft.py").exists()
+    assert not wheels.is_installed(make_wheel(tmp_path / "others", "nowhere", "1"), site)
     assert wheels.is_installed(tmp_path / "wheels" / "brought_along-1.2.3-py3-none-any.whl", site)
     assert not wheels.is_installed(tmp_path / "wheels" / "brought_along-1.2.4-py3-none-any.whl", site)
     with pytest.raises(SystemExit, match="holds no wheels; --collect"):

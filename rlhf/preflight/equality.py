@@ -197,10 +197,13 @@ def model_difference(
     """
     ids, mask = ids.to(device), mask.to(device)
     exact = _hidden_and_gradients(model.to(device, torch.float32), ids, mask)
-    half = model.to(dtype)
-    padded = _hidden_and_gradients(half, ids, mask)
-    pack_backbone(half, mode)
-    packed = _hidden_and_gradients(half, ids, mask)
+    for (
+        parameter
+    ) in model.parameters():  # not the buffers: a model that is loaded in half precision has fp32 rotary frequencies
+        parameter.data = parameter.data.to(dtype)
+    padded = _hidden_and_gradients(model, ids, mask)
+    pack_backbone(model, mode)
+    packed = _hidden_and_gradients(model, ids, mask)
     what = f"{getattr(model.config, 'model_type', '')} {str(dtype).removeprefix('torch.')} {mode}"
     # in fp32 padded is the exact one, so rounding that layers have amplified has to fit in here
     epsilon = torch.finfo(dtype).eps * (400 if dtype == torch.float32 else 4)
