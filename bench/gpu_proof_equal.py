@@ -77,9 +77,9 @@ def families(context: Context) -> dict[str, Any]:
 
 
 def family_models() -> Any:
-    """tests/packing/test_packed_backbone.py, which has a tiny model of every family."""
+    """tests/packing/tiny_models.py, which has a tiny model of every family."""
     sys.path.insert(0, str(TESTS))
-    return importlib.import_module("test_packed_backbone")
+    return importlib.import_module("tiny_models")
 
 
 def without_choice(tests: Any, name: str) -> Any:
@@ -88,7 +88,8 @@ def without_choice(tests: Any, name: str) -> Any:
     config = tests.tiny_config(name)
     if not getattr(config, "num_experts_per_tok", None):
         return tests.tiny_model(name)
-    number = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    number = next(filter(None, counts))
     return tests.tiny_model(name, num_experts_per_tok=number)
 
 

@@ -120,7 +120,7 @@ def test_a_wrong_kernel_fails_its_part(script, monkeypatch, tmp_path):
     monkeypatch.setattr(equality, "attention_forward", lambda *args, **kwargs: (real(*args, **kwargs)[0] * 1.1, None))
     found = equal.attention(context)
     assert not found["ok"] and len(found["wrong"]) == 6 and found["summary"].startswith("3 of 9 cases equal")
-    monkeypatch.setattr(equality, "pack_backbone", lambda model, mode: [p.data.mul_(1.05) for p in model.parameters()])
+    monkeypatch.setattr(equality, "pack_backbone", lambda model, *how: [p.data.mul_(1.05) for p in model.parameters()])
     assert not equal.families(context)["ok"]
     apply = lm_head.LogProbs.apply
     monkeypatch.setattr(lm_head.LogProbs, "apply", lambda *args: tuple(x if x is None else x + torch.ones_like(x) for x in apply(*args)))  # fmt: skip

@@ -202,7 +202,7 @@ def model_difference(
     ) in model.parameters():  # not the buffers: a model that is loaded in half precision has fp32 rotary frequencies
         parameter.data = parameter.data.to(dtype)
     padded = _hidden_and_gradients(model, ids, mask)
-    pack_backbone(model, mode)
+    pack_backbone(model, mode, int(mask.sum(dim=1).max()))  # no row is longer than a window has to be
     packed = _hidden_and_gradients(model, ids, mask)
     what = f"{getattr(model.config, 'model_type', '')} {str(dtype).removeprefix('torch.')} {mode}"
     # in fp32 padded is the exact one, so rounding that layers have amplified has to fit in here
