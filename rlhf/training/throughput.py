@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #   Blackwell  "DGX/HGX B200, GB200 NVL72" and "HGX B300, GB300 NVL72" data sheets (per GPU 4.5 and 5 PFLOP/s with sparsity)
 #   Hopper     "H100 Tensor Core GPU" (SXM 1,979, PCIe 1,513, NVL 1,671 with sparsity), "H200" (1,979; NVL 1,671) and "GH200" data
 #              sheets; "H800" and "H20" product briefs (H20: 148 dense)
-#   Ampere     "A100", "A30", "A40" and "A10" data sheets; "A800" product brief; A10G: AWS's reduced A10, NVIDIA's "A10G" comparison
+#   Ampere     "A100", "A30", "A40" and "A10" data sheets; "A800" product brief; A10G: no public data sheet, the figure in common use
 #   Ada        "L4", "L40" and "L40S" data sheets (242, 362 and 733 with sparsity)
 #   RTX        "Ampere GA102", "Ada" and "RTX Blackwell GPU Architecture" white papers, appendix A, row "Peak BF16 Tensor TFLOPS
 #              with FP32 Accumulate"; RTX A-series: their data sheets; "Ada Lovelace Professional" white paper
