@@ -4,6 +4,7 @@
 # make lint        ruff, mypy, shellcheck, hadolint
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)
 # make scale-proof the same recipe on 1 to 4 processes under every launch file: a table of differences (45 minutes)
+# make gpu-proof   on a machine with GPUs: packed = padded, every launch file, TRL beside it; one dated report (8 minutes a call)
 # make faults      kill -9, full disks, damaged checkpoints, ...: N of them (27), each followed by the same command; a table
 # make fuzz        N odd inputs (3000): recipes, command lines, data, run folders, ...; a table and what went wrong
 # make planted     defects planted in a copy, one at a time: a table of the tests that find them (about 4 minutes)
@@ -16,7 +17,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint bench scale-proof faults fuzz planted lock
+.PHONY: setup quickstart test lint bench scale-proof gpu-proof faults fuzz planted lock
 setup: $(VENV)/.core
 
 $(VENV)/.core: requirements.lock pyproject.toml
@@ -53,6 +54,9 @@ bench: $(VENV)/.core
 
 scale-proof: $(VENV)/.dev
 	$(BIN)/python bench/scale_proof.py
+
+gpu-proof: $(VENV)/.dev
+	$(BIN)/python bench/gpu_proof.py
 
 faults: $(VENV)/.dev
 	$(BIN)/python tests/faults/faults.py --count $(or $(N),27) --seed $(or $(SEED),0)

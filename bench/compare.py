@@ -105,7 +105,7 @@ def prepare(bench: Bench, args, folder: Path) -> None:
     """The model (shapes are given random weights), the rows and the recipe."""
     model = args.model
     if model in SHAPES:
-        model = make_model(model, folder / "model")
+        model = make_model(SHAPES[model], folder / "model")
     rows = read_rows(args)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = {
@@ -124,26 +124,31 @@ def prepare(bench: Bench, args, folder: Path) -> None:
         recipe["bf16"] = True
     else:
         recipe["bf16"] = False
+    recipe |= getattr(args, "recipe", {})  # of bench/gpu_proof_trl.py, for one variant
     (folder / "recipe.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in recipe.items()), encoding="utf-8")
 
 
-def make_model(shape: str, folder: Path) -> str:
-    """Random weights in the shape of a known model, with the embedded model's tokenizer."""
+def make_model(shape: dict[str, Any], folder: Path, tokenizer: Any = None, device: str = "cpu") -> str:
+    """bf16 random weights in a shape, drawn on `device`, with a tokenizer; default: the embedded model's."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from rlhf.models.embedded import NAME, resolve
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(NAME))
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(resolve(NAME))
     config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, bos_token_id=tokenizer.bos_token_id,
+        **shape, max_position_embeddings=8192, rope_theta=500000.0, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(default)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -237,7 +242,7 @@ def load_plan(bench: Bench, args):
     scratch = Path(args.folder) / f"cache-{args.worker}-{os.getpid()}"  # nothing is found from an earlier round
     flags = ["--reference_cache", str(scratch)] if bench.stage == "dpo" else []
     recipe = load_recipe(f"{args.folder}/recipe.yaml", bench.stage, flags)
-    stage = sys.modules["__main__"].STAGE
+    stage = sys.modules[bench.build.__module__].STAGE
     return make_plan(stage, recipe, topology_of_environment())
 
 

@@ -124,6 +124,12 @@ def _add_preflight(commands) -> None:
     )
     preflight.add_argument("--quick", action="store_true", help="skip the long measurements")
     preflight.add_argument(
+        "--gpu",
+        action="store_true",
+        help="check this machine's GPUs instead, in a minute, without recipe or launcher: packed = padded, the attention kernel, "
+        "memory and speed of a small step",
+    )
+    preflight.add_argument(
         "--timeout_s",
         type=number(float, 1, 1e6),
         default=120.0,
@@ -320,6 +326,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
     elif options.command == "preflight":
         # missing ranks are reported in one sentence; hide torch's C++ stack frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if options.gpu:
+            preflight_gpu(options, rest)
+            return None
         from rlhf.preflight.preflight import preflight
 
         if rest and not (options.recipe or "").endswith((".yaml", ".yml")):
@@ -366,6 +375,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
 
         unbundle(options.file, options.folder, options.overwrite)
     return None
+
+
+def preflight_gpu(options: argparse.Namespace, rest: list[str]) -> None:
+    from rlhf.distributed.processes import world_size
+    from rlhf.preflight.gpu import preflight_gpu
+
+    given = [options.recipe, *rest, *(["--output_dir"] if options.output_dir else []), *(["--quick"] if options.quick else [])]  # fmt: skip
+    if given := [word for word in given if word]:
+        raise UserError(f"--gpu needs nothing else (found {quote(' '.join(given))}); run: rlhf preflight --gpu")
+    if world_size() > 1:
+        raise UserError("--gpu checks all GPUs of this machine from one process; run it without `accelerate launch`")
+    preflight_gpu()
 
 
 def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:

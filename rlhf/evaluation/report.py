@@ -177,6 +177,8 @@ def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[st
         facts.append(("examples", str(complete.get("train_examples", "not recorded"))))
         took = f" in {duration(complete['seconds'])}" if "seconds" in complete else ""
         facts.append(("steps", f"{complete.get('steps', 'not recorded')}{took}"))
+        if peaks := [m["peak_memory_gib"] for m in stage["metrics"] if isinstance(m.get("peak_memory_gib"), float)]:
+            facts.append(("peak GPU memory", f"{max(peaks):.1f} GiB"))
         facts.append(("weights sha256", complete.get("weights_sha256", "not recorded")[:16]))
     else:
         facts.append(("state", "not complete"))

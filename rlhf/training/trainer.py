@@ -27,7 +27,7 @@ from rlhf.training.batching import split_batch, step_examples
 from rlhf.training.lengths import longest_row, too_long
 from rlhf.training.precision import AccurateNorm
 from rlhf.training.stage import Loaded, Plan
-from rlhf.training.throughput import flops_per_token, peak_flops
+from rlhf.training.throughput import compute_dtype, flops_per_token, peak_flops, peak_memory_gib
 from rlhf.training.tokenise import count_tokens
 from rlhf.training.tokens import with_tokens
 
@@ -245,9 +245,11 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
         found["tokens_per_second"].append(tokens / seconds)
         found["examples_per_second"].append(inputs["examples"] / seconds)
         if self._flops_per_token is None:
-            self._flops_per_token = flops_per_token(self.accelerator.unwrap_model(self.model))
-            cuda = self.args.device.type == "cuda"
-            self._peak_flops = peak_flops(torch.cuda.get_device_name(self.args.device)) if cuda else None
+            model = self.accelerator.unwrap_model(self.model)
+            self._flops_per_token = flops_per_token(model)
+            if self.args.device.type == "cuda":
+                name = torch.cuda.get_device_name(self.args.device)
+                self._peak_flops = peak_flops(name, compute_dtype(self.args, model))
         if self._peak_flops and self.global_batch:
             computed = tokens if self.global_batch.padded else inputs["tokens"]
             peak = self._peak_flops * self.accelerator.num_processes
@@ -372,6 +374,8 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
             self._metrics[mode], tokens = outer, self._total_train_tokens
             self._total_train_tokens = tokens_before
         names = sorted(sums)
+        if mode == "train" and (memory := peak_memory_gib(self.args.device)) is not None:
+            extremes["peak_memory_gib"] = memory  # of the fullest rank
         sums_and_weights = [[sums[n], weights[n]] for n in names] + [[tokens, 0.0], positions]
         both = torch.tensor(sums_and_weights, dtype=torch.float64)
         both = accelerator.reduce(both.to(self.args.device)).cpu().tolist()
