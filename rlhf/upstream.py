@@ -107,6 +107,8 @@ TRANSFORMERS = [
         "get_train_dataloader": "the global batch",
         "compute_loss model inputs return_outputs num_items_in_batch": "each micro-batch's weight in its global batch",
         "floating_point_ops inputs": "training on global batches",
+        "log logs start_time": "metrics read once per step",
+        "_prepare_inputs inputs": "copies to a GPU that the host does not wait for",
         "evaluation_loop dataloader description prediction_loss_only ignore_keys metric_key_prefix": "evaluating each row once",
         "_set_signature_columns_if_needed": "the columns of a global batch",
         "_wrap_model model training": "evaluating under every engine",
@@ -239,11 +241,17 @@ ACCELERATE_AND_PEFT = [
         "_set_sync_gradients sync_gradients": "gradient all-reduce once per step",
     }),
     *_of("accelerate", "Accelerator", "training/trainer.py", {
-        "gather tensor": "metrics without communication per micro-batch",
-        "gather_for_metrics input_data": "metrics without communication per micro-batch",
+        "gather tensor": "extremes of rewards over all ranks",
         "no_sync model": "gradient all-reduce once per step",
         "reduce tensor reduction": "metrics of the global batch",
     }),
+    *_of("accelerate", "Accelerator", "training/deferred.py", {
+        "gather tensor": "metrics read once per step", "gather_for_metrics input_data": "metrics read once per step",
+    }),
+    *_of("accelerate.state", "GradientState", "training/deferred.py", {
+        "end_of_dataloader": "metrics without the rows that a last batch repeats", "remainder": "metrics without the rows that a last batch repeats",
+    }),
+    *_of("accelerate", "Accelerator", "training/trainer.py", {"dataloader_config": "copies to a GPU that the host does not wait for"}, in_code=True),
     *_of("accelerate", "FullyShardedDataParallelPlugin", "training/trainer.py", {
         "mixed_precision_policy": "fp32 gradients and log-probabilities under FSDP2 with bf16",
     }),

@@ -5,8 +5,10 @@
 
 from rlhf.packing.attention import kernel_name
 from rlhf.packing.backbone import attention_window, pack_backbone, packing_mode, why_not
+from rlhf.packing.collate import PackedCollator, known_inputs, move_batch
 from rlhf.packing.layout import MODES, Layout, packed_layout
 
 __all__ = [
-    "MODES", "Layout", "attention_window", "kernel_name", "pack_backbone", "packed_layout", "packing_mode", "why_not",
+    "MODES", "Layout", "PackedCollator", "attention_window", "kernel_name", "known_inputs", "move_batch", "pack_backbone",
+    "packed_layout", "packing_mode", "why_not",
 ]  # fmt: skip

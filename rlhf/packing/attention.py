@@ -40,10 +40,12 @@ class Segments:
     Attributes:
         lengths: (prefix, chosen, rejected) token counts per segment; their sum is T.
         device: the device of the derived tensors.
+        plan: the sequences of a varlen call on that device, if the collator has made them.
     """
 
     lengths: list[tuple[int, int, int]]
     device: torch.device
+    plan: VarlenPlan | None = field(default=None, repr=False, compare=False)
     _copies: dict[torch.device, Segments] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Segments:
@@ -80,7 +82,7 @@ class Segments:
 
     @cached_property
     def varlen(self) -> VarlenPlan:
-        return varlen_plan(self.lengths, self.device)
+        return self.plan or varlen_plan(self.lengths, self.device)
 
 
 def attention_forward(

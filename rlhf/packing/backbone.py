@@ -18,7 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.packing.attention import NAME, Segments, register
-from rlhf.packing.layout import MODES, is_right_padded, longest_row, packed_layout, unpack
+from rlhf.packing.collate import packed_batch
+from rlhf.packing.known import plain
+from rlhf.packing.layout import MODES, Layout, is_right_padded, longest_row, packed_layout, unpack
 
 # Model types whose packed log-probabilities, rewards and gradients tests/packing/test_families.py compares with those of
 # transformers' padded model. An allow-list, because many unsupported models can't be detected: transformers 5.23's
@@ -173,19 +175,18 @@ def packed_forward(forward: Callable, window: int | None = None) -> Callable:
         if not can_pack(self, arguments):
             given = ", ".join(sorted(name for name, value in arguments.items() if value is not None))
             _warn_padded(self, f"because of its arguments ({given}) or because it is not right-padded")
-            return forward(self, *args, **kwargs)
+            return forward(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         input_ids, attention_mask = arguments["input_ids"], arguments.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        layout = packed_layout(input_ids, attention_mask, self._packing_mode)
+        layout, segments = layout_of(input_ids, attention_mask, self._packing_mode)
         if window is not None and (longest := longest_row(layout.segments)) > window:
             _warn_padded(self, f"because a row of {longest} tokens exceeds the sliding window of {window}")
-            return forward(self, *args, **kwargs)
+            return forward(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        input_ids = plain(input_ids)
         packed = {
             "input_ids": input_ids.flatten().index_select(0, layout.token_index_T)[None],
             "position_ids": layout.position_ids_T[None],
             "attention_mask": no_mask(input_ids.device),
-            "packed_segments": Segments(layout.segments, input_ids.device),
+            "packed_segments": segments,
         }
         outputs = forward(self, **(arguments | packed))
         outputs.last_hidden_state = unpack(outputs.last_hidden_state[0], layout, *input_ids.shape)
@@ -201,6 +202,18 @@ def packed_forward(forward: Callable, window: int | None = None) -> Callable:
 def _warn_padded(backbone, why: str) -> None:
     if backbone.training and torch.is_grad_enabled():
         warnings.warn(f"packing: a training batch is computed padded, {why}", stacklevel=3)
+
+
+def layout_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, mode: str) -> tuple[Layout, Segments]:
+    """The layout that the collator has made; for batches of other callers it is computed, which waits for a GPU."""
+    if (made := packed_batch(input_ids, mode)) is not None:
+        if made.layout.token_index_T.device != input_ids.device:  # a model that is spread over several
+            made = made.to(input_ids.device)
+        return made.layout, made.segments(input_ids.device)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    layout = packed_layout(input_ids, attention_mask, mode)
+    return layout, Segments(layout.segments, input_ids.device)
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
@@ -224,6 +237,6 @@ def can_pack(backbone, arguments: dict[str, Any]) -> bool:
         return False
     if arguments.get("return_dict") is False or not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
         return False
-    if attention_mask is None:
+    if attention_mask is None or packed_batch(input_ids, backbone._packing_mode) is not None:
         return True
     return attention_mask.shape == input_ids.shape and is_right_padded(attention_mask)

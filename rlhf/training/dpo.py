@@ -252,6 +252,7 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
     from trl import DPOTrainer
 
     from rlhf.models.digests import weights_digest
+    from rlhf.packing import known_inputs, move_batch
     from rlhf.training.precision import (
         Float64References,
         adds_in_float64,
@@ -301,13 +302,16 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
             self.reference_seconds += time.perf_counter() - started
             return found
 
+        def compute_ref_log_probs(self, model, inputs):
+            return super().compute_ref_log_probs(model, known_inputs(inputs))
+
         def _prepare_inputs(self, inputs):
             """Keep reference log-probabilities as they are.
 
             Under DeepSpeed transformers 5.23 casts all floats to the model's dtype: in bf16 -1021 nats become -1024.
             """
             exact = {name: inputs[name] for name in inputs if name.startswith("ref_")}
-            return super()._prepare_inputs(inputs) | {name: x.to(self.args.device) for name, x in exact.items()}
+            return super()._prepare_inputs(inputs) | move_batch(exact, self.args.device)
 
         def training_step(self, model, inputs, *args, **kwargs):
             own = plan.reference != "nf4" and not plan.stage_args.reference_model

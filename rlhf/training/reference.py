@@ -375,12 +375,14 @@ def token_batches(lengths: np.ndarray, numbers: np.ndarray, max_tokens: int) -> 
 
 def forward_logps(trainer: DPOTrainer, model, rows, numbers: np.ndarray) -> np.ndarray:
     """Log-probabilities (N, 2) float64 of these rows, from TRL's own reference pass."""
+    import torch
+
     inputs = trainer._prepare_inputs(trainer.data_collator([rows[int(number)] for number in numbers]))
     was_training = model.training
     model.eval()
     chosen, rejected = trainer.compute_ref_log_probs(model, inputs)
     model.train(was_training)
-    return np.stack([chosen.double().cpu().numpy(), rejected.double().cpu().numpy()], axis=1)
+    return torch.stack([chosen, rejected], dim=1).double().cpu().numpy()  # read once
 
 
 # --- a quantised reference -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError
 from rlhf.models.precision import compute_dtype
+from rlhf.packing.collate import KEY
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -96,6 +97,7 @@ def check_start(trainer: CheckedTrainer, model, inputs) -> Start:
             loss = trainer.compute_loss(model, batch)
             note(part)
         trainer._metrics["eval"].clear()
+        batch.pop(KEY, None)  # the layout of all pairs of the batch; what follows takes some
         off, noise = compare_logps(trainer, model, batch)
     model.train(was_training)
     tokens = batch["completion_mask"].sum() / batch["completion_mask"].shape[0]

@@ -2,8 +2,8 @@
 
 The trainer's loop sees one batch per step (gradient_accumulation_steps is 1). `training_step` does the gradient
 accumulation over this rank's micro-batches (batching.py): it weights each loss by its share of the global batch and
-reduces gradients in the last one. TRL's metrics are collected per micro-batch without communication, and reduced once
-per step, weighted by the pairs or tokens that they are means over.
+reduces gradients in the last one. TRL's metrics are collected per micro-batch without communication and without reading
+them (deferred.py), and read and reduced once per step, weighted by the pairs or tokens that they are means over.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from rlhf.config.build import is_flash
 from rlhf.distributed.processes import say
+from rlhf.packing import PackedCollator, known_inputs, move_batch
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import split_batch, step_examples
+from rlhf.training.deferred import MAX_PENDING, Deferred, Pending, deferring
 from rlhf.training.lengths import longest_row, too_long
 from rlhf.training.precision import AccurateNorm
 from rlhf.training.stage import Loaded, Plan
+from rlhf.training.step_means import StepMeans
 from rlhf.training.throughput import compute_dtype, flops_per_token, peak_flops, peak_memory_gib
 from rlhf.training.tokenise import count_tokens
 from rlhf.training.tokens import with_tokens
-
-# What TRL's metrics are means over; all others are means over pairs (DPO, reward) or labelled tokens (SFT).
-MEANS_OF = {
-    "entropy": "scored", "logits/chosen": "chosen", "logits/rejected": "rejected", "mean_token_accuracy": "chosen",
-}  # fmt: skip
 
 
 class Steps(Dataset):
@@ -130,6 +128,7 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
 
     _step_weight: float | None = None  # of the current micro-batch; None outside a step
     global_batch: GlobalBatch | None = None
+    _pending: Pending | None = None  # metrics that are not read yet
     _flops_per_token: float | None = None
     _peak_flops: float | None = None  # of one device; None if unknown
 
@@ -148,6 +147,10 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
         if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
             exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
             plugin.mixed_precision_policy = exact
+        config = self.accelerator.dataloader_config  # of TRL's own batches: the host need not wait for what is pinned
+        config.non_blocking = config.non_blocking or (
+            self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        )
 
     def shard(self) -> None:
         """Under FSDP2: shard the model now. TRL and transformers would only when training starts, after the reference pass."""
@@ -267,10 +270,15 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
             self._step_weight = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._metrics_later():
+            found: Any = super().compute_loss(model, known_inputs(inputs), return_outputs, num_items_in_batch)
         if self._step_weight is None:
             return found
         return (found[0] * self._step_weight, found[1]) if return_outputs else found * self._step_weight
+
+    def _prepare_inputs(self, inputs):
+        """Move a batch with its layout to the device, without waiting for it."""
+        return super()._prepare_inputs(move_batch(inputs, self.args.device) if isinstance(inputs, dict) else inputs)
 
     def _exchange_gradients(self, model, last: bool):
         """Reduce gradients after the last micro-batch of a step; under FSDP2 with full fine-tuning after each one.
@@ -289,7 +297,7 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
         if "labels" not in micro_batches[0]["batch"]:
             return None
         count = sum(int((p["batch"]["labels"][:, 1:] != -100).sum()) for p in micro_batches if p["examples"])
-        return self.accelerator.reduce(torch.tensor(float(count), device=self.args.device))
+        return self.accelerator.reduce(torch.full((), float(count), device=self.args.device))
 
     def floating_point_ops(self, inputs) -> int:
         return 0 if "micro_batches" in inputs else super().floating_point_ops(inputs)
@@ -317,7 +325,7 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
             for number_of_step in range(-(-number // size)):
                 step = steps[number_of_step]
                 tokens = self._global_tokens(step["micro_batches"])
-                mass = step["examples"] if tokens is None else float(tokens)
+                mass, losses = step["examples"] if tokens is None else float(tokens), []
                 for part in step["micro_batches"]:
                     batch = self._prepare_inputs(part["batch"])
                     with torch.no_grad(), self.compute_loss_context_manager():
@@ -325,8 +333,10 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
                             {**part, "batch": batch}, step,
                             lambda b, tokens=tokens: self.compute_loss(model, b, num_items_in_batch=tokens),
                         )  # fmt: skip
-                    total += float(loss) * mass
+                    losses.append(loss.detach())
                     note(part)
+                for each in torch.stack(losses).tolist():  # read once per step
+                    total += each * mass
                 weight += mass
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = float(self.accelerator.reduce(torch.tensor(total / weight, device=self.args.device), "mean"))
@@ -336,70 +346,79 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
     # --- metrics
 
     @contextlib.contextmanager
+    def _metrics_later(self):
+        """While TRL computes a loss: its metrics are noted, and read when they are logged, or when too many wait."""
+        if self._pending is None:  # TRL's own batches; in a step of ours `_step_metrics` has made one
+            gather = self.accelerator.gather if self.accelerator.num_processes > 1 else None
+            self._pending = Pending(gather, copies=self.args.torch_compile)
+        with deferring(self.accelerator, self._pending):
+            yield
+        if self._pending.num_added > MAX_PENDING:
+            self._read_metrics()
+
+    def _read_metrics(self) -> None:
+        """Replace metrics that wait by their numbers. A collective, if the ranks' values are gathered."""
+        for found in self._metrics.values():
+            for name, values in found.items():
+                found[name] = [x.value if isinstance(x, Deferred) else x for x in values]
+        if isinstance(self._total_train_tokens, Deferred):
+            self._total_train_tokens = self._total_train_tokens.value
+
+    def log(self, logs, start_time=None):
+        self._read_metrics()
+        super().log(logs, start_time)
+
+    @contextlib.contextmanager
     def _step_metrics(self, mode: str):
         """Collect TRL's metrics per micro-batch without communication; at the end reduce each to one value per step."""
         outer, self._metrics[mode] = self._metrics[mode], defaultdict(list)
         tokens_before, self._total_train_tokens = self._total_train_tokens, 0
-        sums: dict[str, float] = defaultdict(float)
-        weights: dict[str, float] = defaultdict(float)
-        extremes: dict[str, float] = {}
+        pending_before, self._pending = self._pending, Pending(copies=self.args.torch_compile)
+        means = StepMeans()
         positions = [0, 0]  # computed positions, and how many of them are padding
 
         def note(part) -> None:
             inner, self._metrics[mode] = self._metrics[mode], defaultdict(list)
-            counts = count_means(part["batch"], part["examples"])
-            for name, values in inner.items():
-                if name in ("min_reward", "max_reward"):
-                    sign = -1 if name == "min_reward" else 1
-                    value = sign * values[-1] if part["examples"] else -float("inf")
-                    extremes[name] = max(extremes.get(name, -float("inf")), value)
-                elif name != "num_tokens":
-                    weight = counts[MEANS_OF.get(name, "examples") if "labels" not in counts else "labels"]
-                    sums[name] += values[-1] * weight if weight else 0.0
-                    weights[name] += weight
+            means.note(inner, part)
             mask = part["batch"]["attention_mask"]
             positions[0] += mask.numel()
             positions[1] += mask.numel() - int(mask.sum()) if self.global_batch and self.global_batch.padded else 0
             if mode == "train" and not part["examples"]:
                 self._total_train_tokens -= int(mask.sum())
+            if len(means.noted) > MAX_PENDING:  # an evaluation
+                means.add_up()
 
-        accelerator = self.accelerator
-        local = {name: (lambda x, *a, **k: x) for name in ("gather", "gather_for_metrics")}
         try:
-            vars(accelerator).update(local)
             yield note
         finally:
-            for name in local:
-                vars(accelerator).pop(name, None)
             self._metrics[mode], tokens = outer, self._total_train_tokens
-            self._total_train_tokens = tokens_before
-        names = sorted(sums)
+            self._total_train_tokens, self._pending = tokens_before, pending_before
+        means.add_up()
         if mode == "train" and (memory := peak_memory_gib(self.args.device)) is not None:
-            extremes["peak_memory_gib"] = memory  # of the fullest rank
-        sums_and_weights = [[sums[n], weights[n]] for n in names] + [[tokens, 0.0], positions]
-        both = torch.tensor(sums_and_weights, dtype=torch.float64)
-        both = accelerator.reduce(both.to(self.args.device)).cpu().tolist()
+            means.extremes["peak_memory_gib"] = memory  # of the fullest rank
+        tokens = int(tokens)
+        names = sorted(means.sums)
+        sums_and_weights = [[means.sums[n], means.weights[n]] for n in names] + [[tokens, 0.0], positions]
+        both = self._over_ranks(sums_and_weights, "sum")
         for name, (total, weight) in zip(names, both, strict=False):
             outer[name].append(total / weight if weight else 0.0)
-        for name in sorted(extremes):
-            largest = accelerator.gather(torch.tensor([extremes[name]], device=self.args.device)).max().item()
-            outer[name].append(-largest if name == "min_reward" else largest)
+        if extremes := sorted(means.extremes):
+            found = self._over_ranks([means.extremes[name] for name in extremes], "max")
+            for name, largest in zip(extremes, found, strict=True):
+                outer[name].append(-largest if name == "min_reward" else largest)
         self._total_train_tokens += int(both[-2][0])
         if mode == "train":
             outer["padding"].append(both[-1][1] / both[-1][0])  # fraction of the computed positions
         outer["num_tokens"] = [self._total_train_tokens]
 
-
-def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]:
-    """How many pairs and tokens a micro-batch's metrics are means over; all 0 for a dummy micro-batch."""
-    counts = {"examples": examples}
-    if "completion_mask" in batch:
-        mask = batch["completion_mask"][:, 1:]
-        chosen, rejected = (int(half.sum()) for half in mask.chunk(2))
-        counts |= {"chosen": chosen, "rejected": rejected, "scored": chosen + rejected}
-    if "labels" in batch:
-        counts["labels"] = int((batch["labels"][:, 1:] != -100).sum())
-    return counts if examples else dict.fromkeys(counts, 0)
+    def _over_ranks(self, values: list, reduction: str) -> list:
+        """The sums or maxima over all ranks, elementwise: a collective, and on GPUs the host waits for it."""
+        if self.accelerator.num_processes == 1:
+            return values
+        here = torch.tensor(values, dtype=torch.float64).to(self.args.device, non_blocking=True)
+        if reduction == "sum":
+            return self.accelerator.reduce(here).tolist()
+        return self.accelerator.gather(here[None]).max(dim=0).values.tolist()
 
 
 def tokens_of(dataset: Any, max_length: int | None, padded: bool) -> np.ndarray:
@@ -446,6 +465,9 @@ def pack(trainer: GlobalBatches, plan: Plan) -> bool:
         return False
     for model in models:
         pack_backbone(model, plan.packing_mode, longest)
+    if not trainer.args.torch_compile:  # which may not follow tensors that know their values
+        cuda = trainer.args.device.type == "cuda"
+        trainer.data_collator = PackedCollator(trainer.data_collator, plan.packing_mode, varlen=cuda)
     if asked not in (None, "sdpa"):  # flash attention, eager
         device = trainer.args.device
         say(f"note: {asked} selects packed attention; on {device.type} the kernel is {kernel_name(device)}")

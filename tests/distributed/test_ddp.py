@@ -27,8 +27,8 @@ def need(launch_file):
             pytest.skip("there is no g++, with which DeepSpeed compiles what its processes on a CPU talk through")
 
 
-def launch(processes, *words, launch_file="ddp.yaml"):
-    done = forked.launch(processes, *words, launch_file=launch_file)
+def launch(processes, *words, launch_file="ddp.yaml", **options):
+    done = forked.launch(processes, *words, launch_file=launch_file, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -40,7 +40,7 @@ PACKING = (
     Defect(
         "rows-leak", "a packed row is one document: each pair attends to the pairs before it",
         "rlhf/packing/backbone.py",
-        '"packed_segments": Segments(layout.segments, input_ids.device),',
+        '"packed_segments": segments,',
         '"packed_segments": Segments([(layout.num_tokens, 0, 0)], input_ids.device),',
         ("tests/packing/test_packed_backbone.py::test_batches",),
     ),
@@ -50,6 +50,20 @@ PACKING = (
         "positions.append(torch.arange(p + c))",
         "positions.append(torch.arange(start, start + p + c))",
         ("tests/packing/test_packed_layout.py::test_two_pairs_are_rows_i_and_i_plus_half",),
+    ),
+    Defect(
+        "layout-of-another-batch", "the backbone takes a layout that was made for a batch of another shape",
+        "rlhf/packing/collate.py",
+        "packed.mode == mode and packed.shape == tuple(input_ids.shape)",
+        "packed.mode == mode",
+        ("tests/packing/test_collate.py::test_it_fits_only_its_batch",),
+    ),
+    Defect(
+        "host-copy-of-before", "a mask that was changed in place is read as it was when it was collated",
+        "rlhf/packing/known.py",
+        "args[0].host = args[0].plain",
+        "args[0].host = args[0].host",
+        ("tests/packing/test_known.py::test_a_change_in_place_is_not_read_from_the_host",),
     ),
     Defect(
         "rejected-after-chosen", "position_ids of the rejected answer go on where the chosen one ended",
@@ -182,10 +196,24 @@ TRAINING = (
     ),
     Defect(
         "metrics-of-last-micro-batch", "a step's metrics are plain means over its micro-batches",
-        "rlhf/training/trainer.py",
-        'sums[name] += values[-1] * weight if weight else 0.0',
-        'weight = bool(weight)\n                    sums[name] += values[-1] * weight',
+        "rlhf/training/step_means.py",
+        'self.sums[name] += value * weight if weight else 0.0',
+        'weight = bool(weight)\n                self.sums[name] += value * weight',
         ("tests/training/test_trainer.py::test_the_split_changes_no_number[dpo]",),
+    ),
+    Defect(
+        "metrics-of-one-rank", "metrics that are read later are those of the first rank",
+        "rlhf/training/deferred.py",
+        "part.reshape(-1, *x.shape[1:])",
+        "part[:1].reshape(-1, *x.shape[1:])",
+        ("tests/training/test_deferred.py::test_the_same_numbers",),
+    ),
+    Defect(
+        "metrics-waited-for", "each metric of each micro-batch is read at once: on a GPU a dozen waits per micro-batch",
+        "rlhf/training/trainer.py",
+        "with deferring(self.accelerator, self._pending):",
+        "with contextlib.nullcontext():",
+        ("tests/training/test_synchronisations.py::test_batches_of_trl_wait_when_they_are_logged[sft]",),
     ),
     Defect(
         "norm-in-fp32", "the squares of a gradient are added in fp32 on CPUs",

@@ -1,0 +1,80 @@
+"""Tensors whose values the host knows: as the ordinary ones, and read from the host alone."""
+
+import pytest
+import torch
+
+from rlhf.packing.known import Known, plain
+
+META = torch.device("meta")  # without values: whoever reads from it fails
+VALUES = torch.tensor([[5, 6, -100, 8], [9, -100, -100, 2]])
+MASK = VALUES != -100
+
+
+def twice(x):
+    """(on the CPU, known on a device that can't be read)"""
+    return Known.of(x, x), Known.of(x.to(META), x)
+
+
+OPERATIONS = {
+    "compare": lambda x, m: x != -100, "equal": lambda x, m: x == 9, "shift": lambda x, m: x[:, 1:], "ellipsis": lambda x, m: x[..., 1:],
+    "half": lambda x, m: x.chunk(2, dim=0)[1], "labels": lambda x, m: x.masked_fill(m == 0, -100), "sum": lambda x, m: m.sum(),
+    "lengths": lambda x, m: torch.minimum(*m.sum(dim=1).long().chunk(2)), "both": lambda x, m: torch.cat([m.cumsum(1), x]),
+    "and": lambda x, m: (m.cumsum(1) > 1) & m.bool(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_losses_do_with_masks_stays_known(name):
+    want = OPERATIONS[name](VALUES, MASK)
+    for here in (0, 1):
+        found = OPERATIONS[name](twice(VALUES)[here], twice(MASK)[here])
+        assert type(found) is Known and torch.equal(found.host, want) and found.host.dtype == found.dtype == want.dtype
+        assert found.tolist() == want.tolist() and found.plain.device == (META if here else want.device)
+    assert bool(twice(MASK)[1].sum() > 4) and int(twice(MASK)[1].sum()) == 5 and twice(MASK)[1].sum().item() == 5
+
+
+def test_selections_have_values_and_gradients_of_boolean_masks():
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    weights = torch.randn(5, 3, dtype=torch.float64)
+    results = []
+    for mask in (MASK, Known.of(MASK, MASK)):
+        leaf = x.clone().requires_grad_()
+        chosen = leaf[mask]
+        back = leaf.new_zeros(MASK.shape).masked_scatter(mask, (chosen * weights).sum(dim=1))
+        back.square().sum().backward()
+        results.append((chosen.detach(), back.detach(), leaf.grad, torch.masked_select(back.detach(), mask)))
+    for want, found in zip(*results, strict=True):
+        assert type(found) is torch.Tensor and torch.equal(want, found)
+
+
+def test_nothing_selected_stays_connected():
+    """A micro-batch without labels adds a zero that has a gradient."""
+    nothing = torch.zeros_like(MASK)
+    leaf = torch.randn(2, 4, 3, requires_grad=True)
+    chosen = leaf[Known.of(nothing, nothing)]
+    back = leaf.new_zeros(MASK.shape).masked_scatter(Known.of(nothing, nothing), chosen.sum(dim=1))
+    back.sum().backward()
+    assert chosen.shape == (0, 3) and back.abs().sum() == 0 and torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_with_other_tensors_the_result_is_an_ordinary_one():
+    known = Known.of(VALUES, VALUES)
+    for found in (
+        known * torch.ones(2, 4),
+        torch.ones(2, 4) * known,
+        known.masked_fill(MASK, 0),
+        torch.stack([known, VALUES]),
+    ):
+        assert type(found) is torch.Tensor
+    assert torch.equal(known.masked_fill(MASK, 0), VALUES.masked_fill(MASK, 0)) and plain(known) is VALUES
+
+
+def test_a_change_in_place_is_not_read_from_the_host():
+    """The host's copy would be of before."""
+    device, host = MASK.clone(), MASK.clone()  # two copies, as with a GPU
+    known = Known.of(device, host)
+    known &= torch.zeros_like(MASK)
+    assert plain(known).sum() == 0 and int(known.sum()) == 0 and torch.ones(2, 4)[known].numel() == 0
+    known = Known.of(MASK.clone(), MASK.clone())
+    known[0, 0] = False
+    assert int(known.sum()) == 4 and len(torch.ones(2, 4)[known]) == 4
