@@ -126,6 +126,12 @@ def check_experts(plan: Plan) -> None:
             f"{config.model_type} (it looks for `num_experts` in the model's config, which has another name for it); set "
             "`router_aux_loss_coef: 0`"
         )
+    if coefficient:
+        say(
+            f"note: router_aux_loss_coef is {coefficient:g}: the loss that balances the experts is computed per micro-batch and "
+            "is not a sum over tokens, so it changes slightly with the number of ranks and max_tokens_per_device; "
+            "`router_aux_loss_coef: 0` turns it off"
+        )
 
 
 def has_experts(config: Any) -> bool:

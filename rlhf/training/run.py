@@ -265,12 +265,29 @@ def _announce(plan: Plan, trainer: CheckpointMixin, run: RunFolder) -> None:
             f"note: {dropped:,} of {len(data.train):,} examples are longer than max_length={args.max_length} and were left out "
             f"(the first: {data.train.place(first)})"
         )
+    if repeated := _repeated(plan, len(trainer.train_dataset), world):
+        say(
+            f"note: {world} processes take {args.per_device_train_batch_size * world} examples at a time, and "
+            f"{len(trainer.train_dataset):,} is no multiple of it: TRL's own batches repeat {repeated} from the epoch's start at "
+            f"its end; `global_batch_size: {batch}` takes each once, with the same losses on any number of processes"
+        )
     if run.resume_from:
         before = (read_manifest(Path(run.resume_from)) or {}).get("layout") or {}
         engine = plan.topology.record(world)["engine"]
         other = (before.get("processes"), before.get("engine")) not in ((None, None), (world, engine))
         by = f" (of {before['processes']} process{'es' if before['processes'] > 1 else ''}, {before['engine']})"
         say(f"  resuming from {run.resume_from}{by if other else ''}")
+
+
+def _repeated(plan: Plan, examples: int, world: int) -> int:
+    """Examples that accelerate (`even_batches`) takes twice per epoch, so that all ranks have equally large batches."""
+    args = plan.args
+    together = args.per_device_train_batch_size * world
+    if plan.stage_args.global_batch_size or world == 1 or args.dataloader_drop_last:
+        return 0
+    if 0 < args.max_steps * args.gradient_accumulation_steps <= examples // together:
+        return 0  # ends before
+    return -examples % together
 
 
 def _count(number: int) -> str:

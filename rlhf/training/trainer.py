@@ -127,6 +127,7 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
     """
 
     _step_weight: float | None = None  # of the current micro-batch; None outside a step
+    _balance_divisor = 1.0  # SFT: TRL divides by it the micro-batch's loss that balances experts, which is a mean
     global_batch: GlobalBatch | None = None
     _pending: Pending | None = None  # metrics that are not read yet
     _flops_per_token: float | None = None
@@ -264,16 +265,20 @@ class GlobalBatches(AccurateNorm, CheckpointMixin):
         share = part["examples"] * world / inputs["examples"]
         by_tokens = "labels" in part["batch"]  # TRL divides by the global number of tokens itself
         self._step_weight = float(part["examples"] > 0) if by_tokens else share
+        self._balance_divisor = 1 / share if by_tokens and share else 1.0
         try:
             return compute(part["batch"])
         finally:
             self._step_weight = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._step_weight is not None:
+            self.current_gradient_accumulation_steps = self._balance_divisor  # type: ignore[assignment]  # else a count
         with self._metrics_later():
             found: Any = super().compute_loss(model, known_inputs(inputs), return_outputs, num_items_in_batch)
         if self._step_weight is None:
             return found
+        self.current_gradient_accumulation_steps = 1
         return (found[0] * self._step_weight, found[1]) if return_outputs else found * self._step_weight
 
     def _prepare_inputs(self, inputs):

@@ -1,5 +1,7 @@
 """Mixtures of experts, whose files hold experts one by one and the model all of a layer in one tensor."""
 
+from pathlib import Path
+
 import forked
 import pytest
 import torch
@@ -26,13 +28,14 @@ def test_fsdp2_trains_them_as_one_process_does(recipe, mixtral, few_pairs, tmp_p
     """An adapter on each expert: the same losses and the same finished model; no rank loads all. Then a start from it."""
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     common = dict(dataset_name=few_pairs, use_peft=True, lora_r=4, lora_dropout=0.0, lora_target_modules=["q_proj", "v_proj"],
-                  lora_target_parameters=experts, max_steps=3, learning_rate=1e-4)  # fmt: skip
+                  lora_target_parameters=experts, max_steps=3, learning_rate=1e-4,
+                  global_batch_size=4, max_tokens_per_device=4096)  # fmt: skip
 
     def losses(ranks, stage, name, **more):
         out = tmp_path / name
-        more["per_device_train_batch_size"] = 4 // ranks
-        file = recipe(stage, name=name, output_dir=str(out), **common | more)
-        done = forked.launch(ranks, stage, file, **({"launch_file": "fsdp2.yaml"} if ranks > 1 else {}))
+        file = Path(recipe(stage, name=name, output_dir=str(out), **common | more))
+        file.write_text("".join(x for x in file.read_text().splitlines(True) if "per_device_train" not in x))
+        done = forked.launch(ranks, stage, str(file), **({"launch_file": "fsdp2.yaml"} if ranks > 1 else {}))
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         assert "holds all of" not in done.stdout
         found = out / "model.safetensors"
@@ -46,7 +49,8 @@ def test_fsdp2_trains_them_as_one_process_does(recipe, mixtral, few_pairs, tmp_p
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
     losses(2, "dpo", "adapter", model_name_or_path=mixtral, merge_adapter=False, max_steps=1)
-    start = {"model_name_or_path": str(tmp_path / "adapter"), "merge_adapter": True, "max_steps": 1}
+    start = {"model_name_or_path": str(tmp_path / "adapter"), "merge_adapter": True}
     one, _ = losses(1, "reward", "reward one", **start)
     two, _ = losses(2, "reward", "reward two", **start)
-    assert len(one) == 1 and two == pytest.approx(one, abs=1e-5)
+    # 11 pairs, one is too long: the last step has 3, of which TRL's own batches would repeat one
+    assert len(one) == 3 and two == pytest.approx(one, abs=1e-5)

@@ -4,16 +4,19 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.__main__ import main
 from rlhf.config.recipe import load_recipe
 from rlhf.distributed.topology import topology_of_environment
 from rlhf.models.tokenizer import load_tokenizer, tokenize_pair
 from rlhf.runs.metrics import read_metrics
+from rlhf.training import run
 from rlhf.training.plan import make_plan
 from rlhf.training.reward import REWARD
 from rlhf.training.sft import SFT
@@ -218,3 +221,38 @@ def test_count_tokens():
     assert count_tokens({"chosen_ids": [1, 2, 3], "rejected_ids": [1, 2, 4, 5]}, None, padded=False) == 2 + 1 + 2
     assert count_tokens({"input_ids": [1] * 9}, 6, padded=False) == 6
     assert json.dumps(count_tokens(pair, 6, padded=True)) == "12"
+
+
+def test_the_balance_of_experts_weighs_as_much_in_any_split(recipe, tiny_llama, few_pairs, tmp_path):
+    """SFT: TRL adds that loss, here about 2 (= experts chosen per token), to each micro-batch; their shares must sum to 1."""
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    first = {}
+    for tokens in (100_000, 520):
+        rows, _ = train(
+            recipe, "sft", tmp_path, f"{tokens}", str(tmp_path / "base"), few_pairs, lora_target_modules=["q_proj", "v_proj"],
+            global_batch_size=5, max_tokens_per_device=tokens, router_aux_loss_coef=1.0, max_steps=1,
+        )  # fmt: skip
+        first[tokens] = rows[0]
+    assert max(row.get("micro_batches", 0) for row in read_metrics(tmp_path / "520")) > 1
+    assert 1.9 < first[100_000]["aux_loss"] < 2.3
+    assert first[520]["loss"] == pytest.approx(first[100_000]["loss"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "examples", "world", "repeated"),
+    [({}, 11, 2, 1), ({}, 11, 1, 0), ({}, 12, 2, 0), ({"global_batch_size": 4}, 11, 2, 0), ({"drop": True}, 11, 2, 0),
+     ({"max_steps": 2}, 11, 2, 0), ({"max_steps": 3}, 11, 2, 1)],
+)  # fmt: skip
+def test_examples_that_trls_own_batches_repeat(values, examples, world, repeated):
+    args = SimpleNamespace(
+        per_device_train_batch_size=2, dataloader_drop_last=values.get("drop", False), gradient_accumulation_steps=1,
+        max_steps=values.get("max_steps", -1),
+    )  # fmt: skip
+    plan = SimpleNamespace(args=args, stage_args=SimpleNamespace(global_batch_size=values.get("global_batch_size")))
+    assert run._repeated(plan, examples, world) == repeated
