@@ -87,7 +87,7 @@ def base(daemon):
         pytest.skip(f"no base image: debootstrap makes one ({NEEDED}), or name one in RLHF_TEST_BASE")
     with tempfile.TemporaryDirectory() as folder:
         words = ["bash", "-c", MAKE_BASE, "-", folder, debian_mirror(), CERTIFICATES]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=3600)
         if done.returncode != 0:
             pytest.skip(f"debootstrap can't make a Debian here: {done.stdout[-300:]}{done.stderr[-300:]}")
         variables = [f"--change=ENV {name}={CERTIFICATES}" for name in ("PIP_CERT", "SSL_CERT_FILE")]
