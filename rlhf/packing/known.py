@@ -18,7 +18,7 @@ MIRRORED = frozenset(
     "stack sum cumsum minimum maximum clamp clamp_min bool long int float double to clone detach contiguous unsqueeze squeeze "
     "flatten reshape view any all".split()
 )
-READ = frozenset("item tolist numpy cpu __bool__ __int__ __float__ __positions__ __contains__".split())
+READ = frozenset("item tolist numpy cpu __bool__ __int__ __float__ __contains__".split())
 
 
 class Known(torch.Tensor):
@@ -65,6 +65,8 @@ class Known(torch.Tensor):
             return Known.of(found, args[0].host.to(found.dtype), args[0].packed)
         known = [x for x in _tensors((args, kwargs)) if isinstance(x, Known)]
         on_host = all(x.host is x.plain for x in known)
+        if not on_host and any(x.host is x.plain for x in known):  # changed in place: only the device has its values
+            return found
         host = found if on_host else func(*_each(args, _host), **_each(kwargs, _host))
         if isinstance(found, torch.Tensor):
             return Known.of(found, host)
@@ -97,7 +99,12 @@ def _select(name: str, args) -> torch.Tensor | None:
     mask = args[1] if len(args) > 1 else None
     if not isinstance(mask, Known) or mask.host.dtype != torch.bool:
         return None
-    if name in ("__getitem__", "masked_select"):
+    shape = args[0].shape
+    if name == "__getitem__" and shape[: mask.dim()] == mask.shape:
+        return plain(args[0])[mask.positions]
+    if shape != mask.shape:  # torch broadcasts these, or refuses
+        return None
+    if name == "masked_select":
         return plain(args[0])[mask.positions]
     if name == "masked_scatter":
         return plain(args[0]).index_put(mask.positions, plain(args[2]).reshape(-1)[: len(mask.positions[0])])
@@ -123,7 +130,7 @@ def _tensors(x: Any) -> list[torch.Tensor]:
 
 def _forget_changed(name: str, args) -> None:
     """After a change in place the host would know old values: let it copy them when it needs them."""
-    changes = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in ("__invert__", "__positions__", "__int__", "__iter__")) or name == "__setitem__"  # fmt: skip
+    changes = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in ("__invert__", "__int__", "__iter__")) or name == "__setitem__"  # fmt: skip
     if changes and args and isinstance(args[0], Known):
         args[0].host = args[0].plain
         args[0]._positions = None

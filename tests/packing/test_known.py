@@ -78,3 +78,21 @@ def test_a_change_in_place_is_not_read_from_the_host():
     known = Known.of(MASK.clone(), MASK.clone())
     known[0, 0] = False
     assert int(known.sum()) == 4 and len(torch.ones(2, 4)[known]) == 4
+
+
+def test_a_mask_of_another_shape_is_used_as_torch_uses_it():
+    """Positions in a mask that is broadcast would be others than those it selects."""
+    x, values, rows = torch.arange(6.0).view(2, 3), torch.tensor([7.0, 8.0, 9.0]), torch.tensor([[True], [False]])
+    known = Known.of(rows, rows)
+    assert torch.equal(torch.masked_select(x, known), torch.masked_select(x, rows))
+    assert torch.equal(x.masked_scatter(known, values), x.masked_scatter(rows, values))
+    with pytest.raises(IndexError, match="does not match"):
+        torch.zeros(2, 5)[Known.of(MASK, MASK)]
+
+
+def test_what_was_changed_in_place_goes_with_what_was_not():
+    """Their values are on two devices then."""
+    changed, kept = twice(MASK)[1], twice(MASK)[1]
+    changed[0, 0] = False
+    found = changed & kept
+    assert type(found) is torch.Tensor and found.device == META
