@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 from rlhf.config.recipe import Recipe
@@ -97,6 +98,20 @@ def check_checkpointing(plan: Plan) -> None:
             raise UserError(
                 f"{plan.recipe.where(key)}: {key}.every_n_layers is {quote(value)}; expected an integer from 1"
             )
+
+
+def check_compiled(plan: Plan) -> None:
+    """Reject a launch file that compiles the model behind the recipe's back: packed rows and metrics must know.
+
+    Raises:
+        UserError: accelerate's `dynamo_config`.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("", "no"):
+        raise UserError(
+            f"{plan.recipe.path}: the launch file's dynamo_config (ACCELERATE_DYNAMO_BACKEND={quote(backend)[1:-1]}) compiles "
+            "the model; remove it, and set `torch_compile: true` and `packing: false` in the recipe instead"
+        )
 
 
 # --- experts, positions ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from rlhf.runs.folder import MERGED_START, RunFolder, open_run
 from rlhf.runs.lineage import maker_of, starting_model, waits_for
 from rlhf.runs.provenance import model_digest
 from rlhf.training.checks import check_extras
-from rlhf.training.model_checks import check_checkpointing, check_experts, check_offloading
+from rlhf.training.model_checks import check_checkpointing, check_compiled, check_experts, check_offloading
 from rlhf.training.plan_checks import (
     check_examples,
     check_hub_login,
@@ -105,7 +105,7 @@ def make_plan(stage: Stage, recipe: Recipe, topology: Topology, inputs: Inputs |
     plan = draft_plan(stage, recipe, topology, inputs)
     for check in (
         check_scheduler, check_optimizer, check_reporters, check_hub_login, check_merge, check_offloading, check_checkpointing,
-        check_experts, stage.check,
+        check_compiled, check_experts, stage.check,
     ):  # fmt: skip
         check(plan)
     if topology.started:

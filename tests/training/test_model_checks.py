@@ -173,3 +173,12 @@ def test_what_takes_less_memory_after_that(values, on, words):
     recipe = Recipe("dpo", "r.yaml", values, {})
     plan = SimpleNamespace(recipe=recipe, args=SimpleNamespace(activation_checkpointing=on, gradient_checkpointing=on))
     assert less_activations(plan) == words
+
+
+def test_a_launch_file_that_compiles_is_refused(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch, capsys):
+    names = {"model_name_or_path": tiny_llama, "dataset_name": few_pairs, "output_dir": str(tmp_path / "o")}
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert main(["dpo", recipe("dpo", **names), "--check"]) == 2
+    assert "the launch file's dynamo_config (ACCELERATE_DYNAMO_BACKEND=inductor) compiles" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert main(["dpo", recipe("dpo", **names), "--check"]) == 0
