@@ -150,7 +150,8 @@ def check_experts(plan: Plan) -> None:
 
 
 def has_experts(config: Any) -> bool:
-    return bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
+    """Whether a text model's config counts experts, under one of the names that transformers 5.23's configs have for it."""
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "moe_num_experts"))
 
 
 def use_experts(model, plan: Plan):
