@@ -107,12 +107,12 @@ TRANSFORMERS = [
         "get_train_dataloader": "the global batch",
         "compute_loss model inputs return_outputs num_items_in_batch": "each micro-batch's weight in its global batch",
         "floating_point_ops inputs": "training on global batches",
-        "log logs start_time": "metrics read once per step",
         "_prepare_inputs inputs": "copies to a GPU that the host does not wait for",
         "evaluation_loop dataloader description prediction_loss_only ignore_keys metric_key_prefix": "evaluating each row once",
         "_set_signature_columns_if_needed": "the columns of a global batch",
         "_wrap_model model training": "evaluating under every engine",
     }),
+    *_of("transformers.trainer", "Trainer", "training/step_metrics.py", {"log logs start_time": "metrics read once per step"}),
     *_of("transformers.trainer", "Trainer", "training/precision.py", {
         "_clip_grad_norm model": "the exact norm of a gradient on CPUs",
     }),
@@ -189,7 +189,7 @@ TRL = [
     *(
         name
         for stage, trainer in TRAINERS.items()
-        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "training/trainer.py", {
+        for name in _of(f"trl.trainer.{stage}_trainer", trainer, "training/step_metrics.py", {
             "_metrics": "the metrics of a global batch", "_total_train_tokens": "the count of tokens",
         }, in_code=True, only=stage)
     ),
@@ -240,8 +240,10 @@ ACCELERATE_AND_PEFT = [
     *_of("accelerate.state", "GradientState", "training/trainer.py", {
         "_set_sync_gradients sync_gradients": "gradient all-reduce once per step",
     }),
+    *_of("accelerate", "Accelerator", "training/step_metrics.py", {
+        "gather tensor": "extremes of rewards over all ranks", "reduce tensor reduction": "metrics of the global batch",
+    }),
     *_of("accelerate", "Accelerator", "training/trainer.py", {
-        "gather tensor": "extremes of rewards over all ranks",
         "no_sync model": "gradient all-reduce once per step",
         "reduce tensor reduction": "metrics of the global batch",
     }),

@@ -47,7 +47,7 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     """TRL's DPOTrainer for this plan, with the check at step 0."""
     from rlhf.models.loading import load_nf4, load_policy
     from rlhf.packing import lm_head
-    from rlhf.training.trainer import trainer_arguments, use_global_batches
+    from rlhf.training.trainer_setup import trainer_arguments, use_global_batches
 
     args, model_args = plan.args, plan.model_args
     check_upstream("dpo", plan.recipe.is_quantised or plan.reference == "nf4")
@@ -84,7 +84,7 @@ def another_reference(trainer: DPOTrainer, plan: Plan, packed: bool) -> Iterator
     from rlhf.models.on_disk import shard_model
     from rlhf.packing import pack_backbone, why_not
     from rlhf.training.precision import adds_in_float64, sum_logps_in_float64
-    from rlhf.training.trainer import known_longest
+    from rlhf.training.trainer_setup import known_longest
 
     args, name = cast("DPOConfig", plan.args), reference_name(plan)
     merged = Path(str(args.output_dir)) / MERGED_REFERENCE
@@ -261,7 +261,8 @@ def trainer_class(plan: Plan, stopper: Stopper | None = None):
     )
     from rlhf.training.reference import add_reference_logps
     from rlhf.training.start_check import check_start
-    from rlhf.training.trainer import GlobalBatches, pack
+    from rlhf.training.trainer import GlobalBatches
+    from rlhf.training.trainer_setup import pack
 
     class CheckedDPOTrainer(GlobalBatches, DPOTrainer):
         _start_checked = False

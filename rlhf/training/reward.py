@@ -47,7 +47,8 @@ def build(plan: Plan, stopper: Stopper | None = None) -> CheckpointMixin:
     from trl import RewardTrainer
 
     from rlhf.training.precision import train_adapter_in_float32
-    from rlhf.training.trainer import GlobalBatches, pack, trainer_arguments, use_global_batches
+    from rlhf.training.trainer import GlobalBatches
+    from rlhf.training.trainer_setup import pack, trainer_arguments, use_global_batches
 
     class Trainer(GlobalBatches, RewardTrainer):
         pass

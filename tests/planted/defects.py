@@ -210,7 +210,7 @@ TRAINING = (
     ),
     Defect(
         "metrics-waited-for", "each metric of each micro-batch is read at once: on a GPU a dozen waits per micro-batch",
-        "rlhf/training/trainer.py",
+        "rlhf/training/step_metrics.py",
         "with deferring(self.accelerator, self._pending):",
         "with contextlib.nullcontext():",
         ("tests/training/test_synchronisations.py::test_batches_of_trl_wait_when_they_are_logged[sft]",),

@@ -20,6 +20,7 @@ from rlhf.config.recipe import load_recipe
 from rlhf.distributed.topology import topology_of_environment
 from rlhf.packing import PackedCollator
 from rlhf.packing.collate import KEY
+from rlhf.training import step_metrics
 from rlhf.training import trainer as trainer_module
 from rlhf.training.dpo import DPO
 from rlhf.training.plan import make_plan
@@ -182,7 +183,7 @@ def test_what_is_put_back_is_counted(on_meta, monkeypatch):
         assert sum(call.startswith("a value: ") for call in run()) == len(step["micro_batches"]) > 2
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "deferring", lambda *a: contextlib.nullcontext())
+        patch.setattr(step_metrics, "deferring", lambda *a: contextlib.nullcontext())
         patch.setattr(DPOTrainer, "log", lambda *a: None)
         patch.setattr(trainer.accelerator, "gather_for_metrics", lambda x: getattr(x, "plain", x))
         calls = run()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rlhf.training.trainer
+import rlhf.training.step_metrics
 from rlhf.__main__ import main
 from rlhf.distributed.sharding import num_elements
 from rlhf.evaluation.finished_runs import read_run
@@ -84,7 +84,7 @@ def test_peak_memory_is_logged(recipe, tiny_llama, few_pairs, tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     assert peak_memory_gib(torch.device("cuda", 0)) == 3.0
     for name, memory in (("cpu", None), ("gpu", 3.0)):
-        monkeypatch.setattr(rlhf.training.trainer, "peak_memory_gib", lambda device, memory=memory: memory)
+        monkeypatch.setattr(rlhf.training.step_metrics, "peak_memory_gib", lambda device, memory=memory: memory)
         out = tmp_path / name
         values = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), global_batch_size=4)
         file = recipe("reward", name=name, max_tokens_per_device=4096, max_steps=1, **values)
