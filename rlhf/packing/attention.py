@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rlhf.packing.layout import longest_row
+from rlhf.packing.layout import longest_sequence
 
 NAME = "rlhf_packed"
 # Arguments that some models pass to attention functions and that would change the result.
@@ -58,7 +58,7 @@ class Segments:
 
     @cached_property
     def longest(self) -> int:
-        return longest_row(self.lengths)
+        return longest_sequence(self.lengths)
 
     @cached_property
     def masks(self) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.packing.attention import NAME, Segments, register
 from rlhf.packing.collate import packed_batch
 from rlhf.packing.known import plain
-from rlhf.packing.layout import MODES, Layout, is_right_padded, longest_row, packed_layout, unpack
+from rlhf.packing.layout import MODES, Layout, is_right_padded, longest_sequence, packed_layout, unpack
 
 # Model types whose packed log-probabilities, rewards and gradients tests/packing/test_families.py compares with those of
 # transformers' padded model. An allow-list, because many unsupported models can't be detected: transformers 5.23's
@@ -178,7 +178,7 @@ def packed_forward(forward: Callable, window: int | None = None) -> Callable:
             return forward(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         input_ids, attention_mask = arguments["input_ids"], arguments.get("attention_mask")
         layout, segments = layout_of(input_ids, attention_mask, self._packing_mode)
-        if window is not None and (longest := longest_row(layout.segments)) > window:
+        if window is not None and (longest := longest_sequence(layout.segments)) > window:
             _warn_padded(self, f"because a row of {longest} tokens exceeds the sliding window of {window}")
             return forward(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         input_ids = plain(input_ids)

@@ -37,7 +37,7 @@ class Layout:
         return self.token_index_T.numel()
 
 
-def longest_row(segments: list[tuple[int, int, int]]) -> int:
+def longest_sequence(segments: list[tuple[int, int, int]]) -> int:
     """Tokens of the longest row that the segments hold."""
     return max((p + max(c, r) for p, c, r in segments), default=0)
 

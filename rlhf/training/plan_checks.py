@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -22,7 +23,9 @@ from rlhf.training.model_checks import check_positions, model_config
 from rlhf.training.stage import Plan
 
 if TYPE_CHECKING:
+    from rlhf.data.store import Rows
     from rlhf.training.stage import TrainingConfig
+    from rlhf.training.tokenise import Counts, Settings
 
 MOST_ROWS, MOST_LONG_ROWS = 2000, 200  # maximum number of rows tokenised before a start: about 3 s
 
@@ -202,9 +205,9 @@ def check_examples(plan: Plan, tokenizer, packs_up_to: float) -> None:
         packs_up_to: batches are packed if no row has more tokens.
 
     Raises:
-        UserError: no example is left, or one is longer than max_tokens_per_device.
+        UserError: no example is left, or one (of a run that evaluates also a held-out one) is longer than max_tokens_per_device.
     """
-    from rlhf.training.lengths import answers_cut, cost, cut_report, line
+    from rlhf.training.lengths import answers_cut, cut_report, line
     from rlhf.training.template_check import check_template
     from rlhf.training.tokens import known_counts, settings_of
 
@@ -213,17 +216,14 @@ def check_examples(plan: Plan, tokenizer, packs_up_to: float) -> None:
     settings = settings_of(plan)
     counts = known_counts(plan, tokenizer)
     if counts is not None:
-        report = cut_report(counts, settings, rows.place)
-        longest = longest_row(plan, counts)
-        tokens, number = counts.longest if longest <= packs_up_to else counts.longest_padded
+        report, train = cut_report(counts, settings, rows.place), _Longest(rows, counts)
     else:
         report, counts = answers_cut(rows, tokenizer, settings, MOST_ROWS)
-        chars = rows.column("chars")
-        most = np.argsort(chars)[-MOST_LONG_ROWS:]
-        found = cost(tokenizer, [rows[int(i)] for i in most], settings)
-        longest = longest_row(plan, found)
-        tokens, number = found.longest if longest <= packs_up_to else found.longest_padded
-        number = int(most[number])
+        train = _Longest.of(rows, tokenizer, settings)
+    sides = [train]
+    if plan.data.heldout and (args.eval_strategy != "no" or args.eval_on_start):
+        sides.append(_Longest.of(plan.data.heldout, tokenizer, settings))
+    longest = longest_row(plan, *(side.counts for side in sides))
     check_positions(plan, longest)
     if report.left_out.rows == report.rows:
         raise UserError(
@@ -236,8 +236,39 @@ def check_examples(plan: Plan, tokenizer, packs_up_to: float) -> None:
             f"note: the chat template renders {counts.unequal[0]:,} of {counts.rows:,} prompts otherwise alone than before an "
             "answer; the end of those prompts is left out, so training and inference differ there"
         )
-    if stage_args.global_batch_size is not None and tokens > stage_args.max_tokens_per_device:
-        raise too_long(recipe, rows.place(number), tokens, stage_args.max_tokens_per_device)
+    if stage_args.global_batch_size is None:
+        return
+    for side in sides:
+        tokens, place = side.most(padded=longest > packs_up_to)
+        if tokens > stage_args.max_tokens_per_device:
+            raise too_long(recipe, place, tokens, stage_args.max_tokens_per_device)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Longest:
+    """The longest of `rows`: of all of them, or of those with the longest texts.
+
+    Attributes:
+        numbers: of the rows that `counts` is of; None if of all.
+    """
+
+    rows: Rows
+    counts: Counts
+    numbers: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, tokenizer, settings: Settings) -> _Longest:
+        from rlhf.training.lengths import cost
+
+        numbers = np.argsort(rows.column("chars"))[-MOST_LONG_ROWS:]
+        return cls(rows, cost(tokenizer, [rows[int(i)] for i in numbers], settings), numbers)
+
+    def most(self, padded: bool) -> tuple[int, str]:
+        """(tokens of the longest example, its place)"""
+        tokens, number = self.counts.longest_padded if padded else self.counts.longest
+        if number < 0:
+            return 0, ""
+        return tokens, self.rows.place(number if self.numbers is None else int(self.numbers[number]))
 
 
 def note_disabled(recipe: Recipe) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from rlhf.config.build import is_flash
+from rlhf.data.store import Rows
 from rlhf.distributed.processes import say
 from rlhf.packing import PackedCollator
 from rlhf.training.lengths import longest_row, too_long
@@ -71,14 +74,20 @@ def use_global_batches(trainer: GlobalBatches, plan: Plan, packed: bool) -> None
     Raises:
         UserError: a single example has more tokens than max_tokens_per_device.
     """
-    stage_args, recipe = plan.stage_args, plan.recipe
+    stage_args = plan.stage_args
     if stage_args.global_batch_size is None:
         return
     num_tokens = tokens_of(trainer.train_dataset, plan.args.max_length, not packed)
-    longest = int(num_tokens.max(initial=0))
-    if longest > stage_args.max_tokens_per_device:
-        place = plan.data.train.place(trainer.train_dataset[int(num_tokens.argmax())]["example"])
-        raise too_long(recipe, place, longest, stage_args.max_tokens_per_device)
+    _check_longest(plan, trainer.train_dataset, num_tokens, plan.data.train)
+    if trainer.eval_dataset is not None and (plan.args.eval_strategy != "no" or plan.args.eval_on_start):
+        heldout = tokens_of(trainer.eval_dataset, plan.args.max_length, not packed)
+        _check_longest(plan, trainer.eval_dataset, heldout, cast("Rows", plan.data.heldout))
     trainer.use_global_batches(
         GlobalBatch(stage_args.global_batch_size, stage_args.max_tokens_per_device, not packed, num_tokens)
     )
+
+
+def _check_longest(plan: Plan, dataset: Any, num_tokens: np.ndarray, rows: Rows) -> None:
+    longest, most = int(num_tokens.max(initial=0)), plan.stage_args.max_tokens_per_device
+    if longest > most:
+        raise too_long(plan.recipe, rows.place(dataset[int(num_tokens.argmax())]["example"]), longest, most)

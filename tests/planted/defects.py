@@ -103,8 +103,8 @@ PACKING = (
     Defect(
         "window-one-too-long", "a row of one token more than the sliding window is packed, as if there were none",
         "rlhf/packing/backbone.py",
-        "(longest := longest_row(layout.segments)) > window",
-        "(longest := longest_row(layout.segments)) > window + 1",
+        "(longest := longest_sequence(layout.segments)) > window",
+        "(longest := longest_sequence(layout.segments)) > window + 1",
         ("tests/packing/test_windows.py::test_a_row_beyond_the_window_is_computed_padded",),
     ),
     Defect(

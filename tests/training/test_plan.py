@@ -161,3 +161,20 @@ def test_what_the_command_line_switches_off_is_told(recipe, tiny_llama, few_pair
     assert re.search(
         r"note: \S+dpo.yaml:\d+: 'reference_model' has no effect without `reference: cached` or `nf4`\n", shown
     ), shown
+
+
+@pytest.mark.parametrize("words", [["--check"], []], ids=["check", "start"])
+def test_a_held_out_row_that_is_too_long(words, recipe, tiny_llama, few_pairs, tmp_path, capsys):
+    """It would end the run at its first evaluation."""
+    pair = json.loads(Path(few_pairs).read_text().splitlines()[0])
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": pair["prompt"], "chosen": "a " * 200, "rejected": "b " * 200}) + "\n")
+    values = dict(model_name_or_path=tiny_llama, dataset_name=few_pairs, eval_dataset_name=str(long), output_dir=str(tmp_path / "x"),
+                  max_length=256, global_batch_size=4, max_tokens_per_device=410)  # fmt: skip
+    for evaluates in ("no", "steps"):
+        file = Path(recipe("dpo", **values, eval_strategy=evaluates, max_steps=1))
+        file.write_text("".join(x for x in file.read_text().splitlines(keepends=True) if "per_device_train" not in x))
+        assert main(["dpo", str(file), *words, "--output_dir", str(tmp_path / evaluates)]) == (
+            0 if evaluates == "no" else 2
+        )
+    assert f"the longest example, {long}:1, takes " in capsys.readouterr().err
