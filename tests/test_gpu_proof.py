@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -385,6 +386,19 @@ def test_wheels_are_those_of_the_lock_file(script):
     wheels = script("gpu_proof_wheels")
     lock = (ROOT / "requirements.lock").read_text()
     assert all(re.search(rf"^{name}==", lock, re.M) for name in wheels.NEEDED)
+
+
+def test_wheels_bring_what_deepspeed_imports(script):
+    """GPU images have torch and what it needs; pydantic, which DeepSpeed imports, is not among that, nor what it needs in turn."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    needed, waiting = set(), ["pydantic"]
+    while waiting:
+        name = script("gpu_proof_wheels").plain(waiting.pop())
+        if name not in needed and name != "typing-extensions":  # torch's own
+            needed.add(name)
+            lines = importlib.metadata.requires(name) or []
+            waiting += [re.match(r"[\w.-]+", line).group() for line in lines if "extra ==" not in line]
+    assert needed <= set(script("gpu_proof_wheels").NEEDED)
 
 
 def test_torch_cuda_is_called_in_one_file_behind_a_check():
