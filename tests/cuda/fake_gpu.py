@@ -128,8 +128,7 @@ def _patch_known() -> None:
     def of(plain, host, packed=None):
         with _disable_current_modes():
             found = torch.empty(plain.shape, dtype=plain.dtype, device="meta").as_subclass(Known)
-        found.plain, found.host, found.packed, found._positions = plain, host, packed, None
-        return found
+        return found._keep(plain, host, packed)
 
     Known.of = staticmethod(of)  # type: ignore[method-assign]
 
