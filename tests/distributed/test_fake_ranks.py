@@ -195,6 +195,11 @@ def test_bytes_per_step(launch, world, ranks, wide_llama):
     if launch == "zero3":  # DeepSpeed decides by thresholds what it keeps, and fetches some again
         assert found["reduce_scatter_base"] == 4 * ALL and 4 * 2 * ALL <= found["allgather_base"] <= 4 * 3 * ALL
     else:
-        assert found == {kind: 4 * elements for kind, elements in expected(launch, world).items()}
+        for kind, elements in (wanted := expected(launch, world)).items():
+            padding = (
+                2 * 2 * world if launch.startswith("zero") else 0
+            )  # of two groups of parameters, to two elements per rank
+            assert 4 * elements <= found[kind] <= 4 * (elements + padding)
+        assert set(found) == set(wanted)
     small = [size for phase, _, _, size in events if phase == f"step {STEPS}" and size <= SMALL]
     assert sum(small) < 2 * SMALL and len(small) <= 8 * math.log2(world)
