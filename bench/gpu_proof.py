@@ -137,6 +137,11 @@ class Proof:
             paths.insert(0, str(install(Path(self.args.wheels), self.folder / "site")))
         self.environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
         sys.path[:0] = paths
+        programs = [
+            str(Path(sys.executable).parent),
+            os.environ.get("PATH", ""),
+        ]  # ninja, where no environment is activated
+        self.environment["PATH"] = os.pathsep.join(filter(None, programs))
         if self.args.device == "cpu":
             self.environment["CUDA_VISIBLE_DEVICES"] = ""
         self.look_at_machine()
@@ -226,7 +231,7 @@ class Proof:
         out.unlink(missing_ok=True)
         job.write_text(json.dumps({"context": asdict(context), "out": str(out.absolute())}))
         environment = dict(self.environment)
-        if not cpu and name in PARTS and not name.startswith("launch-"):
+        if not cpu and name in PARTS and (name == "launch-single" or not name.startswith("launch-")):
             # one process that sees several GPUs would train on all of them (torch's DataParallel)
             environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         with open(self.folder / "logs" / f"{name}.log", "w", encoding="utf-8") as log:

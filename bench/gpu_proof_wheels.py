@@ -17,7 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # In the versions of requirements.lock; liger-kernel (pure Python) is not among this project's own, and any version will do.
-NEEDED = ("trl", "peft", "datasets", "dill", "multiprocess", "deepspeed", "hjson", "bitsandbytes", "gguf")
+NEEDED = (
+    "trl", "peft", "datasets", "dill", "multiprocess", "bitsandbytes", "gguf",
+    "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
+)  # fmt: skip
 OPTIONAL = ("liger-kernel",)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)] + ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64", "linux_x86_64"]  # fmt: skip
 

@@ -231,6 +231,7 @@ TRL = [
     *_of("trl.trainer.utils", "", "packing/lm_head.py", {
         "_use_triton": "the fast LM head on CPUs", "_ChunkedLogProbFunction": "the fast LM head on CPUs",
     }),
+    *_of("torch", "Tensor", "packing/known.py", {"_version": "noticing that a mask was changed in place"}),
     *_of("trl.kernels.chunked_logprob", "", "packing/lm_head.py", {
         "_use_triton device": "the fast LM head on CPUs", "ChunkedLogProbFunction": "the fast LM head on CPUs",
     }),

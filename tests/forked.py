@@ -212,7 +212,7 @@ def _become(files, words, env, cwd, ignored) -> int:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if words[1].startswith("accelerate") or "FORKED_EXECUTABLE" in env:
+    if words[:1] == ["-m"] and words[1].startswith("accelerate") or "FORKED_EXECUTABLE" in env:
         sys.executable = env["FORKED_PYTHON"]  # what a launcher starts
     folders = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if custom := importlib.machinery.PathFinder.find_spec("sitecustomize", folders):

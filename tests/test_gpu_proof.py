@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -187,6 +188,35 @@ def proof(script, monkeypatch, tmp_path):
 
 
 FINE = "OUT()"
+
+
+def test_only_launch_files_of_several_processes_see_all_gpus(script, monkeypatch, tmp_path):
+    """One process that sees several would be refused; and programs of this Python's environment are found, such as ninja."""
+    module, started = script("gpu_proof"), {}
+    monkeypatch.setattr(
+        module.subprocess,
+        "Popen",
+        lambda words, env, **rest: started.__setitem__(words[words.index("--part") + 1], env),
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    arguments = {
+        "minutes": 5,
+        "only": ["none"],
+        "fresh": False,
+        "device": "cuda",
+        "jobs": 2,
+        "wheels": None,
+        "go_on_from": None,
+    }
+    proof = module.Proof(SimpleNamespace(**arguments), tmp_path, str(tmp_path))
+    monkeypatch.setattr(proof, "look_at_machine", lambda: None)
+    monkeypatch.setattr(proof, "chosen", list)
+    proof.run()
+    for name in ("attention", "launch-single", "launch-ddp"):
+        proof.start(name, 1)
+    seen = {name: env["CUDA_VISIBLE_DEVICES"] for name, env in started.items()}
+    assert seen == {"attention": "2", "launch-single": "2", "launch-ddp": "2,3"}
+    assert started["launch-ddp"]["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
 def test_a_part_that_fails_stops_no_other(proof, capsys):
@@ -385,6 +415,19 @@ def test_wheels_are_those_of_the_lock_file(script):
     wheels = script("gpu_proof_wheels")
     lock = (ROOT / "requirements.lock").read_text()
     assert all(re.search(rf"^{name}==", lock, re.M) for name in wheels.NEEDED)
+
+
+def test_wheels_bring_what_deepspeed_imports(script):
+    """GPU images have torch and what it needs; pydantic, which DeepSpeed imports, is not among that, nor what it needs in turn."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    needed, waiting = set(), ["pydantic"]
+    while waiting:
+        name = script("gpu_proof_wheels").plain(waiting.pop())
+        if name not in needed and name != "typing-extensions":  # torch's own
+            needed.add(name)
+            lines = importlib.metadata.requires(name) or []
+            waiting += [re.match(r"[\w.-]+", line).group() for line in lines if "extra ==" not in line]
+    assert needed <= set(script("gpu_proof_wheels").NEEDED)
 
 
 def test_torch_cuda_is_called_in_one_file_behind_a_check():

@@ -62,10 +62,12 @@ def rename(name, monkeypatch):
         if last in getattr(owner, "__annotations__", ()):
             monkeypatch.delitem(owner.__annotations__, last)
     for holder in (*getattr(owner, "__mro__", ()), owner):
-        if last in vars(holder) and "aten" not in name.path:
+        if last in vars(holder) and not {"aten", "Tensor"} & set(name.path.split(".")):
             monkeypatch.delattr(holder, last)
     if "aten" in name.path:  # torch looks its operators up again
         monkeypatch.setattr(importlib.import_module(name.module).ops, "aten", SimpleNamespace())
+    if name.path.startswith("Tensor."):  # a class that can't be changed
+        monkeypatch.setattr(importlib.import_module(name.module), "Tensor", SimpleNamespace())
 
 
 def needs(name):

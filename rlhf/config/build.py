@@ -88,8 +88,8 @@ def _set_precision(training: dict[str, Any], recipe: Recipe) -> None:
     if precision:
         training |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
     elif "bf16" not in training and not training.get("fp16"):
-        # TRL's default is true; a CPU without AMX is slower in bf16
-        training["bf16"] = not on_cpu and torch.cuda.is_bf16_supported()
+        # TRL's default is true; a CPU without AMX is slower in bf16, and so is a GPU before Ampere, which torch lets emulate it
+        training["bf16"] = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if on_cpu and training.get("fp16"):
         place = recipe.where("fp16") if recipe.get("fp16") else "the launch file's mixed_precision"
         raise UserError(f"{place}: fp16 needs a GPU, but this run is on the CPU; use bf16, or neither")

@@ -26,28 +26,43 @@ class Known(torch.Tensor):
 
     Attributes:
         plain: the same tensor as an ordinary one, on its device.
-        host: its values on the CPU; `plain` itself if that is where it is.
         packed: what the collator has made for the batch that these are the `input_ids` of (`PackedBatch`), or None.
     """
 
     plain: torch.Tensor
-    host: torch.Tensor
     packed: Any
+    _host: torch.Tensor
+    _at: int  # the version of `plain` that `_host` and `_positions` are of
     _positions: tuple[torch.Tensor, ...] | None
 
     @staticmethod
     def of(plain: torch.Tensor, host: torch.Tensor, packed: Any = None) -> Known:
         """`plain` with the values that the host knows it to have."""
-        found = plain.as_subclass(Known)
-        found.plain, found.host, found.packed, found._positions = plain, host, packed, None
-        return found
+        return plain.as_subclass(Known)._keep(plain, host, packed)
+
+    def _keep(self, plain: torch.Tensor, host: torch.Tensor, packed: Any = None) -> Known:
+        self.plain, self.packed = plain, packed
+        self._host, self._at, self._positions = host, version(plain), None
+        return self
+
+    def _look(self) -> None:
+        """Forget what was known of values that have been changed in place, be it through a view."""
+        if (now := version(self.plain)) != self._at:
+            self._host, self._at, self._positions = self.plain, now, None
+
+    @property
+    def host(self) -> torch.Tensor:
+        """Its values on the CPU; `plain` itself if that is where it is, or if only the device has them after a change in place."""
+        self._look()
+        return self._host
 
     @property
     def positions(self) -> tuple[torch.Tensor, ...]:
         """Of a boolean mask: the positions that it selects, one int64 tensor per dimension, on its device."""
+        self._look()
         if self._positions is None:
             device = self.plain.device
-            self._positions = tuple(to_device(found, device) for found in self.host.nonzero(as_tuple=True))
+            self._positions = tuple(to_device(found, device) for found in self._host.nonzero(as_tuple=True))
         return self._positions
 
     @classmethod
@@ -59,7 +74,6 @@ class Known(torch.Tensor):
             return selected
         found = func(*_each(args, plain), **_each(kwargs, plain))
         if name not in MIRRORED or not all(isinstance(x, Known) for x in _tensors((args, kwargs))):
-            _forget_changed(name, args)
             return found
         if name == "to":  # keeps its place on the host, and its layout
             return Known.of(found, args[0].host.to(found.dtype), args[0].packed)
@@ -76,6 +90,11 @@ class Known(torch.Tensor):
 def plain(x: Any) -> Any:
     """An ordinary tensor for a known one; anything else as it is."""
     return x.plain if isinstance(x, Known) else x
+
+
+def version(x: torch.Tensor) -> int:
+    """Which number it has been changed in place up to, also through its views; 0 for a tensor of inference mode, which has none."""
+    return 0 if x.is_inference() else x._version
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -126,11 +145,3 @@ def _tensors(x: Any) -> list[torch.Tensor]:
     if isinstance(x, dict):
         return _tensors(list(x.values()))
     return [x] if isinstance(x, torch.Tensor) else []
-
-
-def _forget_changed(name: str, args) -> None:
-    """After a change in place the host would know old values: let it copy them when it needs them."""
-    changes = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in ("__invert__", "__int__", "__iter__")) or name == "__setitem__"  # fmt: skip
-    if changes and args and isinstance(args[0], Known):
-        args[0].host = args[0].plain
-        args[0]._positions = None

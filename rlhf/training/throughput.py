@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 # Dense bf16 and fp16 peak of one device in TFLOP/s, accumulating in fp32, without sparsity (of which NVIDIA's tables state the
 # double), by torch's name for the device as `device_words` reduces it. Sources, all NVIDIA's unless said otherwise:
-#   Blackwell  "DGX/HGX B200, GB200 NVL72" and "HGX B300, GB300 NVL72" data sheets (per GPU 4.5 and 5 PFLOP/s with sparsity)
+#   Blackwell  "HGX B200" and "HGX B300" (both 36 PFLOP/s with sparsity for 8 GPUs), "GB200 NVL72" and "GB300 NVL72" (5 per GPU) data
+#              sheets
 #   Hopper     "H100 Tensor Core GPU" (SXM 1,979, PCIe 1,513, NVL 1,671 with sparsity), "H200" (1,979; NVL 1,671) and "GH200" data
 #              sheets; "H800" and "H20" product briefs (H20: 148 dense)
-#   Ampere     "A100", "A30", "A40" and "A10" data sheets; "A800" product brief; A10G: no public data sheet, the figure in common use
+#   Ampere     "A100", "A30", "A40" and "A10" data sheets; "A800" product brief; A10G: AWS's data sheet as others quote it (70,
+#              140 with sparsity), which was not at hand
 #   Ada        "L4", "L40" and "L40S" data sheets (242, 362 and 733 with sparsity)
 #   RTX        "Ampere GA102", "Ada" and "RTX Blackwell GPU Architecture" white papers, appendix A, row "Peak BF16 Tensor TFLOPS
 #              with FP32 Accumulate"; RTX A-series: their data sheets; "Ada Lovelace Professional" white paper

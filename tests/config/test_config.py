@@ -566,6 +566,22 @@ def test_what_trl_refuses_names_the_recipe(tmp_path):
 # --- the dtype that weights load in ----------------------------------------------------------------------------------
 
 
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(monkeypatch):
+    """torch says that a V100 or T4 supports bf16, unless it is asked for the hardware."""
+    import torch
+
+    from rlhf.config.build import _set_precision
+
+    found = []
+    for emulates in (False, True):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, e=emulates: including_emulation or not e
+        )
+        _set_precision(training := {}, Recipe("dpo", "r.yaml", {}, {}))
+        found.append(training["bf16"])
+    assert found == [True, False]
+
+
 @pytest.mark.parametrize(
     ("values", "on_cpu", "bf16", "dtype"),
     [

@@ -56,7 +56,7 @@ def _describe_device() -> None:
     stand_ins = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "set_device": lambda d: None,
         "get_device_capability": lambda d=None: (9, 0), "get_device_name": lambda d=None: NAME,
-        "get_device_properties": lambda d=None: found, "is_bf16_supported": lambda *a: True, "synchronize": lambda d=None: None,
+        "get_device_properties": lambda d=None: found, "is_bf16_supported": lambda including_emulation=True: True, "synchronize": lambda d=None: None,
         "max_memory_allocated": lambda d=None: 0, "memory_allocated": lambda d=None: 0, "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda d=None: None, "mem_get_info": lambda d=None: (141 << 30, 141 << 30),
         "is_initialized": lambda: True, "_lazy_init": lambda: None, "manual_seed_all": lambda s: None,
@@ -128,8 +128,7 @@ def _patch_known() -> None:
     def of(plain, host, packed=None):
         with _disable_current_modes():
             found = torch.empty(plain.shape, dtype=plain.dtype, device="meta").as_subclass(Known)
-        found.plain, found.host, found.packed, found._positions = plain, host, packed, None
-        return found
+        return found._keep(plain, host, packed)
 
     Known.of = staticmethod(of)  # type: ignore[method-assign]
 

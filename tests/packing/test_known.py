@@ -80,6 +80,32 @@ def test_a_change_in_place_is_not_read_from_the_host():
     assert int(known.sum()) == 4 and len(torch.ones(2, 4)[known]) == 4
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda known: known[1].fill_(False), lambda known: known.view(-1)[4:].zero_(), lambda known: known.narrow(0, 1, 1).zero_(),
+        lambda known: torch.logical_and(known, torch.tensor([[True], [False]]), out=plain(known)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("on_device", [True, False])
+def test_nor_is_one_through_a_view(change, on_device):
+    """A view is another tensor, whose change the mask itself is not asked for; on a CPU the positions were found before."""
+    device = MASK.clone()
+    known = Known.of(device, MASK.clone() if on_device else device)
+    x = torch.arange(float(MASK.numel())).view(MASK.shape)
+    assert torch.equal(x[known], x[MASK])
+    change(known)
+    left = MASK & torch.tensor([[True], [False]])
+    assert 0 < int(left.sum()) < int(MASK.sum())
+    assert int(known.sum()) == int(left.sum()) and torch.equal(x[known], x[left])
+
+
+def test_inference_mode_has_no_versions():
+    with torch.inference_mode():
+        known = Known.of(MASK.clone(), MASK.clone())
+        assert known.tolist() == MASK.tolist() and len(torch.ones(MASK.shape)[known]) == int(MASK.sum())
+
+
 def test_a_mask_of_another_shape_is_used_as_torch_uses_it():
     """Positions in a mask that is broadcast would be others than those it selects."""
     x, values, rows = torch.arange(6.0).view(2, 3), torch.tensor([7.0, 8.0, 9.0]), torch.tensor([[True], [False]])

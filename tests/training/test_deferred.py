@@ -107,6 +107,21 @@ def test_what_can_not_wait_is_read():
     assert int(total) == 0 and float(total + 1) == 1 and -(3 - total).item().value == -3
 
 
+def test_only_a_count_is_taken_to_be_more_than_zero():
+    """Another value's sign is read: it may decide something else than a division."""
+    pending = Pending(Ranks(2).gather)
+    numbers, mask = pending.add(torch.tensor([0.0, 0.0])), pending.add(torch.tensor([False, False]))
+    assert bool(mask.sum().item() > 0) and pending.num_added == 2  # not read
+    assert not numbers.sum() > 0 and pending.num_added == 0
+    for x in (
+        pending.add(torch.tensor(0)).float().sum(),
+        pending.add(torch.tensor([0])).max(),
+        pending.add(torch.tensor(-1.0)).sum(),
+    ):
+        assert not x > 0
+    assert not pending.add(torch.tensor(0)).sum() - 1 > 0 and not mask.sum() / 2 > 0
+
+
 def test_rows_that_a_last_batch_repeats_are_dropped_at_once():
     accelerator = Ranks(2, truncates=True)
     pending = Pending(accelerator.gather)
