@@ -22,7 +22,7 @@ MAY_SKIP = (  # how the reasons start
     "no /proc here",
     # what is not on this machine
     "the schemas are packages, and no package index can be reached",
-    "triton is a package, and no package index can be reached",
+    "triton is a package, and no package index that can be reached has it: ",
 )
 
 
