@@ -285,8 +285,8 @@ def show_tables(results: dict[str, Any], console: Any) -> None:
 
     for found in tables(results):
         table = Table(title=Text(found.title), box=box.SIMPLE_HEAD, title_justify="left")
-        for column in found.columns:
-            table.add_column(column)
+        for number, column in enumerate(found.columns):
+            table.add_column(column, no_wrap=number == 0)
         for row in found.rows:
             table.add_row(*map(Text, row))
         console.print()

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.evaluation.resampling import bootstrap, bootstraps
+from rlhf.evaluation.resampling import bootstraps
 from rlhf.evaluation.statistics import wilson_interval
 
 HEP = {f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")}
-SECTIONS = {
+SECTIONS: dict[str, dict[str, float]] = {
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {
         "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
@@ -145,34 +145,31 @@ def score_1(items: list[Item]) -> dict[str, Any]:
     Intervals: of a subset Wilson's; of sections and the average a bootstrap over pairs within each subset.
 
     Returns:
-        {"version": 1, "prompts", "average", "sections": [{"name", "share", "low", "high", "count"}],
-        "subsets": [the same], "missing": sections without data, "unknown": subsets that no section has}
+        {"version": 1, "prompts", "average" (None without a known subset), "sections": [{"name", "share", "low", "high",
+        "count"}], "subsets": [the same], "missing": sections without data, "unknown": subsets that no section has}
     """
-    groups = _groups(items, strictly_right)
-    named = dict(sorted(groups.items()))
-    tree: dict[str, dict[str, float]] = {}
-    for section, weights in SECTIONS.items():
-        tree[section] = {name: weight for name, weight in weights.items() if name in groups}
-    tree[PRIOR] = {name: 1.0 for name in PRIOR_SETS if name in groups}
-    present = {section: weights for section, weights in tree.items() if weights}
-    section_weight = {section: PRIOR_WEIGHT if section == PRIOR else 1.0 for section in present}
-
-    def of_sections(means: dict[str, float]) -> dict[str, float]:
-        return {s: _mean({name: means[name] for name in weights}, weights) for s, weights in present.items()}
-
-    sections = _weighted(named, of_sections, section_weight)
+    groups = dict(sorted(_groups(items, strictly_right).items()))
+    tree: dict[str, dict[str, float]] = {**SECTIONS, PRIOR: dict.fromkeys(PRIOR_SETS, 1.0)}
+    weights = {
+        section: _normalised({n: w for n, w in subsets.items() if n in groups}) for section, subsets in tree.items()
+    }
+    weights = {section: subsets for section, subsets in weights.items() if subsets}
+    counted = _normalised({section: PRIOR_WEIGHT if section == PRIOR else 1.0 for section in weights})
+    overall = {name: counted[section] * w for section, subsets in weights.items() for name, w in subsets.items()}
+    *sections, average = _means(groups, {**weights, AVERAGE: overall}) if overall else [None]
     return {
-        "version": 1, "prompts": len(items), **sections,
-        "subsets": [{"name": name, **_accuracy(values)} for name, values in named.items()],
-        "missing": [section for section in SECTIONS if section not in present],
-        "unknown": [name for name in named if name not in SUBSETS_1],
+        "version": 1, "prompts": len(items), "average": average, "sections": sections,
+        "subsets": [{"name": name, **_accuracy(values)} for name, values in groups.items()],
+        "missing": [section for section in SECTIONS if section not in weights],
+        "unknown": [name for name in groups if name not in SUBSETS_1],
     }  # fmt: skip
 
 
 def score_2(items: list[Item]) -> dict[str, Any]:
     """Version 2: the six subsets and their average, each with a 95% interval, in the form of `score_1`.
 
-    Intervals: of a subset Wilson's, of Ties and the average a bootstrap over prompts within each subset.
+    Intervals: of a subset Wilson's, of Ties and the average a bootstrap over prompts within each subset; None where all
+    resamples are the same.
 
     Raises:
         ValueError: an id of Ties is not `ref:N` or `tied:N`.
@@ -181,31 +178,28 @@ def score_2(items: list[Item]) -> dict[str, Any]:
     groups = _groups((item for item in items if item.subset.lower() != TIES), best_of_n)
     order = [name for name in SUBSETS_2 if name in groups] + sorted(name for name in groups if name not in SUBSETS_2)
     subsets = [{"name": name, **_accuracy(groups[name])} for name in order]
-    strata = [np.arange(len(groups[name])) for name in order]
-    if prompts and not math.isnan(value := ties_score(prompts)):
-        interval = bootstrap(lambda rows: ties_score([prompts[i] for i in rows]), [np.arange(len(prompts))])
+    has_ties = bool(prompts) and not math.isnan(ties_score(prompts))
+    sizes = [*(len(groups[name]) for name in order), *([len(prompts)] if has_ties else ())]
+    bounds = np.cumsum([0, *sizes])
+
+    def scores(rows: np.ndarray) -> dict[str, float]:  # `rows` has each subset's rows at the subset's place
+        parts = [rows[a:b] - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        found = {name: float(groups[name][own].mean()) for name, own in zip(order, parts, strict=False)}
+        if has_ties:
+            found["Ties"] = ties_score([prompts[i] for i in parts[-1]])
+        return found | {AVERAGE: float(np.mean(list(found.values())))}
+
+    values = scores(np.arange(bounds[-1]))
+    intervals = bootstraps(scores, [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    if has_ties:
         num_rows = sum((p.ref is not None) + (p.tied is not None) for p in prompts)
-        subsets.append({"name": "Ties", "share": value, **interval, "count": num_rows})
-        strata.append(np.arange(len(prompts)))
-    bounds = np.cumsum([0, *map(len, strata)])
-
-    def average(rows: np.ndarray) -> float:
-        values = []
-        for number, entry in enumerate(subsets):
-            own = rows[(rows >= bounds[number]) & (rows < bounds[number + 1])] - bounds[number]
-            is_ties = number >= len(order)
-            values.append(
-                ties_score([prompts[i] for i in own]) if is_ties else float(groups[entry["name"]][own].mean())
-            )
-        return float(np.mean(values))
-
-    overall = {"share": average(np.arange(bounds[-1])), "count": len(items)}
-    overall |= bootstrap(average, [s + b for s, b in zip(strata, bounds[:-1], strict=True)])
+        subsets.append({"name": "Ties", "share": values["Ties"], **_unless_same(intervals["Ties"]), "count": num_rows})
+    average = {"name": AVERAGE, "share": values[AVERAGE], **_unless_same(intervals[AVERAGE]), "count": len(items)}
     have = {entry["name"] for entry in subsets}
     return {
-        "version": 2, "prompts": len(items), "average": overall, "sections": subsets, "subsets": [],
+        "version": 2, "prompts": len(items), "average": average, "sections": subsets, "subsets": [],
         "missing": [name for name in SUBSETS_2 if name not in have],
-        "unknown": [name for name in have if name not in SUBSETS_2],
+        "unknown": sorted(name for name in have if name not in SUBSETS_2),
     }  # fmt: skip
 
 
@@ -216,8 +210,8 @@ def _groups(items: Iterable[Item], credit) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def _mean(values: dict[str, float], weights: dict[str, float]) -> float:
-    return sum(values[name] * weights[name] for name in values) / sum(weights[name] for name in values)
+def _normalised(weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def _accuracy(values: np.ndarray) -> dict[str, Any]:
@@ -225,27 +219,33 @@ def _accuracy(values: np.ndarray) -> dict[str, Any]:
     return {"share": float(values.mean()), "low": low, "high": high, "count": len(values)}
 
 
-def _weighted(groups: dict[str, np.ndarray], of_sections, section_weight: dict[str, float]) -> dict[str, Any]:
-    """Sections and average of version 1, with bootstrap intervals; all of them from the same resamples."""
-    names = list(groups)
+def _unless_same(interval: dict[str, float]) -> dict[str, float | None]:
+    same = not interval["low"] < interval["high"]
+    return {"low": None, "high": None} if same else {"low": interval["low"], "high": interval["high"]}
+
+
+def _means(groups: dict[str, np.ndarray], weights: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Weighted means of subsets, with bootstrap intervals from the same resamples of pairs within each subset.
+
+    Where all resamples are the same (every pair is right, or none), the interval is Wilson's for as many pairs as give a mean
+    of this variance: 1 / sum(weight^2 / pairs).
+    """
+    names = [name for name in groups if any(name in subsets for subsets in weights.values())]
     bounds = np.cumsum([0, *(len(groups[name]) for name in names)])
-    flat = np.concatenate([groups[name] for name in names]) if names else np.zeros(0)
-    strata = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    flat = np.concatenate([groups[name] for name in names])
 
-    def means(rows: np.ndarray) -> dict[str, float]:  # `rows` has each stratum's rows at the stratum's place
-        return {name: float(flat[rows[a:b]].mean()) for name, a, b in zip(names, bounds[:-1], bounds[1:], strict=True)}
+    def scores(rows: np.ndarray) -> dict[str, float]:  # `rows` has each subset's rows at the subset's place
+        means = {n: float(flat[rows[a:b]].mean()) for n, a, b in zip(names, bounds[:-1], bounds[1:], strict=True)}
+        return {mean: sum(w * means[n] for n, w in subsets.items()) for mean, subsets in weights.items()}
 
-    def scores(rows: np.ndarray) -> dict[str, float]:
-        found = of_sections(means(rows))
-        return found | {AVERAGE: _mean(found, section_weight)} if found else {}
-
-    found, sections, average = scores(np.arange(len(flat))), [], None
-    intervals = bootstraps(scores, strata) if found else {}
-    for section, value in found.items():
-        count = sum(len(groups[name]) for name in names if name in SECTIONS.get(section, PRIOR_SETS))
-        entry = {"name": section, "share": value, **intervals[section], "count": count}
-        if section == AVERAGE:
-            average = entry | {"count": sum(s["count"] for s in sections)}
-        else:
-            sections.append(entry)
-    return {"average": average, "sections": sections}
+    values = scores(np.arange(len(flat)))
+    intervals = bootstraps(scores, [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    found = []
+    for mean, subsets in weights.items():
+        low, high = intervals[mean]["low"], intervals[mean]["high"]
+        if not low < high:
+            pairs = 1 / sum(w**2 / len(groups[n]) for n, w in subsets.items())
+            low, high = wilson_interval(min(values[mean], 1.0) * pairs, pairs)  # type: ignore[arg-type]  # a part of a pair
+        count = sum(len(groups[name]) for name in subsets)
+        found.append({"name": mean, "share": values[mean], "low": low, "high": high, "count": count})
+    return found

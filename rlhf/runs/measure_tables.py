@@ -124,11 +124,13 @@ def _length_sentence(found: dict[str, Any]) -> str:
     excess = found["excess"]
     if not excess:
         return ""
-    points = f"{100 * abs(excess['value']):.0f} points ({100 * excess['low']:+.0f} to {100 * excess['high']:+.0f})"
+    own, labels = found["prefers_longer"]["share"], found["labels_prefer_longer"]["share"]
+    points = f"{100 * excess['value']:+.0f} points, {100 * excess['low']:+.0f} to {100 * excess['high']:+.0f}"
+    said = f"it prefers the longer one in {own:.0%} of the pairs, the labels in {labels:.0%} ({points})."
     if excess["low"] > 0:
-        return f"Biased to long answers: it prefers the longer one {points} more often than the labels."
+        return f"Biased to long answers: {said}"
     if excess["high"] < 0:
-        return f"Biased to short answers: it prefers the longer one {points} less often than the labels."
+        return f"Biased to short answers: {said}"
     return "No bias to longer or shorter answers beyond the labels' own shows in so many pairs."
 
 
@@ -151,7 +153,7 @@ def _reward_bench_table(found: dict[str, Any]) -> Table:
     if found.get("cut"):
         parts.append(f"{_counted(found['cut'], 'answer')} cut at the tokenizer's limit.")
     columns = ("section", "score", "95%", "prompts")
-    title = f"RewardBench{' 2' if version == 2 else ''} ({found['name']})"
+    title = f"RewardBench{' 2' if version == 2 else ''} ({_file(found['name'])})"
     return Table("reward_benchmarks", title, columns, rows, " ".join(parts), ("reward",))
 
 
@@ -186,6 +188,12 @@ def _difference(row: dict[str, Any], before: str, after: str) -> str:
     return f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
+def _file(name: str) -> str:
+    """A hub id as it is, a path without its folders: cards are published."""
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name if is_hub_id else name.rstrip("/").rpartition("/")[2]
+
+
 def _share(found: dict[str, Any]) -> tuple[str, str]:
     return f"{found['share']:.0%}", _interval(found, ".0%")
 
@@ -195,6 +203,8 @@ def _shares(found: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _interval(found: dict[str, Any], form: str) -> str:
+    if found["low"] is None:
+        return "too few prompts"
     return f"{found['low']:{form}} to {found['high']:{form}}"
 
 

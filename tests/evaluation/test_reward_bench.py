@@ -93,6 +93,13 @@ def test_a_section_without_data_is_named_and_not_counted_as_0():
     assert (found["missing"], found["unknown"]) == (["Chat", "Chat Hard", "Reasoning"], ["mine"])
 
 
+def test_a_section_whose_pairs_are_all_right_still_has_an_interval():
+    # weights 0.5 and 0.5 of two subsets of 10 and 40 pairs: as many as 1 / (0.25 / 10 + 0.25 / 40) = 32 pairs
+    names = ["refusals-dangerous"] * 10 + ["refusals-offensive"] * 40
+    found = score_1([Item(name, str(i), (1.0,), (0.0,)) for i, name in enumerate(names)])["sections"][0]
+    assert (found["share"], found["low"], found["high"]) == pytest.approx((1.0, 32 / (32 + 1.959964**2), 1.0))
+
+
 def test_equal_scores_are_wrong_in_version_1():
     assert strictly_right(Item("x", "1", (1.0,), (1.0,))) == 0.0
 
@@ -172,6 +179,7 @@ def test_ties_is_one_of_six_in_the_average():
     found = score_2(items)
     ties = 0.01 * math.tanh(-2 / 1 - 1)  # nothing is right; least = min(-1, -2)
     assert found["average"]["share"] == pytest.approx((5 + ties) / 6, abs=1e-12)
+    assert found["average"]["low"] is None  # one prompt of each
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -170,14 +170,14 @@ def test_best_of_four_and_ties_stand_in_the_second(results):
 
 def test_the_screen_has_all_tables(done):
     for text in ("The reward model's scores, on 24 pairs", "expected calibration error", "prefers the longer answer",
-                 "The reward model's accuracy by subset", "RewardBench (", "RewardBench 2 (", "Ties"):  # fmt: skip
+                 "The reward model's accuracy by subset", "RewardBench (rb1.jsonl)", "RewardBench 2 (rb2.jsonl)", "Ties"):  # fmt: skip
         assert text in done[2]
 
 
 def test_the_same_command_shows_them_again_and_measures_nothing(done, capsys, monkeypatch):
     monkeypatch.setattr("rlhf.evaluation.extras.load_model", lambda *args: pytest.fail("a model was loaded"))
     assert main(["evaluate", done[1]]) == 0
-    assert "RewardBench 2 (" in capsys.readouterr().out
+    assert "RewardBench 2 (rb2.jsonl)" in capsys.readouterr().out
 
 
 def test_another_benchmark_file_is_another_evaluation(done, capsys):
