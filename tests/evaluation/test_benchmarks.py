@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import subprocess
 
+import forked
 import pytest
 
 from rlhf.__main__ import main
@@ -215,6 +217,19 @@ def test_a_repeated_command_shows_them_and_loads_nothing(done, monkeypatch, caps
     assert main(["evaluate", done[1]]) == 0
     said = capsys.readouterr().out
     assert "own_choice" in said and "exact_match" in said
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_numbers(done, tmp_path):
+    """The harness sees all answers on each; the answers themselves are shared out."""
+    words = ("evaluate", done[1], "--output_dir", str(tmp_path / "out"))
+    run = forked.start(*forked.launch_command(2, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    finished = forked.finish(run)
+    assert finished.returncode == 0, finished.stdout
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
+    before = json.loads((done[0] / "results.json").read_text())["benchmarks"]
+    assert found == before
+    assert (tmp_path / "out" / "benchmarks.jsonl").read_bytes() == (done[0] / "benchmarks.jsonl").read_bytes()
 
 
 def test_an_unknown_task_is_named_before_a_model_loads(tasks, recipe, few_pairs, tiny_llama, monkeypatch, capsys):
