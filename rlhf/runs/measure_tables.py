@@ -63,25 +63,18 @@ def _calibration_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     if error := found["error"]:
         chance = found["by_chance"]
         rows.append((
-            "expected calibration error", f"{error['value']:.3f}", _interval(error, ".3f"),
-            f"a calibrated model shows {chance[0]:.3f}, and up to {chance[1]:.3f}, on so many pairs",
+            "calibration error (ECE)", f"{error['value']:.3f}", _interval(error, ".3f"),
+            f"chance: {chance[0]:.3f}, to {chance[1]:.3f}",
         ))  # fmt: skip
     if (temperature := found["temperature"]) is not None:
         high = found["temperature_high"]
         interval = f"{found['temperature_low']:.2f} to {f'{high:.2f}' if high is not None else 'any'}"
-        rows.append(
-            (
-                "temperature that fits",
-                f"{temperature:.2f}",
-                interval,
-                "above 1: surer than it is right; below: less sure",
-            )
-        )
+        rows.append(("fitted temperature", f"{temperature:.2f}", interval, "above 1: too sure"))
     else:
-        rows.append(("temperature that fits", "none", "", found["no_temperature"]))
+        rows.append(("fitted temperature", "none", "", found["no_temperature"]))
     if found["loss_after"] is not None:
         text = f"{found['loss']:.3f} → {found['loss_after']:.3f}"
-        rows.append(("loss before → after it", text, "", "nats/pair; fitted on four fifths, measured on the other"))
+        rows.append(("loss before → after", text, "", "nats/pair, cross-fitted"))
     return rows
 
 
@@ -103,19 +96,19 @@ def _length_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     if found["prefers_longer"]:
         labels = found["labels_prefer_longer"]
-        rows.append(("prefers the longer answer", *_share(found["prefers_longer"]),
-                     f"the labels do in {labels['share']:.0%} ({_interval(labels, '.0%')})"))  # fmt: skip
+        rows.append(("prefers the longer", *_share(found["prefers_longer"]),
+                     f"the labels: {labels['share']:.0%}"))  # fmt: skip
     for key, measure in (
-        ("chosen_longer", "accuracy, chosen is longer"),
-        ("chosen_shorter", "accuracy, chosen is shorter"),
+        ("chosen_longer", "accuracy, chosen longer"),
+        ("chosen_shorter", "accuracy, chosen shorter"),
     ):
         if found[key]:
             rows.append((measure, *_share(found[key]), _counted(found[key]["count"], "pair")))
     if found["explained"] and found["per_token"]:
         slope = found["per_token"]
         rows.append((
-            "margin explained by length", f"{found['explained']['value']:.0%}", _interval(found["explained"], ".0%"),
-            f"{slope['value']:+.2g} a token ({_interval(slope, '+.2g')}), correlation {found['correlation']['value']:+.2f}",
+            "margin by length (R²)", f"{found['explained']['value']:.0%}", _interval(found["explained"], ".0%"),
+            f"{slope['value']:+.2g} a token",
         ))  # fmt: skip
     return rows
 

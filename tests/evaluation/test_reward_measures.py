@@ -169,7 +169,7 @@ def test_best_of_four_and_ties_stand_in_the_second(results):
 
 
 def test_the_screen_has_all_tables(done):
-    for text in ("The reward model's scores, on 24 pairs", "expected calibration error", "prefers the longer answer",
+    for text in ("The reward model's scores, on 24 pairs", "calibration error (ECE)", "prefers the longer",
                  "The reward model's accuracy by subset", "RewardBench (rb1.jsonl)", "RewardBench 2 (rb2.jsonl)", "Ties"):  # fmt: skip
         assert text in done[2]
 
@@ -194,7 +194,7 @@ def test_another_benchmark_file_is_another_evaluation(done, capsys):
 def test_the_report_has_tables_and_curves(done, capsys):
     assert main(["report", str(done[0])]) == 0
     text = (done[0] / "report.html").read_text()
-    for part in ("expected calibration error", "accuracy by subset", "RewardBench 2", "Is it as sure as it is right?",
+    for part in ("calibration error (ECE)", "accuracy by subset", "RewardBench 2", "Is it as sure as it is right?",
                  "Does it go by length?"):  # fmt: skip
         assert part in text
 
