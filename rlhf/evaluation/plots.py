@@ -123,7 +123,7 @@ def draw_reliability(calibration: dict[str, Any]) -> str:
         axes.set_ylabel("share ranked right")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.2))
+        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.2), facecolor="white", edgecolor="none")
         return _svg(figure)
 
 
@@ -146,7 +146,7 @@ def draw_length_bias(longer: Sequence[float], margins: Sequence[float]) -> str:
         figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
         axes.axhline(0, color="#9ca3af", linewidth=0.8)
         axes.axvline(0, color="#9ca3af", linewidth=0.8)
-        axes.scatter(longer[:MOST_POINTS], margins[:MOST_POINTS], color=COLOURS[0], s=6, alpha=0.35, linewidths=0)
+        axes.scatter(longer[:MOST_POINTS], margins[:MOST_POINTS], color=COLOURS[0], s=8, alpha=0.5, linewidths=0)
         if np.ptp(longer) > 0:
             per_token, start = np.polyfit(longer, margins, 1)
             ends = np.array([min(longer), max(longer)])

@@ -64,7 +64,7 @@ def _calibration_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         chance = found["by_chance"]
         rows.append((
             "calibration error (ECE)", f"{error['value']:.3f}", _interval(error, ".3f"),
-            f"chance: {chance[0]:.3f}, to {chance[1]:.3f}",
+            f"chance: up to {chance[1]:.3f}",
         ))  # fmt: skip
     if (temperature := found["temperature"]) is not None:
         high = found["temperature_high"]
