@@ -82,14 +82,15 @@ def _calibration_sentence(found: dict[str, Any]) -> str:
     error, chance, temperature = found["error"], found["by_chance"], found["temperature"]
     if not error:
         return ""
-    if error["value"] <= chance[1]:
-        return "Calibrated as far as so many pairs can tell: its calibration error is within what chance shows."
     low, high = found["temperature_low"], found["temperature_high"]
-    if temperature is not None and low > 1:
-        return f"Surer than it is right: divide its margins by {temperature:.2g} before they are read as probabilities."
-    if temperature is not None and high is not None and high < 1:
-        return f"Less sure than it is right: divide its margins by {temperature:.2g} before they are read as probabilities."
-    return "Its calibration error is more than chance shows."
+    if temperature is not None and (low > 1 or (high is not None and high < 1)):
+        surer = "Surer" if low > 1 else "Less sure"
+        return (
+            f"{surer} than it is right: divide its margins by {temperature:.2g} before they are read as probabilities."
+        )
+    if error["value"] > chance[1]:
+        return "Its calibration error is more than chance shows."
+    return "Calibrated as far as so many pairs can tell: its calibration error is within what chance shows."
 
 
 def _length_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -207,11 +207,17 @@ def test_curves_of_few_pairs_are_drawn():
 
 
 @pytest.mark.parametrize(
-    "low, high, said", [(1.2, 3.0, "Surer than"), (0.2, 0.8, "Less sure"), (0.5, None, "more than chance")]
+    "low, high, chance, said",
+    [
+        (1.2, 3.0, 0.1, "Surer than"),
+        (0.2, 0.8, 0.9, "Less sure"),  # the error is within chance, but the fit is not
+        (0.5, None, 0.1, "more than chance"),
+        (0.5, None, 0.9, "Calibrated as far as"),
+    ],
 )
-def test_the_sentence_on_calibration_follows_the_interval(results, low, high, said):
+def test_the_sentence_on_calibration_follows_the_interval(results, low, high, chance, said):
     calibration = results["reward"]["calibration"] | {
-        "error": {"value": 0.3, "low": 0.2, "high": 0.4}, "by_chance": [0.05, 0.1], "temperature": 1.1,
+        "error": {"value": 0.3, "low": 0.2, "high": 0.4}, "by_chance": [0.05, chance], "temperature": 1.1,
         "temperature_low": low, "temperature_high": high, "loss_after": 0.5,
     }  # fmt: skip
     assert said in tables({"reward": {"calibration": calibration}})[0].sentence
