@@ -26,7 +26,7 @@ from rlhf.errors import UserError
 # add models: it allows later ones, and the list below decides whether one will do.
 VERIFIED = {
     "Python": "3.11 to 3.12", "torch": "2.11 to 2.13", "transformers": "5.17 to 5.23", "trl": "1.16", "accelerate": "1.15",
-    "peft": "0.21", "datasets": "5.2", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70",
+    "peft": "0.21", "datasets": "5.2", "deepspeed": "0.19", "bitsandbytes": "0.50", "tqdm": "4.70", "lm_eval": "0.4",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from rlhf.bundle.recipes import (
     DATA,
     MODELS,
     OUTPUTS,
+    TASKS,
     Named,
     check_no_secrets,
     is_inside,
@@ -148,6 +149,7 @@ def _places(folder: Path, recipes: list[Recipe], named_models: list[Model]) -> P
     paths += [(item.value, f"runs/{folder.resolve().name}") for item in named(recipes, ("output_dir",))]
     paths += [(item.value, "cache") for item in named(recipes, ("reference_cache",))]
     paths += [(item.value, "data") for item in _local_data(recipes)]
+    paths += [(item.value, "tasks") for item in named(recipes, TASKS)]
     paths += [(item.value, "templates") for item in _templates(recipes)]
     paths += [(model.name, "models") for model in named_models if models.is_local(model.name)]
     in_cache = cache_dir() / "models" / Path(models.EMBEDDED).name
@@ -178,6 +180,8 @@ def _add_data(contents: Contents, places: Places, recipes: list[Recipe]) -> None
         items, left = data.local_items(Path(item.value).expanduser(), places.of(item.value), item.where)
         contents.add(*items)
         contents.left_out += [f"{name}: not data" for name in left]
+    for item in named(recipes, TASKS):
+        contents.add(*data.task_items(Path(item.value).expanduser(), places.of(item.value), item.where))
     for item in _templates(recipes):
         contents.add(Item.copy(places.of(item.value), "data", Path(item.value)))
 
@@ -236,7 +240,7 @@ def _add_recipes(
     """The recipes with the paths of the bundle, each checked: the same keys, in the same lines."""
 
     def place(key: str, value: str) -> str | None:
-        if key in OUTPUTS:
+        if key in OUTPUTS or key in TASKS:
             is_path = True
         elif key in MODELS:
             is_made = any(is_inside(value, output.folder) for output in made)
@@ -285,6 +289,8 @@ def _left_out(recipes: list[Recipe], made: list[Output], with_models: bool, give
     for recipe in recipes:
         if recipe.get("push_to_hub"):
             yield f"a way to the hub: {recipe.where('push_to_hub')} pushes to it; add `--push_to_hub false` there"
+        if recipe.get("benchmarks"):
+            yield f"the data of {recipe.where('benchmarks')}, which lm-evaluation-harness reads from the hub or its cache there"
         reporters = recipe.get("report_to") or []
         reporters = [reporters] if isinstance(reporters, str) else reporters
         if online := sorted(set(reporters) & set(ONLINE)):

@@ -63,6 +63,20 @@ def local_items(path: Path, place: str, where: str) -> tuple[list[Item], list[st
     return items, left
 
 
+def task_items(path: Path, place: str, where: str) -> list[Item]:
+    """The files of a folder with tasks of one's own for lm-evaluation-harness.
+
+    Raises:
+        UserError: no folder, or one of more than MAX_ENTRIES files.
+    """
+    if not path.is_dir():
+        raise UserError(f"{where}: {path} is no folder; it holds YAML files of tasks")
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
+    if len(files) > MAX_ENTRIES:
+        raise UserError(f"{where}: {path} has more than {MAX_ENTRIES} files; give the folder of the tasks alone")
+    return [Item.copy(f"{place}/{file.relative_to(path).as_posix()}", "data", file) for file in files]
+
+
 def _is_read(name: str) -> bool:
     path = Path(name)
     return Path(path.stem if path.suffix in COMPRESSED_TYPES else name).suffix in (*FOLDER_TYPES, ".md")

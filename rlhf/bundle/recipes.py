@@ -18,10 +18,11 @@ from rlhf.config.stage_config import STAGES
 from rlhf.config.yaml_reader import Loader, quote_path, read_flat
 from rlhf.errors import UserError
 
-DATA = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name")
+DATA = ("dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name", "reward_benchmarks")
 MODELS = ("model_name_or_path", "reference_model", "base_model", "sft_model", "reward_model", "dpo_model")
 OUTPUTS = ("output_dir", "reference_cache")
-assert {*DATA, *MODELS, *OUTPUTS, "chat_template"} == set(PATHS)
+TASKS = ("benchmark_tasks",)
+assert {*DATA, *MODELS, *OUTPUTS, *TASKS, "chat_template"} == set(PATHS)
 
 # What a token or a password looks like: those of Hugging Face, GitHub, AWS and others, private keys, addresses.
 SECRETS = re.compile(

@@ -129,6 +129,7 @@ RANGES = {
     "num_shown": Range(1, 1000),
     "heldout": Range(0, 10**9, above=True),
     "batch_size": Range(1, 65536),
+    "benchmark_limit": Range(1, _ROWS),
 }
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -144,7 +144,8 @@ def _check_required(recipe: Recipe) -> None:
     if recipe.stage == "evaluate":
         if not recipe.get("dataset_name"):
             raise UserError(f"{recipe.path}: key 'dataset_name' is missing; it names the held-out preference pairs")
-        if not recipe.get("sft_model") or not (recipe.get("dpo_model") or recipe.get("reward_model")):
+        has_policies = recipe.get("sft_model") and recipe.get("dpo_model")
+        if not (has_policies or recipe.get("reward_model") or recipe.get("benchmarks")):
             raise UserError(
                 f"{recipe.path}: nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"
             )

@@ -18,7 +18,7 @@ from rlhf.errors import UserError, quote
 PATHS = (
     "output_dir", "dataset_name", "eval_dataset_name", "chosen_dataset_name", "rejected_dataset_name",
     "model_name_or_path", "reference_model", "reference_cache", "chat_template", "base_model", "sft_model", "reward_model",
-    "dpo_model",
+    "dpo_model", "reward_benchmarks", "benchmark_tasks",
 )  # fmt: skip
 MAX_NAME = 255  # bytes of one name in a path, on every file system in use
 MAX_PATH = 4096
@@ -34,7 +34,7 @@ def expand_paths(values: dict[str, Any], where: Callable[[str], str]) -> None:
         value = values.get(key)
         if isinstance(value, str):
             values[key] = _expanded(value, key, where)
-        elif isinstance(value, list) and key == "dataset_name":
+        elif isinstance(value, list) and key in ("dataset_name", "reward_benchmarks"):
             values[key] = [
                 _expanded(item, key, where) if isinstance(item, str)
                 else {**item, "name": _expanded(item["name"], key, where)} if isinstance(item.get("name"), str) else item
@@ -101,6 +101,23 @@ def _check_heldout(values: dict[str, Any], where: Callable[[str], str]) -> None:
             )
 
 
+def _check_benchmarks(values: dict[str, Any], where: Callable[[str], str]) -> None:
+    if values.get("reward_benchmarks") and not values.get("reward_model"):
+        raise UserError(f"{where('reward_benchmarks')}: 'reward_benchmarks' has no effect without reward_model; set it")
+    if values.get("benchmarks") and not any(values.get(f"{policy}_model") for policy in ("base", "sft", "dpo")):
+        raise UserError(
+            f"{where('benchmarks')}: 'benchmarks' has no effect without base_model, sft_model or dpo_model; a reward model "
+            "answers nothing (reward_benchmarks measures it)"
+        )
+    for key in ("benchmark_limit", "benchmark_tasks"):
+        if values.get(key) is not None and not values.get("benchmarks"):
+            raise UserError(f"{where(key)}: '{key}' has no effect without benchmarks; change that, or remove {key}")
+    for key in ("reward_benchmarks", "benchmarks"):
+        names = values.get(key) or []
+        if len(set(names)) < len(names):
+            raise UserError(f"{where(key)}: {key} {quote(names)} names one twice; keep one")
+
+
 def check_formats(values: dict[str, Any], where: Callable[[str], str]) -> None:
     """Check `columns` and `roles`: mappings of texts; roles of chat templates.
 
@@ -114,7 +131,8 @@ def check_formats(values: dict[str, Any], where: Callable[[str], str]) -> None:
         texts = isinstance(found, dict) and all(isinstance(v, str) and v for pair in found.items() for v in pair)
         if not texts:
             raise UserError(f"{where(key)}: '{key}' is {quote(found)}; expected names, as in `{key}: {example}`")
-        allowed = CHAT_ROLES if key == "roles" else COLUMN_NAMES
+        names = COLUMN_NAMES | {"subset"} if values.get("stage") == "evaluate" else COLUMN_NAMES
+        allowed = CHAT_ROLES if key == "roles" else names
         for name in found.values() if key == "roles" else found:
             if name not in allowed:
                 near = difflib.get_close_matches(name[:100], sorted(allowed), n=1)
@@ -138,6 +156,8 @@ def check_combinations(values: dict[str, Any], where: Callable[[str], str]) -> N
     """Reject incompatible values, which TRL would only report after seconds of imports."""
     _check_heldout(values, where)
     check_formats(values, where)
+    if values.get("stage") == "evaluate":
+        _check_benchmarks(values, where)
     get = values.get
     if get("bf16") and get("fp16"):
         raise UserError(f"{where('fp16')}: bf16 and fp16 are both true; keep one (bf16 if the GPU supports it)")

@@ -198,6 +198,26 @@ class EvaluateConfig:
         default=3, metadata={"help": "Number of prompts with answers of base, SFT and DPO side by side."}
     )
     batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch."})
+    reward_benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "RewardBench 1 or 2 for the reward model: files, folders or hub ids, recognised by their columns; the "
+            "published scoring."
+        },
+    )
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness (ifeval, gsm8k, ...) for each policy, with paired differences; needs the "
+            "extra `benchmarks`."
+        },
+    )
+    benchmark_limit: int | None = field(
+        default=None, metadata={"help": "Only the first N items of each task of `benchmarks`: for a trial."}
+    )
+    benchmark_tasks: str | None = field(
+        default=None, metadata={"help": "Folder with task files (YAML) of one's own, which `benchmarks` may name."}
+    )
     dtype: str | None = field(
         default=None,
         metadata={

@@ -157,6 +157,19 @@ def margin(row: dict, used: set[str]) -> float | None:
     return found
 
 
+SUBSETS = ("subset", "task")
+
+
+def subset(row: dict, used: set[str]) -> str | None:
+    """The name of the part of the data that a row belongs to; None if it has no `subset` or `task` with a short text or a number."""
+    for key in SUBSETS:
+        value = row.get(key)
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and 0 < len(str(value).strip()) <= 100:
+            used.add(key)
+            return str(value).strip()
+    return None
+
+
 def number(value: Any) -> float | None:
     """A finite number, also where a CSV file has it as text; None if it is none."""
     try:

@@ -27,7 +27,9 @@ from rlhf.files import write_file
 
 Kind = Literal["sft", "pairs"]
 MAX_BAD = 1000  # unusable rows of one range after which reading ends, unless they are skipped
-SHARED = frozenset(("tools", "chat_template_kwargs", "margin"))  # keys that rows of one shape may have or lack
+SHARED = frozenset(
+    ("tools", "chat_template_kwargs", "margin", "subset")
+)  # keys that rows of one shape may have or lack
 
 
 @dataclass

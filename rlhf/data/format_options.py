@@ -26,12 +26,14 @@ class FormatOptions:
         format: the name of a format, or None.
         columns: (name that a format reads, column or dotted path in the file).
         roles: (role in the file, role).
+        keeps_subset: rows keep the value of `subset` or `task`, by which an evaluation counts; training has no use for it.
         where: recipe key -> where it is set, for messages; not part of the key.
     """
 
     format: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
     roles: tuple[tuple[str, str], ...] = ()
+    keeps_subset: bool = False
     where: tuple[tuple[str, str], ...] = ()
 
     @classmethod
@@ -39,11 +41,12 @@ class FormatOptions:
         """The options of a recipe's values, which config/recipe_checks.py has checked."""
         pairs = {key: tuple(sorted((values.get(key) or {}).items())) for key in ("columns", "roles")}
         places = tuple((key, where(key)) for key in ("format", "columns", "roles") if values.get(key))
-        return cls(values.get("format"), pairs["columns"], pairs["roles"], places)
+        return cls(values.get("format"), pairs["columns"], pairs["roles"], values.get("stage") == "evaluate", places)
 
     def key(self) -> str:
         """A text that is the same for options that read all rows alike: part of the digest of prepared data."""
-        return json.dumps([VERSION, self.format, dict(self.columns), dict(self.roles)], sort_keys=True)
+        parts = [VERSION, self.format, dict(self.columns), dict(self.roles)]
+        return json.dumps([*parts, "subset"] if self.keeps_subset else parts, sort_keys=True)
 
     def place(self, key: str) -> str:
         """`recipe.yaml:7: `, or '' if it is unknown."""

@@ -62,6 +62,8 @@ class Converter:
             if scores is None:
                 raise RowError("`columns: {margin: scores}` needs the scores of both answers; this row has none")
             new["margin"] = float(scores[0] - scores[1])
+        if self.options.keeps_subset and (subset := columns.subset(row, used)) is not None:
+            new["subset"] = subset
         return new
 
 

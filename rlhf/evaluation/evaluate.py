@@ -30,15 +30,18 @@ from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
+from rlhf.evaluation.extras import Extras, read_extras
 from rlhf.evaluation.measure import check_room, measure, prepare
 from rlhf.evaluation.overlap import describe as describe_overlap
 from rlhf.evaluation.overlap import find_overlap, heading
 from rlhf.evaluation.partial import Measured, key_of
+from rlhf.evaluation.reward_measures import about_rewards
 from rlhf.evaluation.statistics import summarise
 from rlhf.files import read_json, read_json_lines, write_file
 from rlhf.runs.card import refresh_cards
 from rlhf.runs.folder import RunFolder, finish_run, open_run, start_run
 from rlhf.runs.lineage import maker_of, waits_for
+from rlhf.runs.measure_tables import tables
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
 from rlhf.runs.resume import lock_folder
@@ -71,7 +74,8 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     if check_only and any(waiting.values()):
         say(f"{recipe.path}: ok (waits for: {', '.join(w for w in waiting.values() if w)})")
         return None
-    inputs = {"dataset_name": digest} | {key: model_digest(name) for key, name in names.items()}
+    extras = read_extras(recipe, config)
+    inputs = {"dataset_name": digest} | {key: model_digest(name) for key, name in names.items()} | extras.inputs
     run = open_run(recipe, inputs)
     if run.complete:
         say(f"{'Evaluation':<12} complete: {run.folder}")
@@ -82,14 +86,14 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         say(f"\n=== Evaluation: {recipe.path}")
     for text in about:
         say(f"{data_name(config.dataset_name)}: {text}")
+    extras.find_tasks()
     if check_only:
         check_finished_models(recipe, names, waiting)
         say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
         return None
     quiet_libraries(len(rows))
-    return run_evaluation(
-        run, recipe, config, Data(plain_rows(rows), found.skipped, summary.record(), overlap.record()), inputs
-    )
+    data = Data(plain_rows(rows), found.skipped, summary.record(), overlap.record())
+    return run_evaluation(run, recipe, config, data, inputs, extras)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Data:
 
 
 def run_evaluation(
-    run: RunFolder, recipe: Recipe, config: EvaluateConfig, data: Data, inputs: dict[str, str]
+    run: RunFolder, recipe: Recipe, config: EvaluateConfig, data: Data, inputs: dict[str, str], extras: Extras
 ) -> dict[str, Any] | None:
     """Measure the models, or what an earlier start has left of them; write and print the results.
 
@@ -129,10 +133,13 @@ def run_evaluation(
         subjects = prepare(data.rows, names, config)
         with locked(run.folder, recipe), Measured(run.folder, key, stopper, begin) as measured:
             pairs, answers = measure(data.rows, subjects, config, measured)
+            more = extras.measure(names, measured)
             if not is_main():
                 return None
             begin()
             results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
+            results.get("reward", {}).update(about_rewards(pairs))
+            results |= more
             results |= {"models": describe_models(given, inputs), "max_new_tokens": config.max_new_tokens}
             results |= {"overlap": data.overlap, "changes": [row._asdict() for row in table_rows(results)]}
             write_results(run.folder, pairs, answers, results)
@@ -255,6 +262,7 @@ def show(results: dict[str, Any], answers: list[dict]) -> None:
     console.print(table)
     for sentence in sentences(results):
         console.print(Text(f"  {sentence}"), style="dim")
+    show_tables(results, console)
     console.print()
     labels = labels_of(results)
     for answer in shown_answers(answers):
@@ -267,3 +275,21 @@ def show(results: dict[str, Any], answers: list[dict]) -> None:
             side.add_column(Text(f"{labels[policy]}{reward}"), ratio=1)
         side.add_row(*(Text(shown_text(answer, p)) for p in policies))
         console.print(side)
+
+
+def show_tables(results: dict[str, Any], console: Any) -> None:
+    """Print the tables about the reward model and the benchmarks."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    for found in tables(results):
+        table = Table(title=Text(found.title), box=box.SIMPLE_HEAD, title_justify="left")
+        for number, column in enumerate(found.columns):
+            table.add_column(column, no_wrap=number == 0)
+        for row in found.rows:
+            table.add_row(*map(Text, row))
+        console.print()
+        console.print(table)
+        if found.sentence:
+            console.print(Text(f"  {found.sentence}"), style="dim")

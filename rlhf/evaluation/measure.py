@@ -77,7 +77,7 @@ def measure(
 
     set_seed(config.seed)
     pairs: list[dict] = [
-        {"row": i, **{key: row[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in row}}
+        {"row": i, **{key: row[key] for key in ("prompt", "subset", "tools", "chat_template_kwargs") if key in row}}
         for i, row in enumerate(rows)
     ]
     answers: list[dict] = [dict(pair) for pair in pairs]
@@ -122,7 +122,10 @@ def measure_rewards(subject: Subject, config: EvaluateConfig, measured: Measured
 
     def score_pairs(batch: list[int]) -> list[dict[str, float]]:
         found = scores(model(), tokenizer, [subject.pairs[i][side] for side in range(2) for i in batch])
-        return [dict(zip(SIDES, found[at :: len(batch)], strict=True)) for at in range(len(batch))]
+        longer = [len(subject.pairs[i][0]) - len(subject.pairs[i][1]) for i in batch]  # the prompt is the same
+        return [
+            dict(zip(SIDES, found[at :: len(batch)], strict=True)) | {"longer": longer[at]} for at in range(len(batch))
+        ]
 
     padded = {i: 2 * max(map(len, both)) for i, both in enumerate(subject.pairs)}
     for i, value in measured.compute("reward: pairs", token_batches(padded), score_pairs).items():

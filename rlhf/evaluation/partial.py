@@ -20,7 +20,7 @@ from rlhf.files import read_json_lines
 from rlhf.runs.stop import Stopped, Stopper
 
 FOLDER = ".partial"
-FORMAT = 1  # part of every key: increment it when the computation changes
+FORMAT = 2  # part of every key: increment it when the computation changes
 Batch = tuple[int, ...]
 
 
@@ -53,13 +53,16 @@ class Measured:
             found |= dict(filter(None, map(_entry, read_json_lines(path))))
         self._share(found)
 
-    def compute(self, task: str, batches: list[list[int]], work: Callable[[list[int]], list[Any]]) -> dict[int, Any]:
+    def compute(
+        self, task: str, batches: list[list[int]], work: Callable[[list[int]], list[Any]], shown: str = ""
+    ) -> dict[int, Any]:
         """The value of every row of `batches`, on all ranks; each computes every n-th of the batches that are missing.
 
         Args:
-            task: a name, unique in the evaluation, shown at the progress bar.
+            task: a name, unique in the evaluation.
             batches: rows by batch, the same on all ranks.
             work: computes one value per row of a batch; JSON values.
+            shown: what stands at the progress bar; default: the task.
 
         Raises:
             Stopped: a stop was requested; what has been computed is kept.
@@ -71,7 +74,7 @@ class Measured:
         missing = [tuple(batch) for batch in batches if (task, tuple(batch)) not in self.known]
         total = sum(map(len, batches))
         new: dict[tuple[str, Batch], list[Any]] = {}
-        with tqdm(total=total, initial=total - sum(map(len, missing)), desc=f"{task:<22}", disable=not is_main(),
+        with tqdm(total=total, initial=total - sum(map(len, missing)), desc=f"{shown or task:<22}", disable=not is_main(),
                   dynamic_ncols=True) as bar:  # fmt: skip
             for start in range(0, len(missing), world_size()):
                 turn = missing[start : start + world_size()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The plots of each stage: a title, the unit, and the metrics with their labels.
@@ -94,6 +94,69 @@ def draw_lengths(lengths: Mapping[str, Mapping[int, int]], unit: str) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, axis="y")
         axes.legend(frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def draw_reliability(calibration: dict[str, Any]) -> str:
+    """The reliability curve of a reward model: accuracy by confidence, its intervals, and how many pairs are where.
+
+    Args:
+        calibration: of rlhf/evaluation/calibration.py.
+    """
+    bins = calibration["bins"]
+    with _style():
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
+        axes.plot((0.5, 1), (0.5, 1), color="#9ca3af", linewidth=0.8, linestyle="--", label="calibrated")
+        sure, right = [b["confidence"] for b in bins], [b["share"] for b in bins]
+        errors = [[b["share"] - b["low"] for b in bins], [b["high"] - b["share"] for b in bins]]
+        axes.errorbar(sure, right, yerr=errors, color=COLOURS[0], marker="o", markersize=4, linewidth=1.2,
+                      elinewidth=0.8, capsize=2, label="reward model, 95%")  # fmt: skip
+        most = max(b["count"] for b in bins)
+        middles = [(b["from"] + b["to"]) / 2 for b in bins]
+        axes.bar(middles, [0.2 * b["count"] / most for b in bins], 0.045, color="#cbd5e1", zorder=0)
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(0, 1.02)
+        axes.set_title("Is it as sure as it is right?", fontsize=10, loc="left")
+        axes.set_xlabel("confidence, sigmoid(|margin|); bars: share of pairs")
+        axes.set_ylabel("share ranked right")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.2), facecolor="white", edgecolor="none")
+        return _svg(figure)
+
+
+MOST_POINTS = 2000
+
+
+def draw_length_bias(longer: Sequence[float], margins: Sequence[float]) -> str:
+    """Margin against length difference, a dot per pair (the first MOST_POINTS), with the least-squares line of all.
+
+    Args:
+        longer: tokens of chosen minus those of rejected, by pair.
+        margins: scores of chosen minus those of rejected.
+    """
+    if len(longer) < 2:
+        return ""
+    with _style():
+        import matplotlib.pyplot as plt
+        import numpy as np
+
+        figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
+        axes.axhline(0, color="#9ca3af", linewidth=0.8)
+        axes.axvline(0, color="#9ca3af", linewidth=0.8)
+        axes.scatter(longer[:MOST_POINTS], margins[:MOST_POINTS], color=COLOURS[0], s=8, alpha=0.5, linewidths=0)
+        if np.ptp(longer) > 0:
+            per_token, start = np.polyfit(longer, margins, 1)
+            ends = np.array([min(longer), max(longer)])
+            axes.plot(ends, start + per_token * ends, color=COLOURS[1], linewidth=1.6, label="least squares")
+            axes.legend(frameon=False, fontsize=8)
+        axes.set_title("Does it go by length?", fontsize=10, loc="left")
+        axes.set_xlabel("tokens: chosen − rejected")
+        axes.set_ylabel("score: chosen − rejected")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
         return _svg(figure)
 
 

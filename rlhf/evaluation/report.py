@@ -41,10 +41,11 @@ from rlhf.evaluation.finished_runs import (
     start_of,
 )
 from rlhf.evaluation.overlap import heading
-from rlhf.evaluation.plots import PLOTS, draw, draw_lengths, ties_note
-from rlhf.files import write_file
+from rlhf.evaluation.plots import PLOTS, draw, draw_length_bias, draw_lengths, draw_reliability, ties_note
+from rlhf.files import read_json_lines, write_file
 from rlhf.runs.card import hyper_parameters
 from rlhf.runs.command import is_complete, shell_line
+from rlhf.runs.measure_tables import tables
 from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
 
 
@@ -122,10 +123,12 @@ def render(selection: Selection, home: str) -> str:
         loader=PackageLoader("rlhf.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     stages, results, answers = selection.stages, {}, []
+    drawn: list[str] = []
     evaluation = stages.get("evaluate")
     if evaluation and evaluation["complete"] and not selection.stale:
         results = results_with_models(evaluation)
         answers = read_answers(Path(evaluation["folder"]))
+        drawn = reward_plots(results, Path(evaluation["folder"]))
     shown = shown_answers(answers)
     return environment.get_template("report.html.jinja").render(
         home=home,
@@ -138,6 +141,8 @@ def render(selection: Selection, home: str) -> str:
         sentences=sentences(results) if results else [],
         results=results,
         heading=heading(results) if results else "",
+        tables=tables(results),
+        reward_plots=drawn,
         stale=selection.stale,
         compared=[
             (TITLES[stage], comparison(stage, runs, selection.evaluations))
@@ -154,6 +159,22 @@ def render(selection: Selection, home: str) -> str:
         environments=environments(stages),
         commands=[(s["title"], shell_line(s["provenance"]), is_complete(s["provenance"])) for s in stages.values()],
     )
+
+
+def reward_plots(results: dict[str, Any], folder: Path) -> list[str]:
+    """The reliability curve and the length bias of the reward model, as far as they were measured."""
+    reward, found = results.get("reward") or {}, []
+    if reward.get("calibration"):
+        found.append(draw_reliability(reward["calibration"]))
+    if reward.get("length"):
+        scores = [
+            line["reward"] for line in read_json_lines(folder / "pairs.jsonl") if isinstance(line.get("reward"), dict)
+        ]
+        numbers = [
+            (s["longer"], s["chosen"] - s["rejected"]) for s in scores if {"longer", "chosen", "rejected"} <= set(s)
+        ]
+        found.append(draw_length_bias([n for n, _ in numbers], [m for _, m in numbers]))
+    return [svg for svg in found if svg]
 
 
 def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[str, str]]:

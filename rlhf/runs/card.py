@@ -19,6 +19,7 @@ from rlhf.data.mix import data_name
 from rlhf.files import read_json, write_file
 from rlhf.models import embedded
 from rlhf.runs.command import TOKEN, shell_line
+from rlhf.runs.measure_tables import tables
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.results import COLUMNS, cut_sentence, judge_sentence, part_about, table_rows, what_got_worse
 
@@ -315,6 +316,16 @@ def _result_parts(stage: str, measured: dict[str, Any] | None) -> list[str]:
         f"On {results['pairs']} pairs of {_plain(measured['data'])}. All numbers: `{_code(public(measured['folder']))}/results.json`.",
         _table(COLUMNS, rows),
         *(_plain(s) for s in said if s),
+        *(part for found in tables(measured["results"]) if stage in found.stages for part in _more(found)),
+    ]
+
+
+def _more(found: Any) -> list[str]:
+    """A table of measure_tables.py as Markdown."""
+    return [
+        f"### {_plain(found.title)}",
+        _table(found.columns, found.rows),
+        *([_plain(found.sentence)] if found.sentence else []),
     ]
 
 

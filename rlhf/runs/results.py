@@ -99,7 +99,8 @@ def models_line(results: dict[str, Any]) -> str:
         if f"{policy}_model" in models and labels[policy] != models[f"{policy}_model"]["name"]
     ]
     if "reward_model" in models:
-        parts.append(f"the reward model is {models['reward_model']['name']}")
+        name = f"he reward model is {models['reward_model']['name']}"
+        parts.append(f"{'t' if parts else 'T'}{name}")
     return f"{'; '.join(parts)}." if parts else ""
 
 
@@ -246,10 +247,9 @@ def how_to_read(results: dict[str, Any]) -> str:
     if "dpo" in results:
         before.append(f"{labels['sft']} for the effect of {labels['dpo']} on answers")
     aim = f" {labels['dpo']} should make rejected answers less likely, not chosen ones." if "dpo" in results else ""
-    return (
-        f"Before is {', '.join([*before, 'guessing (ln 2, 50%) elsewhere'])}. Likelier means likelier than the "
-        f"rejected answer.{aim}"
-    )
+    guessing = f"guessing (ln 2, 50%){' elsewhere' if before else ''}"
+    likelier = " Likelier means likelier than the rejected answer." if policies else ""
+    return f"Before is {', '.join([*before, guessing])}.{likelier}{aim}"
 
 
 def sentences(results: dict[str, Any]) -> list[str]:

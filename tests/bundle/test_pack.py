@@ -392,3 +392,25 @@ def test_weights_are_copied_in_blocks(tmp_path):
         writer.close()
     assert max(read) <= archive.BLOCK and sum(read) > 40_000_000
     assert os.path.getsize(tmp_path / "out.tar") > 40_000_000
+
+
+def test_the_files_of_benchmarks_go_in(job, capsys):
+    tasks = job.away / "own tasks"
+    (tasks / "__pycache__").mkdir(parents=True)
+    (tasks / "ours.yaml").write_text("task: ours\n")
+    (tasks / "__pycache__" / "x.pyc").write_text("x")
+    shutil.copy(job.away / "pairs.jsonl", job.away / "rb.jsonl")
+    out = job.away / "out"
+    (job.recipes / "evaluate.yaml").write_text(
+        f"stage: evaluate\nsft_model: {out}/sft\ndpo_model: {out}/dpo\nreward_model: {out}/dpo\noutput_dir: {out}/evaluation\n"
+        f"dataset_name: {job.away}/pairs.jsonl\nreward_benchmarks: ['{job.away}/rb.jsonl']\nbenchmarks: [ours]\n"
+        f"benchmark_tasks: {tasks}\n"
+    )
+    assert (job.bundle(), job.unbundle()) == (0, 0)
+    assert "data/rb.jsonl" in names(job.file)
+    assert [n for n in names(job.file) if n.startswith("tasks/")] == ["tasks/own tasks/ours.yaml"]
+    text = (job.there / "configs/mine/evaluate.yaml").read_text()
+    assert 'benchmark_tasks: "tasks/own tasks"' in text and "reward_benchmarks: ['data/rb.jsonl']" in text.replace(
+        '"', "'"
+    )
+    assert f"the data of {job.recipes}/evaluate.yaml:8" in capsys.readouterr().out
