@@ -13,6 +13,8 @@ from rlhf.console import ended_bars, plain_bars
 from rlhf.curation.arguments import TAKE_KEYS, add_data, run_data
 from rlhf.distributed.processes import is_main, rank
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
+from rlhf.inference.arguments import COMMANDS as INFERENCE
+from rlhf.inference.arguments import add_inference, run_inference
 from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
@@ -29,6 +31,9 @@ Align a language model with human preferences. The stages, in order; each uses t
 and around them:
 
   rlhf data check TARGET      what is wrong with data; also: stats, show, convert, prepare, cache (`rlhf data` lists them)
+  rlhf score FILE             a reward model's scores of the answers or pairs of a file
+  rlhf generate FILE          a model's answers to the prompts of a file
+  rlhf label FILE             pairs of a model's best and worst answers by a reward model; --audit: labels it disputes
   rlhf pairs DATASET          write accepted_data, rejected_data and preference_data.jsonl from any preference data
   rlhf preflight RECIPE.yaml  before a long run: check hosts, versions, network, disks and clocks of all ranks
   rlhf merge ADAPTER OUT_DIR  write a LoRA adapter merged into its base, from disk to disk
@@ -82,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` for details")
     for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data, _add_bundle):
         add(commands)
+    add_inference(commands, number)
     return top
 
 
@@ -163,8 +169,14 @@ def _add_chat(commands) -> None:
     chat.add_argument(
         "--temperature",
         type=number(float, 0, 100),
-        default=0.0,
-        help="0 (default): greedy decoding, the same answer each time",
+        help="0 (default): greedy decoding, the same answer each time; with --best_of the default is 0.8",
+    )
+    chat.add_argument(
+        "--best_of",
+        type=number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="with --reward: generate N answers and show the one with the highest score",
     )
     chat.add_argument(
         "--top_p",
@@ -262,8 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return exit_code_stopped()
     except KeyboardInterrupt:
-        kept = "batch that was measured" if options.command == "evaluate" else "checkpoint"
-        resumes = options.command in ("sft", "reward", "dpo", "evaluate")
+        by_batch = options.command in ("evaluate", *INFERENCE)
+        kept = "batch that was computed" if by_batch else "checkpoint"
+        resumes = options.command in ("sft", "reward", "dpo") or by_batch
         again = f"; run the same command to resume from the last {kept}" if resumes else ""
         print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130
@@ -350,6 +363,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
         write_report(options.run, options.output)
     elif options.command in ("data", "pairs"):
         return run_data(options, rest)
+    elif options.command in INFERENCE:
+        run_inference(options)
     elif options.command == "merge":
         from rlhf.models.merge import merge_command
 

@@ -96,11 +96,12 @@ def write_json_lines(rows: Iterable[Row], path: Path) -> int:
     return number
 
 
-def write_parquet(every: Any, path: Path) -> int:
+def write_parquet(every: Any, path: Path, schema: Any = None) -> int:
     """Write rows as Parquet.
 
     Args:
         every: gives an iterator of the rows, each time it is called.
+        schema: of them, if it is known (`parquet_schema`).
 
     Raises:
         UserError: rows with fields that are neither texts nor numbers, such as tool calls.
@@ -108,7 +109,7 @@ def write_parquet(every: Any, path: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema(every(), path)
+    schema = schema or parquet_schema(every(), path)
     partial, number = path.with_name(f".{os.getpid()}-{path.name}.partial"), 0
     try:
         with writing(path):
@@ -124,18 +125,24 @@ def write_parquet(every: Any, path: Path) -> int:
     return number
 
 
-def _schema(rows: Iterable[Row], path: Path):
-    """Of all rows: a message's fields are texts; a column that is missing in some rows is null there."""
+def parquet_schema(rows: Iterable[Row], path: Path):
+    """Of all rows: a message's fields are texts; a column that is missing in some rows is null there.
+
+    Raises:
+        UserError: a column has another form in each row, such as tool calls, or texts here and numbers there.
+    """
     import pyarrow as pa
 
     fields: dict[str, dict[str, None]] = {}
     columns: dict[str, Any] = {}
     for row in rows:
         for key, value in row.items():
-            if isinstance(value, str):
-                columns[key] = pa.string()
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                columns[key] = pa.float64()
+            if value is None:
+                continue
+            if isinstance(value, (str, bool, int, float)):
+                kind = pa.string() if isinstance(value, str) else pa.bool_() if isinstance(value, bool) else pa.float64()
+                if columns.setdefault(key, kind) != kind:
+                    raise _too_free(key, path)
             elif key in _MESSAGES:
                 for message in value:
                     for name, content in message.items():

@@ -25,7 +25,7 @@ from rlhf.data.recognise import FIRST_ROWS, Converter, converter
 from rlhf.data.store import PartWriter
 from rlhf.files import write_file
 
-Kind = Literal["sft", "pairs"]
+Kind = Literal["sft", "pairs", "unpaired", "prompts"]
 MAX_BAD = 1000  # unusable rows of one range after which reading ends, unless they are skipped
 SHARED = frozenset(
     ("tools", "chat_template_kwargs", "margin", "subset")

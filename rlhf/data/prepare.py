@@ -60,14 +60,14 @@ class Prepared:
 
 
 def prepare(
-    source: Source, kind: Kind, options: FormatOptions = DEFAULT, bad_rows: str = "error", can_skip: bool = False
+    source: Source, kind: Kind, options: FormatOptions = DEFAULT, bad_rows: str = "error", can_skip: bool | str = False
 ) -> Prepared:
     """The canonical rows of a source.
 
     Args:
-        kind: rows for SFT, or pairs for reward models and DPO.
+        kind: rows for SFT; pairs for reward models and DPO; single answers with a judgement; prompts alone.
         bad_rows: "error" raises if a row can't be used; "skip" leaves it out.
-        can_skip: whether the user can choose, by the recipe key `bad_rows`.
+        can_skip: whether the user can choose, by the recipe key `bad_rows`; or by what else, as a sentence.
 
     Raises:
         UserError: a row can't be used, with its place and the reason; an unreadable line; none of the rows can be used.
@@ -93,7 +93,7 @@ class _Job:
     kind: Kind
     options: FormatOptions
     bad_rows: str
-    can_skip: bool
+    can_skip: bool | str
 
     @functools.cached_property
     def key(self) -> str:
@@ -269,7 +269,8 @@ class _Job:
         if num_bad > 1:
             after = place(self.source.name, report.bad[1][0], self.source.has_lines)
             more = f"; {rows} can't be used (next: {after})"
-        fix = "; `bad_rows: skip` skips such rows" if self.can_skip and report.rows else ""
+        how = self.can_skip if isinstance(self.can_skip, str) else "`bad_rows: skip` skips such rows"
+        fix = f"; {how}" if self.can_skip and report.rows else ""
         raise UserError(message + more + fix)
 
     def _skipped(self, report: Report) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from rlhf.data import columns, pair_rows, row_parts, sft_rows, unpaired
+from rlhf.data import columns, pair_rows, prompt_rows, row_parts, sft_rows, unpaired
 from rlhf.data.format_options import DEFAULT, SCORES, FormatOptions, at
 from rlhf.data.format_table import BY_NAME, FORMATS, Convert, Row
 from rlhf.data.messages import RowError, answer_text
@@ -20,7 +20,7 @@ class Converter:
     """Converts one row of a file to a canonical row; stateless and picklable.
 
     Attributes:
-        kind: "sft", "pairs" or "unpaired" (`rlhf.data.unpaired.pair_unpaired` makes pairs of those).
+        kind: "sft", "pairs", "unpaired" (`rlhf.data.unpaired.pair_unpaired` makes pairs of those) or "prompts".
         name: the format, for the screen.
         reading: the name of the conversion: a format's, or STANDARD.
         margin_of_scores: the user asked for margins that are the difference of the scores.
@@ -68,6 +68,8 @@ class Converter:
 
 
 def _conversion(kind: str, reading: str) -> Convert:
+    if kind == "prompts":
+        return prompt_rows.prompt_row
     if reading == STANDARD:
         return {"sft": sft_rows.sft_row, "pairs": pair_rows.pair_row, "unpaired": unpaired.kto_row}[kind]
     fmt = BY_NAME[reading]
@@ -90,7 +92,7 @@ def converter(kind: str, first_rows: list[Row], options: FormatOptions = DEFAULT
     """The converter of a file's rows, chosen by the content of its first rows.
 
     Args:
-        kind: "sft", "pairs" or "unpaired".
+        kind: "sft", "pairs", "unpaired" or "prompts".
         first_rows: up to FIRST_ROWS rows.
         options: the user's `format`, `columns` and `roles`.
 
@@ -102,6 +104,9 @@ def converter(kind: str, first_rows: list[Row], options: FormatOptions = DEFAULT
     options.check(rows)
     scores = ("margin", SCORES) in options.columns and not any(columns.number(at(r, SCORES)) is not None for r in rows)
     views = [options.view(row) for row in rows]
+    if kind == "prompts":
+        _reject_rivals(kind, views, options)
+        return Converter(kind, kind, STANDARD, options)
     if options.format is not None:
         fmt = BY_NAME[options.format]
         if fmt.conversion(kind) is None and not (kind == "sft" and fmt.pairs):

@@ -88,6 +88,28 @@ def exchange_code(code: int) -> int:
     return code
 
 
+def shared_count(name: str, add: int = 0) -> int:
+    """A number that all ranks see, after `add` was added to it; no collective, so a rank may be late or never ask."""
+    import torch
+
+    return int(torch.distributed.distributed_c10d._get_default_store().add(f"rlhf/{name}", add))
+
+
+def wait_for_ranks(name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Return once all ranks have called this, however long their work takes: no collective, which would time out.
+
+    Args:
+        name: used once in a process group.
+        meanwhile: called every second or so while this rank waits.
+    """
+    shared_count(name, 1)
+    pause_s = 0.02
+    while shared_count(name) < world_size():
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
+        meanwhile()
+
+
 def report_build_locks() -> None:
     """Name the locks of DeepSpeed's compilations: one that a killed process left makes every later start wait, silently."""
     from torch.utils.cpp_extension import get_default_build_root

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf.data.sources import use_cache_without_network
-from rlhf.errors import UserError, quote
+from rlhf.errors import UserError
+from rlhf.inference.finished import load, resolve
 from rlhf.inference.terminal import Reader, Screen, converse, note
+
+if TYPE_CHECKING:
+    from rlhf.inference.best_of import Best
 
 HELP = '''\
 /reset           forget the conversation
@@ -22,7 +23,6 @@ HELP = '''\
 Pasted text is one message, even if it has several lines. To type several lines, put """ before the first and after the
 last. Ctrl-C stops an answer, or clears the line.'''
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -46,7 +46,7 @@ class Speaker:
 
     def __init__(self, name: str, options, beside: str = ""):
         self.options = options
-        self.name, self.model, self.tokenizer = _load(name, options.load_in_4bit, reward=False, beside=beside)
+        self.name, self.model, self.tokenizer = _load(name, options.load_in_4bit, beside=beside)
         self.messages: list[dict[str, str]] = []
 
     def prepare(self, text: str, system: str | None) -> Turn:
@@ -77,6 +77,24 @@ class Speaker:
             oldest = "the oldest turn was" if dropped == 1 else f"the {dropped} oldest turns were"
             note(f"{oldest} left out: the conversation exceeds the model's context")
         return Turn(messages, ids, min(wanted, room - len(ids)) if room else wanted)
+
+    def best(self, turn: Turn, system: str | None, judge: Any, number: int) -> Best:
+        """The best of several answers by a reward model.
+
+        Args:
+            number: of the message in this chat: each has random numbers of its own.
+        """
+        from rlhf.inference.best_of import best_of
+        from rlhf.inference.sampling import Sampling
+
+        options = self.options
+        sampling = Sampling(options.temperature, options.top_p, turn.limit, options.seed)
+        head = [{"role": "system", "content": system}] if system else []
+        asked = [*head, *turn.messages]
+        found = best_of((self.model, self.tokenizer), judge, [asked], options.best_of, sampling, first_row=number)[0]
+        if not found.answer.finished:
+            note(f"cut off after {turn.limit} tokens; raise --max_new_tokens for more")
+        return found
 
     def answer(self, turn: Turn, screen: Screen) -> str:
         """Generate the answer, print it word by word, note if it was cut off or empty, and return it."""
@@ -121,66 +139,10 @@ def _streamer(tokenizer, screen: Screen):
     return Words(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def find(name: str, beside: str = "") -> str:
-    """Resolve a model's name without network access.
-
-    Args:
-        name: `embedded:…`, a folder, the name of a run in `runs` or next to `beside`, or `org/name` on the hub.
-        beside: the folder of the first model of the chat.
-
-    Raises:
-        UserError: the name is none of these.
-    """
-    path = Path(name).expanduser()
-    if name.startswith("embedded:") or path.is_dir():
-        return name
-    places = [Path(beside).parent] if beside and Path(beside).is_dir() else []
-    for place in [*places, Path("runs")]:
-        if any((place / name / file).is_file() for file in ("config.json", "adapter_config.json")):
-            return str(place / name)
-    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
-        return name
-    raise UserError(
-        f"chat: {quote(name)} is neither a local folder nor a run in runs/; give a stage's output, such as "
-        "runs/quickstart/dpo, or a model on the hub by its full name, such as org/name"
-    )
-
-
-def look_for_network(seconds: float = 1.5) -> None:
-    """Make the hub client use its cache only if the hub's name can't be resolved in time: it would retry for 20 s."""
-    lookup = threading.Thread(target=use_cache_without_network, daemon=True)  # a resolver may have a long time-out
-    lookup.start()
-    lookup.join(seconds)
-    if lookup.is_alive() or os.environ.get("HF_HUB_OFFLINE") == "1":
-        from huggingface_hub import constants
-
-        constants.HF_HUB_OFFLINE = True  # the variable was read at import
-
-
-def _load(name: str, load_in_4bit: bool, reward: bool, beside: str = ""):
-    name = find(name, beside)  # before torch is imported, which takes seconds
-    import torch
-
-    from rlhf.console import quiet_libraries
-    from rlhf.models.folder import is_reward_model, locate
-    from rlhf.models.inference import load_finished
-
-    quiet_libraries()
-    if not name.startswith("embedded:") and not Path(name).expanduser().is_dir():
-        look_for_network()
-    path = locate(name, "chat", say=lambda text: print(text, file=sys.stderr))
-    if is_reward_model(path) != reward:
-        if reward:
-            raise UserError(
-                f"{name} is not a reward model; give the output of `rlhf reward`, such as runs/quickstart/reward"
-            )
-        raise UserError(
-            f"{name} is a reward model, which scores and can't generate; chat with a policy and add --reward {name}"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = None if device == "cuda" else "float32"
-    model, tokenizer = load_finished(path, reward=reward, device=device, dtype=dtype, load_in_4bit=load_in_4bit)
-    return name, model, tokenizer
+def _load(name: str, load_in_4bit: bool, reward: bool = False, beside: str = "") -> tuple[str, Any, Any]:
+    """(the name as it was found, model, tokenizer)"""
+    found = resolve(name, "chat", reward, beside)
+    return found.name, *load(found, load_in_4bit=load_in_4bit)
 
 
 class Chat:
@@ -188,7 +150,7 @@ class Chat:
 
     def __init__(self, options):
         self.options = options
-        self.system = options.system
+        self.system, self.said = options.system, 0
         self.speakers = [Speaker(options.model, options)]
         self.judge = _load(options.reward, options.load_in_4bit, reward=True)[1:] if options.reward else None
         if options.compare:
@@ -203,20 +165,32 @@ class Chat:
             UserError: the message is too long for one of them; no model was run.
         """
         turns = [speaker.prepare(text, self.system) for speaker in self.speakers]
-        screen = Screen()
+        screen, self.said = Screen(), self.said + 1
         answers = []
         try:
             for speaker, turn in zip(self.speakers, turns, strict=True):
                 if len(self.speakers) > 1:
                     screen.write(f"[{Path(speaker.name).name}] ")
-                answers.append(speaker.answer(turn, screen))
-                self._score(turn, answers[-1])
+                if self.options.best_of > 1:
+                    answers.append(self._best(speaker, turn, screen))
+                else:
+                    answers.append(speaker.answer(turn, screen))
+                    self._score(turn, answers[-1])
         except KeyboardInterrupt:
             screen.end()
             print("(stopped; this message is not kept)", flush=True)
             return
         for speaker, turn, answer in zip(self.speakers, turns, answers, strict=True):
             speaker.messages = [*turn.messages, {"role": "assistant", "content": answer}]
+
+    def _best(self, speaker: Speaker, turn: Turn, screen: Screen) -> str:
+        found = speaker.best(turn, self.system, self.judge, self.said)
+        text = clean(found.answer.text)
+        screen.write(text)
+        screen.end()
+        others = ", ".join(f"{score:+.2f}" for score in sorted(found.scores, reverse=True)[1:])
+        print(f"    reward {found.score:+.2f}, the best of {len(found.scores)} (the others: {others})", flush=True)
+        return text
 
     def _score(self, turn: Turn, answer: str) -> None:
         if self.judge and answer:
@@ -256,8 +230,14 @@ class Chat:
 
 def chat(options) -> None:
     """Run `rlhf chat`: one answer with --prompt, else a conversation until /quit or the end of the input."""
+    if options.temperature is None:  # answers have to differ for one to be the best
+        options.temperature = 0.8 if options.best_of > 1 else 0.0
     if options.max_new_tokens < 1 or options.temperature < 0:
         raise UserError("--max_new_tokens must be 1 or more and --temperature 0 or more")
+    if options.best_of > 1 and not options.reward:
+        raise UserError(f"--best_of {options.best_of} needs --reward MODEL_DIR, the reward model that chooses")
+    if options.best_of > 1 and options.temperature == 0:
+        raise UserError(f"--best_of {options.best_of} with --temperature 0 would compare {options.best_of} times the same answer")
     talk = Chat(options)
     from transformers import set_seed
 

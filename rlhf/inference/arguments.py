@@ -1,0 +1,110 @@
+"""The command line of `rlhf score`, `rlhf generate` and `rlhf label`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+COMMANDS = ("score", "generate", "label")
+DTYPES = ("float32", "bfloat16", "float16")
+ENGINES = ("transformers", "continuous", "vllm")
+RANKS = " On several processes or GPUs: `accelerate launch --config_file launch/ddp.yaml -m rlhf {} ...`; each holds the model, the rows are shared out."  # fmt: skip
+RESUMES = " Interrupted, the same command resumes."
+
+SCORE = "Score the answers, pairs or dialogues of a file with a reward model, and write them with their scores."
+GENERATE = "Let a model answer the prompts of a file, n answers to each."
+LABEL = """\
+Let a model answer prompts, score the answers, and write pairs of the best and the worst for `rlhf dpo`; or, with --audit,
+find the labels of a file of pairs that a reward model disputes."""
+
+
+def add_inference(commands: Any, number: Callable[..., Any]) -> None:
+    """Add the three commands to the subcommands.
+
+    Args:
+        number: makes an argparse type: number(int, low, high).
+    """
+    score = _command(commands, "score", SCORE)
+    _data(score, number)
+    _reward(score, number, needed=True)
+    score.add_argument("--column", default="score", metavar="NAME", help="of the scores in the output (default score); of pairs NAME_chosen and NAME_rejected")  # fmt: skip
+    _output(score)
+    _loading(score)
+
+    generate = _command(commands, "generate", GENERATE)
+    _data(generate, number)
+    generate.add_argument("--model", required=True, metavar="MODEL", help="a stage's output, any local model or adapter, embedded:smollm2-135m-instruct, or org/name on the hub")  # fmt: skip
+    _sampling(generate, number, answers=1)
+    _output(generate)
+    _loading(generate)
+
+    label = _command(commands, "label", LABEL)
+    _data(label, number)
+    label.add_argument("--model", metavar="MODEL", help="which answers the prompts; without --audit")
+    _reward(label, number, needed=True)
+    _sampling(label, number, answers=4)
+    label.add_argument("--min_margin", type=number(float, 0, 1e6), default=0.0, metavar="X", help="by how much the best must be above the worst (default: at all)")  # fmt: skip
+    label.add_argument("--keep_cut", action="store_true", help="also take answers that were cut at --max_new_tokens, which teach to end in the middle")  # fmt: skip
+    label.add_argument("--audit", action="store_true", help="write the pairs of FILE whose rejected answer has the higher score, the most disputed first")  # fmt: skip
+    _output(label)
+    _loading(label)
+
+
+def _command(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, description=description + RESUMES + RANKS.format(name), allow_abbrev=False)
+
+
+def _data(parser: argparse.ArgumentParser, number: Callable[..., Any]) -> None:
+    parser.add_argument("file", metavar="FILE", help="a file, a folder, a hub id or embedded:sample, in any format of docs/data.md")  # fmt: skip
+    parser.add_argument("--split", help="split to read, if there are several (default: train)")
+    parser.add_argument("--limit", type=number(int, 1, 1e12), metavar="N", help="only the first N rows")
+    parser.add_argument("--kind", choices=("pairs", "sft"), help="of rows (default: by their content)")
+    parser.add_argument("--format", metavar="NAME", help="how rows are read (default: by their content)")
+    parser.add_argument("--columns", metavar="MAP", help="columns under other names: '{prompt: question}'")
+    parser.add_argument("--roles", metavar="MAP", help="roles under other names: '{customer: user}'")
+    parser.add_argument("--skip", action="store_true", help="leave out rows that can't be used, and name them")
+
+
+def _reward(parser: argparse.ArgumentParser, number: Callable[..., Any], needed: bool) -> None:
+    parser.add_argument("--reward", required=needed, metavar="MODEL", help="a reward model: the output of `rlhf reward`, or any sequence classifier with one label")  # fmt: skip
+    parser.add_argument("--max_length", type=number(int, 1, 1e9), metavar="TOKENS", help="rows with more have no score (default: what the reward model has positions for)")  # fmt: skip
+
+
+def _sampling(parser: argparse.ArgumentParser, number: Callable[..., Any], answers: int) -> None:
+    parser.add_argument("-n", type=number(int, 1, 1e4), default=answers, help=f"answers to each prompt (default {answers})")  # fmt: skip
+    parser.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="0: greedy decoding (default 1)")
+    parser.add_argument("--top_p", type=number(float, 1e-6, 1), default=1.0, help="sample from the most likely tokens with this total probability (default 1)")  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=number(int, 1, 1e6), default=256, help="of an answer; one that is cut there is marked (default 256)")  # fmt: skip
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the answers (default 0)")
+    parser.add_argument("--batch_size", type=number(int, 1, 1e5), default=16, help="answers generated at a time (default 16); no answer depends on it, but for rounding")  # fmt: skip
+    parser.add_argument("--engine", choices=ENGINES, default="transformers", help="continuous: transformers' continuous batching; vllm: vLLM, if it is installed; both sample in their own way")  # fmt: skip
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, metavar="OUT", help="a .jsonl or .parquet file")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new one is complete")
+
+
+def _loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: their checkpoints' on a GPU, float32 on a CPU)")  # fmt: skip
+    parser.add_argument("--load_in_4bit", action="store_true", help="quantise the models, or an adapter's base, to 4 bits")  # fmt: skip
+
+
+def run_inference(options: argparse.Namespace) -> None:
+    """Run one of COMMANDS."""
+    from rlhf.console import plain_bars
+
+    plain_bars()
+    if options.command == "score":
+        from rlhf.inference.score_command import score_command
+
+        score_command(options)
+    elif options.command == "generate":
+        from rlhf.inference.generate_command import generate_command
+
+        generate_command(options)
+    else:
+        from rlhf.inference.label_command import label_command
+
+        label_command(options)
