@@ -14,7 +14,7 @@ from rlhf.curation.arguments import TAKE_KEYS, add_data, run_data
 from rlhf.distributed.processes import is_main, rank
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.inference.arguments import COMMANDS as INFERENCE
-from rlhf.inference.arguments import add_inference, run_inference
+from rlhf.inference.arguments import add_inference, number, run_inference
 from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
@@ -66,28 +66,12 @@ class Parser(argparse.ArgumentParser):
         super().error(message if len(message) <= 400 else message[:399] + "…")
 
 
-def number(kind: type, low: float, high: float):
-    """A type for argparse: a number from `low` to `high`."""
-
-    def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:  # NaN is neither
-            raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from {low:g} to {high:g}")
-        return value
-
-    return read
-
-
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` for details")
-    for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data, _add_bundle):
+    for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data, _add_bundle, add_inference):
         add(commands)
-    add_inference(commands, number)
     return top
 
 

@@ -2,6 +2,8 @@
 
     from rlhf import pack, train
 
+`score`, `generate` and `label` for finished models are in rlhf/inference/python.py.
+
 Nothing heavy is imported before one of them is called.
 """
 
@@ -17,7 +19,7 @@ from rlhf.config.recipe import Recipe, check_recipe
 from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.config.yaml_reader import quote_path, read_flat
 from rlhf.console import ended_bars
-from rlhf.data.sources import PYTHON, Source, from_python
+from rlhf.data.sources import PYTHON, Source, source_of
 from rlhf.errors import UserError, quote
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.command import CALL, TOKEN
@@ -213,7 +215,7 @@ def train(
             "rlhf.train stops and saves on signals, which Python gives to its main thread only: call it there"
         )
     given = {
-        key: _source(name, rows)
+        key: source_of(name, rows)
         for key, name, rows in (("dataset_name", "train_dataset", train_dataset), ("eval_dataset_name", "eval_dataset", eval_dataset))
         if rows is not None
     }  # fmt: skip
@@ -226,23 +228,6 @@ def train(
         run_recipe(_stage(read.stage), read, given)
     folder = Path(read.values["output_dir"])
     return RunFolder(folder, read_complete(folder), newest_checkpoint(folder))
-
-
-def _source(name: str, given: Any) -> Source:
-    """Rows that Python code holds, as a source."""
-    if isinstance(given, list):
-        return from_python(name, given)
-    from datasets import Dataset, DatasetDict
-
-    if isinstance(given, Dataset):
-        return from_python(name, given)
-    if isinstance(given, DatasetDict):
-        raise UserError(
-            f"{name} has the splits {', '.join(given)}; give one of them, as in {name}=dataset[{next(iter(given))!r}]"
-        )
-    raise UserError(
-        f"{name} is of type {type(given).__name__}; expected a datasets.Dataset or a list of dicts, one a row"
-    )
 
 
 def _read_recipe(recipe: Any, given: Mapping[str, Source], keys: dict[str, Any]) -> Recipe:

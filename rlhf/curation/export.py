@@ -140,7 +140,9 @@ def parquet_schema(rows: Iterable[Row], path: Path):
             if value is None:
                 continue
             if isinstance(value, (str, bool, int, float)):
-                kind = pa.string() if isinstance(value, str) else pa.bool_() if isinstance(value, bool) else pa.float64()
+                kind = (
+                    pa.string() if isinstance(value, str) else pa.bool_() if isinstance(value, bool) else pa.float64()
+                )
                 if columns.setdefault(key, kind) != kind:
                     raise _too_free(key, path)
             elif key in _MESSAGES:

@@ -224,6 +224,27 @@ def from_python(name: str, rows: list[dict[str, Any]] | Dataset) -> Source:
     return _from_rows(name, cast("list[dict[str, Any]]", rows))
 
 
+def source_of(name: str, given: Any) -> Source:
+    """Rows that Python code holds, as a source.
+
+    Raises:
+        UserError: neither a `datasets.Dataset` nor a list of dicts, or none at all.
+    """
+    if isinstance(given, list):
+        return from_python(name, given)
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(given, Dataset):
+        return from_python(name, given)
+    if isinstance(given, DatasetDict):
+        raise UserError(
+            f"{name} has the splits {', '.join(given)}; give one of them, as in {name}=dataset[{next(iter(given))!r}]"
+        )
+    raise UserError(
+        f"{name} is of type {type(given).__name__}; expected a datasets.Dataset or a list of dicts, one a row"
+    )
+
+
 def from_dataset(name: str, loaded: Dataset) -> Source:
     """Rows of `datasets`, which stay in its memory-mapped files if there are many."""
     if len(loaded) <= FEW_ROWS:

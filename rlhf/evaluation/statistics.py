@@ -8,6 +8,7 @@ from typing import Any
 from rlhf.runs.intervals import wilson_interval
 from rlhf.runs.results import POLICIES
 
+
 def share(wins: list[float]) -> dict[str, Any]:
     """A share of wins (1), ties (0.5) and losses (0) with its 95% interval and count."""
     low, high = wilson_interval(sum(wins), len(wins))

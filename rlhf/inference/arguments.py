@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from rlhf.errors import UserError, quote
+
 COMMANDS = ("score", "generate", "label")
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("transformers", "continuous", "vllm")
@@ -19,31 +21,42 @@ Let a model answer prompts, score the answers, and write pairs of the best and t
 find the labels of a file of pairs that a reward model disputes."""
 
 
-def add_inference(commands: Any, number: Callable[..., Any]) -> None:
-    """Add the three commands to the subcommands.
+def number(kind: Callable[[str], Any], low: float, high: float) -> Callable[[str], Any]:
+    """A type for argparse: a number from `low` to `high`."""
 
-    Args:
-        number: makes an argparse type: number(int, low, high).
-    """
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{quote(text)} is not a number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+def add_inference(commands: Any) -> None:
+    """Add the three commands to the subcommands."""
     score = _command(commands, "score", SCORE)
-    _data(score, number)
-    _reward(score, number, needed=True)
+    _data(score)
+    _reward(score, needed=True)
     score.add_argument("--column", default="score", metavar="NAME", help="of the scores in the output (default score); of pairs NAME_chosen and NAME_rejected")  # fmt: skip
     _output(score)
     _loading(score)
 
     generate = _command(commands, "generate", GENERATE)
-    _data(generate, number)
+    _data(generate)
     generate.add_argument("--model", required=True, metavar="MODEL", help="a stage's output, any local model or adapter, embedded:smollm2-135m-instruct, or org/name on the hub")  # fmt: skip
-    _sampling(generate, number, answers=1)
+    _sampling(generate, answers=1)
     _output(generate)
     _loading(generate)
 
     label = _command(commands, "label", LABEL)
-    _data(label, number)
+    _data(label)
     label.add_argument("--model", metavar="MODEL", help="which answers the prompts; without --audit")
-    _reward(label, number, needed=True)
-    _sampling(label, number, answers=4)
+    _reward(label, needed=True)
+    _sampling(label, answers=4)
     label.add_argument("--min_margin", type=number(float, 0, 1e6), default=0.0, metavar="X", help="by how much the best must be above the worst (default: at all)")  # fmt: skip
     label.add_argument("--keep_cut", action="store_true", help="also take answers that were cut at --max_new_tokens, which teach to end in the middle")  # fmt: skip
     label.add_argument("--audit", action="store_true", help="write the pairs of FILE whose rejected answer has the higher score, the most disputed first")  # fmt: skip
@@ -55,7 +68,7 @@ def _command(commands: Any, name: str, description: str) -> argparse.ArgumentPar
     return commands.add_parser(name, description=description + RESUMES + RANKS.format(name), allow_abbrev=False)
 
 
-def _data(parser: argparse.ArgumentParser, number: Callable[..., Any]) -> None:
+def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a file, a folder, a hub id or embedded:sample, in any format of docs/data.md")  # fmt: skip
     parser.add_argument("--split", help="split to read, if there are several (default: train)")
     parser.add_argument("--limit", type=number(int, 1, 1e12), metavar="N", help="only the first N rows")
@@ -66,12 +79,12 @@ def _data(parser: argparse.ArgumentParser, number: Callable[..., Any]) -> None:
     parser.add_argument("--skip", action="store_true", help="leave out rows that can't be used, and name them")
 
 
-def _reward(parser: argparse.ArgumentParser, number: Callable[..., Any], needed: bool) -> None:
+def _reward(parser: argparse.ArgumentParser, needed: bool) -> None:
     parser.add_argument("--reward", required=needed, metavar="MODEL", help="a reward model: the output of `rlhf reward`, or any sequence classifier with one label")  # fmt: skip
     parser.add_argument("--max_length", type=number(int, 1, 1e9), metavar="TOKENS", help="rows with more have no score (default: what the reward model has positions for)")  # fmt: skip
 
 
-def _sampling(parser: argparse.ArgumentParser, number: Callable[..., Any], answers: int) -> None:
+def _sampling(parser: argparse.ArgumentParser, answers: int) -> None:
     parser.add_argument("-n", type=number(int, 1, 1e4), default=answers, help=f"answers to each prompt (default {answers})")  # fmt: skip
     parser.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="0: greedy decoding (default 1)")
     parser.add_argument("--top_p", type=number(float, 1e-6, 1), default=1.0, help="sample from the most likely tokens with this total probability (default 1)")  # fmt: skip
@@ -89,6 +102,31 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def _loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: their checkpoints' on a GPU, float32 on a CPU)")  # fmt: skip
     parser.add_argument("--load_in_4bit", action="store_true", help="quantise the models, or an adapter's base, to 4 bits")  # fmt: skip
+
+
+class _Raising(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{self.prog.replace('rlhf ', 'rlhf.')}: {message}")
+
+
+def options_of(command: str, file: str, **given: Any) -> argparse.Namespace:
+    """The options of a command, as its command line would give them: the same defaults, ranges and choices.
+
+    Args:
+        given: by name; None and False leave an option out, True gives it without a value.
+
+    Raises:
+        UserError: an unknown option, or a wrong value.
+    """
+    words = [command, file]
+    for name, value in given.items():
+        if value is not None and value is not False:
+            words += [f"-{name}" if len(name) == 1 else f"--{name}", *([] if value is True else [str(value)])]
+    top = _Raising(prog="rlhf", allow_abbrev=False)
+    add_inference(top.add_subparsers(dest="command"))
+    return top.parse_args(words)
 
 
 def run_inference(options: argparse.Namespace) -> None:

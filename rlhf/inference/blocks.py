@@ -53,7 +53,7 @@ class Blocks:
         """
         self.folder, self.num_items, self.stopper, self.run = folder, num_items, stopper, next(_RUNS)
         size = min(max(-(-num_items // SHARES), FEWEST), MOST)
-        self.size = like[0].size // like[1] if like else max(1, size // group) * group
+        self.size: int = like[0].size // like[1] if like else max(1, size // group) * group
 
     def __len__(self) -> int:
         return -(-self.num_items // self.size)
@@ -64,11 +64,12 @@ class Blocks:
     def file(self, task: str, block: int) -> Path:
         return self.folder / f"{task}-{block:06d}.jsonl"
 
-    def compute(self, task: str, unit: str, batches: Callable[[range], Iterable[Batch]]) -> None:
+    def compute(self, task: str, title: str, unit: str, batches: Callable[[range], Iterable[Batch]]) -> None:
         """Compute the values of all items that are missing. A collective.
 
         Args:
-            task: a word, unique in this work; shown at the progress bar.
+            task: a word, unique in this work.
+            title: at the progress bar.
             unit: what an item is, in the plural.
             batches: of a block's items; made once per block, so here is where rows are tokenised.
 
@@ -79,7 +80,7 @@ class Blocks:
 
         missing = self._missing(task)
         left = sum(len(self.items(block)) for block in missing)
-        with tqdm(total=self.num_items, initial=self.num_items - left, desc=task.capitalize(), unit=f" {unit}",
+        with tqdm(total=self.num_items, initial=self.num_items - left, desc=title, unit=f" {unit}",
                   disable=not is_main(), dynamic_ncols=True) as bar:  # fmt: skip
             count = _Count(f"{self.run}/{task}", bar)
             for block in _shared_out(f"{self.run}/{task}", missing):
@@ -204,7 +205,9 @@ class Folder:
         except OSError as error:
             raise UserError(f"{self.path} can't be written: {error.strerror or error}; give another --output") from None
         if not lock_file(self.lock):
-            raise UserError(f"{self.output} is being written by another process; wait for it, stop it, or give another name")
+            raise UserError(
+                f"{self.output} is being written by another process; wait for it, stop it, or give another name"
+            )
 
     def _check_shared(self) -> None:
         from accelerate.utils import broadcast_object_list

@@ -237,7 +237,9 @@ def chat(options) -> None:
     if options.best_of > 1 and not options.reward:
         raise UserError(f"--best_of {options.best_of} needs --reward MODEL_DIR, the reward model that chooses")
     if options.best_of > 1 and options.temperature == 0:
-        raise UserError(f"--best_of {options.best_of} with --temperature 0 would compare {options.best_of} times the same answer")
+        raise UserError(
+            f"--best_of {options.best_of} with --temperature 0 would compare {options.best_of} times the same answer"
+        )
     talk = Chat(options)
     from transformers import set_seed
 

@@ -13,7 +13,6 @@ from rlhf.errors import UserError, pip_install
 from rlhf.inference.finished import Found, load
 from rlhf.models.folder import is_adapter
 
-ENGINES = ("transformers", "continuous", "vllm")
 Asked = dict[int, tuple[list[int], int, tuple[int, int]]]  # by item: prompt ids, limit of new tokens, (row, sample)
 
 
@@ -32,6 +31,7 @@ class Engine:
     device: Any
     dtype: str | None
     load_in_4bit: bool
+    manager: Any = None  # of continuous batching
     _loaded: Any = None
 
     def loaded(self) -> Any:
@@ -48,7 +48,9 @@ class Engine:
 
         import torch
 
-        self._loaded = None
+        if self.manager is not None:
+            self.manager.stop(block=True)
+        self._loaded = self.manager = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -91,7 +93,9 @@ def check_engine(name: str, found: Found, load_in_4bit: bool) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise UserError(f"--engine vllm needs vLLM, which is not installed; run: {pip_install('vllm')}")
     if is_adapter(found.path):
-        raise UserError(f"--engine vllm takes full models, and {found.name} is an adapter; run: rlhf merge {found.name} OUT_DIR")
+        raise UserError(
+            f"--engine vllm takes full models, and {found.name} is an adapter; run: rlhf merge {found.name} OUT_DIR"
+        )
     if load_in_4bit:
         raise UserError("--engine vllm and --load_in_4bit don't go together; use --engine transformers")
     if world_size() > 1:
@@ -104,34 +108,44 @@ def check_engine(name: str, found: Found, load_in_4bit: bool) -> None:
 def _continuous(engine: Engine, asked: list[Any]) -> list[Any]:
     """Requests join and leave the batch at any step. Greedy answers are those of padded batches but for rounding.
 
-    Sampled ones are drawn from one generator, seeded per call, so they depend on which requests run together.
+    Sampled ones are drawn from one generator, so they depend on which requests run together, and on a resume.
     """
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
     from rlhf.inference.sampling import read, stops_of
 
     model, tokenizer = engine.loaded()
-    sampling, stops = engine.sampling, stops_of(model, tokenizer)
-    drawn = {"do_sample": False} if sampling.temperature == 0 else {
-        "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}  # fmt: skip
-    found: list[Any] = [None] * len(asked)
-    for limit in sorted({one[1] for one in asked}, reverse=True):
-        at = [n for n, one in enumerate(asked) if one[1] == limit]
-        config = GenerationConfig(
-            max_new_tokens=limit, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **drawn
-        )
-        seed = sampling.seed + 1_000_003 * asked[at[0]][2][0] + asked[at[0]][2][1]
-        out = model.generate_batch(
-            [asked[n][0] for n in at], generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(seed=seed % 2**31), warmup=False,
-        )  # fmt: skip
-        requests = list(out.values())  # in the order of the prompts
-        failed = next((r.error for r in requests if r.error), "" if len(requests) == len(at) else "answers are missing")
-        if failed:
-            raise UserError(f"transformers' continuous batching has failed: {failed}; use --engine transformers")
-        for n, request in zip(at, requests, strict=True):
-            found[n] = read(tokenizer, list(request.generated_tokens), stops)
-    return found
+    stops = stops_of(model, tokenizer)
+    if engine.manager is None:
+        engine.manager = _manager(engine, model, tokenizer, stops)
+    manager = engine.manager
+    for number, (ids, limit, _) in enumerate(asked):
+        manager.add_request(input_ids=ids, request_id=f"{number}", max_new_tokens=limit, eos_token_id=stops)
+    found: dict[int, Any] = {}
+    while len(found) < len(asked):
+        request = manager.get_result(timeout=1)
+        if request is None and not manager.is_running():
+            raise UserError("transformers' continuous batching has stopped; use --engine transformers")
+        if request is not None and request.error:
+            raise UserError(f"transformers' continuous batching has failed: {request.error}; use --engine transformers")
+        if request is not None and request.is_finished():
+            found[int(request.request_id)] = read(tokenizer, list(request.generated_tokens), stops)
+    return [found[number] for number in range(len(asked))]
+
+
+def _manager(engine: Engine, model: Any, tokenizer: Any, stops: list[int]) -> Any:
+    """transformers' manager, which takes most of the free memory for its cache, so there is one for all blocks."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    sampling = engine.sampling
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **drawn
+    )
+    seed = ContinuousBatchingConfig(seed=sampling.seed % 2**31)
+    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=seed)
+    manager.start()
+    return manager
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------
@@ -146,7 +160,9 @@ def _load_vllm(engine: Engine) -> Any:
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     gpus = max(1, torch.cuda.device_count())
-    model = LLM(model=engine.found.path, dtype=engine.dtype or "auto", tensor_parallel_size=gpus, seed=engine.sampling.seed)
+    model = LLM(
+        model=engine.found.path, dtype=engine.dtype or "auto", tensor_parallel_size=gpus, seed=engine.sampling.seed
+    )
     return model, load_tokenizer(engine.found.path)
 
 

@@ -17,7 +17,7 @@ from rlhf.inference.engines import Asked, Engine, check_engine
 from rlhf.inference.finished import Found, dtype_on, resolve
 from rlhf.inference.output import Output, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, Row, check_names, note_columns, prompt_of, read, template_part
-from rlhf.inference.score_command import device_of_process, finished_on_main
+from rlhf.inference.score_command import device_of_process, finished_on_main, written
 from rlhf.inference.score_summary import Spread
 
 TASK = "answers"
@@ -41,11 +41,11 @@ def generate_command(options: Any, given: Any = None) -> dict[str, Any] | None:
     check_engine(options.engine, found, options.load_in_4bit)
     data = check_names(read(options, "generate", prompts_only=True, given=given), COLUMNS, "")
     policy = Policy(found, options)
-    output = Output(path, "generate", {"data": data.identity, **policy.inputs()}, options.overwrite)
+    output = Output(path, "generate", {"data": data.identity, **policy.inputs()}, vars(options))
     record = finished_on_main(output)
     if record is None:
         _generate(output, data, policy)
-        record = finished_on_main(Output(output.path, output.command, output.inputs))
+        record = written(output)
     else:
         say(f"{path} is complete: the same data, model and options")
     if is_main():
@@ -57,7 +57,9 @@ def generate_command(options: Any, given: Any = None) -> dict[str, Any] | None:
 def check_sampling(options: Any) -> None:
     """Raise UserError for several answers to a prompt that would all be the same one."""
     if options.n > 1 and options.temperature == 0:
-        raise UserError(f"-n {options.n} with --temperature 0 gives {options.n} times the same answer; raise the temperature")
+        raise UserError(
+            f"-n {options.n} with --temperature 0 gives {options.n} times the same answer; raise the temperature"
+        )
 
 
 def _generate(output: Output, data: Data, policy: Policy) -> None:
@@ -78,12 +80,21 @@ def _generate(output: Output, data: Data, policy: Policy) -> None:
     schema = output.check_form(lambda: rows(iter(lambda: nothing, None), [], Answers()))
     with output.parts() as folder, Stopper(folder) as stopper:
         blocks = Blocks(folder, len(data.rows) * policy.n, stopper, group=policy.n)
-        blocks.compute(TASK, "answers", functools.partial(policy.batches, data.rows))
+        blocks.compute(TASK, "Generating", "answers", functools.partial(policy.batches, data.rows))
         policy.engine.drop()
 
         def write() -> None:
-            count, too_long = Answers(), [] # type: ignore[var-annotated]
-            about = lambda: {"prompts": len(data.rows), "skipped": len(data.skipped), "too_long": len(too_long), "summary": count.record(), **policy.about()}  # noqa: E731, E501
+            count, too_long = Answers(), []  # type: ignore[var-annotated]
+
+            def about() -> dict[str, Any]:
+                return {
+                    "prompts": len(data.rows),
+                    "skipped": len(data.skipped),
+                    "too_long": len(too_long),
+                    "summary": count.record(),
+                    **policy.about(),
+                }
+
             output.write(lambda: rows(blocks.all_values(TASK), too_long, count), schema, about)
             report_skipped(output.path, [*data.skipped, *too_long])
 
@@ -102,9 +113,13 @@ def answer_row(row: Row, kept: Row, sample: int, value: dict[str, Any]) -> Row:
 def _show(path: Path, record: dict[str, Any]) -> None:
     summary, sampling = record["summary"], record["sampling"]
     print()
-    print(f"{path}: {plural(summary['answers'], 'answer')} of {record['model']} to {plural(record['prompts'] - record['too_long'], 'prompt')}")
+    print(
+        f"{path}: {plural(summary['answers'], 'answer')} of {record['model']} to {plural(record['prompts'] - record['too_long'], 'prompt')}"
+    )
     show_answers(summary, sampling["max_new_tokens"])
-    print(f"\nNext: rlhf score {shown(str(path), 200)} --reward MODEL --output scored.jsonl   # a reward model's scores")
+    print(
+        f"\nNext: rlhf score {shown(str(path), 200)} --reward MODEL --output scored.jsonl   # a reward model's scores"
+    )
 
 
 def show_answers(summary: dict[str, Any], max_new_tokens: int) -> None:
@@ -112,7 +127,9 @@ def show_answers(summary: dict[str, Any], max_new_tokens: int) -> None:
         return
     tokens, cut = summary["tokens"], summary["cut"]
     print(f"  tokens per answer   mean {tokens['mean']:.1f}, {tokens['min']:.0f} to {tokens['max']:.0f}")
-    print(f"  cut                 {cut:,} ({cut / summary['answers']:.0%}) after {max_new_tokens:,} tokens: `finished` is false")
+    print(
+        f"  cut                 {cut:,} ({cut / summary['answers']:.0%}) after {max_new_tokens:,} tokens: `finished` is false"
+    )
     if summary["empty"]:
         print(f"  empty               {summary['empty']:,}")
     if 2 * cut > summary["answers"]:
@@ -130,7 +147,12 @@ class Answers:
         self.counts.update(cut=not value["finished"], empty=not value["text"])
 
     def record(self) -> dict[str, Any]:
-        return {"answers": self.tokens.count, "tokens": self.tokens.record(), "cut": self.counts["cut"], "empty": self.counts["empty"]}
+        return {
+            "answers": self.tokens.count,
+            "tokens": self.tokens.record(),
+            "cut": self.counts["cut"],
+            "empty": self.counts["empty"],
+        }
 
 
 # --- the policy ------------------------------------------------------------------------------------------------------
@@ -172,9 +194,9 @@ class Policy:
 
         engine = self.engine
         return {
-            "model": [weights_digest(self.found.path), tokenizer_digest(self.tokenizer)],
-            "dtype": [engine.device.type, engine.dtype, engine.load_in_4bit], "n": self.n, **vars(self.sampling),
-            "engine": engine.name,
+            "model": {"weights_sha256": weights_digest(self.found.path), "tokenizer_sha256": tokenizer_digest(self.tokenizer)},
+            "device": engine.device.type, "dtype": engine.dtype, "load_in_4bit": engine.load_in_4bit, "n": self.n,
+            **vars(self.sampling), "engine": engine.name,
         }  # fmt: skip
 
     def about(self) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rlhf.curation.export import write_json_lines
 from rlhf.curation.screen import note, plural, shown
 from rlhf.distributed.processes import is_main, on_main, say
@@ -17,13 +15,13 @@ from rlhf.errors import UserError
 from rlhf.inference.blocks import Batch, Blocks
 from rlhf.inference.engines import check_engine
 from rlhf.inference.finished import resolve
-from rlhf.inference.generate_command import Answers, Policy, answer_row, check_sampling, show_answers
 from rlhf.inference.generate_command import TASK as ANSWERS
+from rlhf.inference.generate_command import Answers, Policy, answer_row, check_sampling, show_answers
 from rlhf.inference.output import Output, beside, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, Row, check_names, prompt_of, read, template_part
 from rlhf.inference.score_command import TASK as SCORES
-from rlhf.inference.score_command import Judge, finished_on_main
-from rlhf.inference.score_summary import Spread, Wins
+from rlhf.inference.score_command import Judge, finished_on_main, written
+from rlhf.inference.score_summary import Spread
 
 WHY_NOT = {
     "cut": "fewer than two answers that ended by themselves (--keep_cut takes cut ones too)",
@@ -34,20 +32,30 @@ WHY_NOT = {
 }
 
 
-def label_command(options: Any) -> dict[str, Any] | None:
+def label_command(options: Any, given: Any = None) -> dict[str, Any] | None:
     """Run `rlhf label`; returns the provenance of the output on the main rank.
+
+    Args:
+        options: of the command line.
+        given: a Source of rows that Python code holds, instead of `options.file`.
 
     Raises:
         UserError: before a model loads.
         Stopped: a stop was requested; the same command resumes.
     """
-    return audit(options) if options.audit else label(options)
+    if options.audit:
+        from rlhf.inference.audit_command import audit
+
+        return audit(options, given)
+    return label(options, given)
 
 
 def label(options: Any, given: Any = None) -> dict[str, Any] | None:
     """Answers, their scores, and pairs of the best and the worst one."""
     if not options.model:
-        raise UserError("rlhf label needs --model, which answers the prompts; --audit looks at the labels of FILE instead")
+        raise UserError(
+            "rlhf label needs --model, which answers the prompts; --audit looks at the labels of FILE instead"
+        )
     if options.n < 2:
         raise UserError("a pair needs two answers; give -n 2 or more")
     check_sampling(options)
@@ -56,13 +64,19 @@ def label(options: Any, given: Any = None) -> dict[str, Any] | None:
     check_engine(options.engine, found, options.load_in_4bit)
     data = check_names(read(options, "label", prompts_only=True, given=given), ("completion", "sample", "finished", "num_tokens", "score"), "")  # fmt: skip
     policy, judge = Policy(found, options), Judge.of(judged, options)
-    inputs = {"data": data.identity, **policy.inputs(), **judge.inputs(), "min_margin": options.min_margin, "keep_cut": options.keep_cut}
-    output = Output(path, "label", inputs, options.overwrite)
+    inputs = {
+        "data": data.identity,
+        **policy.inputs(),
+        **judge.inputs(),
+        "min_margin": options.min_margin,
+        "keep_cut": options.keep_cut,
+    }
+    output = Output(path, "label", inputs, vars(options))
     record = finished_on_main(output)
     if record is None:
         check_free(output)
         _label(output, data, policy, judge, options)
-        record = finished_on_main(Output(output.path, output.command, output.inputs))
+        record = written(output)
     else:
         say(f"{path} is complete: the same data, models and options")
     if is_main():
@@ -74,7 +88,9 @@ def check_free(output: Output) -> None:
     """Raise UserError if the file of all answers is there, but not of an earlier start of this command."""
     file = answers_file(output)
     if file.exists() and not output.overwrite and not output.started:
-        raise UserError(f"{file} already exists, and all answers are written there; give another --output, or --overwrite")
+        raise UserError(
+            f"{file} already exists, and all answers are written there; give another --output, or --overwrite"
+        )
 
 
 def answers_file(output: Output) -> Path:
@@ -89,10 +105,10 @@ def _label(output: Output, data: Data, policy: Policy, judge: Judge, options: An
     schema = output.check_form(lambda: (_pair(row, Choice("a", "b", 1.0, 0.0)) for row in data.rows))
     with output.parts() as folder, Stopper(folder) as stopper:
         blocks = Blocks(folder, len(data.rows) * policy.n, stopper, group=policy.n)
-        blocks.compute(ANSWERS, "answers", functools.partial(policy.batches, data.rows))
+        blocks.compute(ANSWERS, "Generating", "answers", functools.partial(policy.batches, data.rows))
         policy.engine.drop()
         judged = Blocks(folder, len(data.rows), stopper, like=(blocks, policy.n))
-        judged.compute(SCORES, "prompts", functools.partial(_score_batches, data, judge, blocks, policy.n))
+        judged.compute(SCORES, "Scoring", "prompts", functools.partial(_score_batches, data, judge, blocks, policy.n))
         judge.drop()
 
         def write() -> None:
@@ -100,7 +116,16 @@ def _label(output: Output, data: Data, policy: Policy, judge: Judge, options: An
             file = answers_file(output)
             write_json_lines(_answer_rows(found()), file)
             report_skipped(output.path, data.skipped)
-            about = lambda: {"summary": report.record(), "answers_file": file.name, "skipped": len(data.skipped), **policy.about(), **judge.about()}  # noqa: E731
+
+            def about() -> dict[str, Any]:
+                return {
+                    "summary": report.record(),
+                    "answers_file": file.name,
+                    "skipped": len(data.skipped),
+                    **policy.about(),
+                    **judge.about(),
+                }
+
             output.write(lambda: _pairs(found(), choose, report), schema, about)
 
         on_main(write)
@@ -253,100 +278,8 @@ def _show_pairs(path: Path, record: dict[str, Any]) -> None:
         print(f"  no pair             {number:,}: {WHY_NOT[key]}")
     print(f"  all answers         {path.with_name(record['answers_file'])}, with their scores")
     if pairs:
-        print(f"\nNext: rlhf dpo RECIPE.yaml --model_name_or_path {shown(record['model'], 200)} --dataset_name {shown(str(path), 200)}")
+        print(
+            f"\nNext: rlhf dpo RECIPE.yaml --model_name_or_path {shown(record['model'], 200)} --dataset_name {shown(str(path), 200)}"
+        )
     else:
         note("there is no pair to train on")
-
-
-# --- an audit of labels that are there --------------------------------------------------------------------------------
-
-
-def audit(options: Any) -> dict[str, Any] | None:
-    """The pairs of a file whose rejected answer has the higher score, most disputed first."""
-    if options.model:
-        raise UserError("--audit looks at the answers that FILE has; leave --model out")
-    path = output_path(options.output)
-    found = resolve(options.reward, "--reward", reward=True)
-    data = read(options, "label --audit", prompts_only=False)
-    if data.kind != "pairs":
-        raise UserError(f"{data.name}: --audit needs pairs, and these rows have one answer each; `rlhf score` scores them")
-    data = check_names(data, ("score_chosen", "score_rejected"), "")
-    judge = Judge.of(found, options)
-    output = Output(path, "label", {"audit": True, "data": data.identity, **judge.inputs()}, options.overwrite)
-    record = finished_on_main(output)
-    if record is None:
-        _audit(output, data, judge)
-        record = finished_on_main(Output(output.path, output.command, output.inputs))
-    else:
-        say(f"{path} is complete: the same data, model and options")
-    if is_main():
-        _show_audit(path, data, record)
-    return record
-
-
-def _audit(output: Output, data: Data, judge: Judge) -> None:
-    from rlhf.runs.stop import Stopper
-
-    columns = ("score_chosen", "score_rejected")
-    row_of = lambda row, scores: {**row, **dict(zip(columns, scores, strict=True)), PLACE: row[PLACE]}  # noqa: E731
-    schema = output.check_form(lambda: (row_of(row, (0.0, 0.0)) for row in data.rows))
-    with output.parts() as folder, Stopper(folder) as stopper:
-        blocks = Blocks(folder, len(data.rows), stopper)
-        blocks.compute(SCORES, "pairs", functools.partial(judge.batches, data.rows, data.parts))
-        judge.drop()
-
-        def write() -> None:
-            both = np.full((len(data.rows), 2), np.nan)  # 16 bytes a pair
-            for number, scores in enumerate(blocks.all_values(SCORES)):
-                both[number] = scores or np.nan
-            disputed, summary = disputed_pairs(both), Disputes(both)
-            top = [[data.rows.place(int(i)), float(both[i, 0] - both[i, 1])] for i in disputed[:10]]
-            about = lambda: {"summary": summary.record() | {"disputed": len(disputed), "first": top}, "skipped": len(data.skipped), **judge.about()}  # noqa: E731
-            output.write(lambda: (row_of(data.rows[int(i)], both[i].tolist()) for i in disputed), schema, about)
-            report_skipped(output.path, data.skipped)
-
-        on_main(write)
-
-
-def disputed_pairs(scores_N2: np.ndarray) -> np.ndarray:
-    """The numbers of the pairs whose rejected answer has the higher score, the largest difference first.
-
-    Example: margins (1, -2, nan, -3, 0) -> 3, 1.
-    """
-    margins = scores_N2[:, 0] - scores_N2[:, 1]
-    order = np.argsort(margins, kind="stable")  # NaN last
-    return order[: int((margins < 0).sum())]
-
-
-class Disputes:
-    """What is told of all pairs of an audit."""
-
-    def __init__(self, scores_N2: np.ndarray):
-        margins = scores_N2[:, 0] - scores_N2[:, 1]
-        self.margins = margins[~np.isnan(margins)]
-        self.unscored = len(margins) - len(self.margins)
-
-    def record(self) -> dict[str, Any]:
-        wins = Wins(len(self.margins), int((self.margins > 0).sum()), int((self.margins == 0).sum()))
-        return {"rows": len(self.margins) + self.unscored, "unscored": self.unscored, "pairs": wins.record()}
-
-
-def _show_audit(path: Path, data: Data, record: dict[str, Any]) -> None:
-    summary = record["summary"]
-    pairs, number = summary["pairs"], summary["disputed"]
-    print()
-    if not pairs["count"]:
-        note(f"none of {plural(summary['rows'], 'pair')} has a score: all are too long for the reward model")
-        return
-    print(f"{record['reward_model']} disputes {number:,} of {plural(pairs['count'], 'label')} ({number / pairs['count']:.1%}): it scores the "
-          "rejected answer higher")  # fmt: skip
-    for place, margin in summary["first"][:5]:
-        print(f"  {margin:+8.3f}   {shown(place, 200)}")
-    if number:
-        print(f"  {path}: all of them, the most disputed first")
-        first = summary["first"][0][0]
-        print("\nNext: read the first ones. Where the label is wrong, swap or remove the pair in its file; where the answers are about equal,")
-        print("remove it; where the label is right, the reward model needs such pairs. A reward model that was trained on this file")
-        print(f"disputes too few of its labels. One of them: rlhf data show {shown(str(data.name), 200)} --row {shown(first, 200)} --model MODEL")
-    if summary["unscored"]:
-        note(f"{plural(summary['unscored'], 'pair')} without a score: more tokens than the {record['longest']:,} that it takes")

@@ -7,18 +7,16 @@ made of and how, so that the same command recognises it, and another one refuses
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import __version__
 from rlhf.curation.export import SUFFIXES, output_file, parquet_schema, write_json_lines, write_parquet
 from rlhf.curation.screen import note, plural, shown
 from rlhf.distributed.processes import is_main, on_main
@@ -38,13 +36,21 @@ class Output:
     Attributes:
         command: `score`, `generate` or `label`.
         inputs: by name: of data, models and options; JSON values.
-        overwrite: an existing file is replaced once the new one is complete.
+        options: of the command line, for the record; with `overwrite` an existing file is replaced once the new one is complete.
     """
 
     path: Path
     command: str
     inputs: dict[str, Any]
-    overwrite: bool = False
+    options: dict[str, Any]
+
+    @property
+    def overwrite(self) -> bool:
+        return bool(self.options.get("overwrite"))
+
+    def written(self) -> Output:
+        """This file once it is written: `finished` must find it."""
+        return dataclasses.replace(self, options={**self.options, "overwrite": False})
 
     @functools.cached_property
     def key(self) -> str:
@@ -120,8 +126,7 @@ class Output:
             else:
                 write_json_lines(rows(), temporary)
             record = {"command": self.command, "key": self.key, "inputs": self.inputs, "sha256": file_digest(temporary)}
-            record |= {"command_line": shlex.join(["rlhf", *sys.argv[1:]]), "rlhf": __version__, **about()}
-            record |= {"environment": environment()}
+            record |= {"options": self.options, **about(), "environment": environment()}
             write_file(self.sidecar, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
             os.replace(temporary, self.path)
         finally:
@@ -145,6 +150,16 @@ def output_path(name: str) -> Path:
     if os.path.lexists(path) and path.suffix in SUFFIXES:
         return path
     return output_file(name, "--output")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that was written here."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path).to_pylist()
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _differences(found: dict[str, Any], output: Output) -> str:

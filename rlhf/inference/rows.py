@@ -42,7 +42,7 @@ class Data:
     skipped: list[dict[str, str]]
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
-    identity: list[Any]
+    identity: dict[str, Any]
 
     def with_columns(self) -> Iterator[tuple[Row, Row]]:
         """(canonical row with its place, the kept columns that it has) of all rows, in the order of the file."""
@@ -74,7 +74,9 @@ def read(options: Any, command: str, prompts_only: bool, given: Source | None = 
         UserError: nothing can be read, or a row can't be used and is not to be skipped.
     """
     if options.file.endswith((".yaml", ".yml")):
-        raise UserError(f"rlhf {command} reads data, and {quote(options.file)} is a recipe; name the file that it reads")
+        raise UserError(
+            f"rlhf {command} reads data, and {quote(options.file)} is a recipe; name the file that it reads"
+        )
     if given is None:
         target = open_target(options.file, options)
         source = target.source()
@@ -84,12 +86,15 @@ def read(options: Any, command: str, prompts_only: bool, given: Source | None = 
     kind = _kind(target, first, prompts_only)
     found = _prepare(target, source, kind, options.skip)
     if "text" in found.rows[0]:
-        raise UserError(f"{found.rows.place(0)}: a text has no prompt and no answer; rlhf {command} needs rows with them")
+        raise UserError(
+            f"{found.rows.place(0)}: a text has no prompt and no answer; rlhf {command} needs rows with them"
+        )
     kept, dropped = _other_columns(target, kind, first)
     how = format_options(target.recipe)
     return Data(
         options.file, source, found.rows, kind, found.skipped, kept, dropped,
-        [source.digest, source.part, options.limit, kind, how.key(), bool(options.skip)],
+        {"sha256": source.digest, "part": source.part, "limit": options.limit, "kind": kind, "format": how.key(),
+         "skip": bool(options.skip)},
     )  # fmt: skip
 
 
@@ -169,7 +174,9 @@ def check_names(data: Data, new: tuple[str, ...], option: str) -> Data:
     """
     taken = [name for name in data.kept if name in new]
     if taken and option:
-        raise UserError(f"{data.name} has a column {quote(taken[0])} already; {option} NAME gives the new one another name")
+        raise UserError(
+            f"{data.name} has a column {quote(taken[0])} already; {option} NAME gives the new one another name"
+        )
     kept = tuple(name for name in data.kept if name not in new)
     return dataclasses.replace(data, kept=kept, dropped=(*data.dropped, *taken)) if taken else data
 
@@ -188,5 +195,3 @@ def prompt_of(row: Row) -> list[dict[str, Any]]:
 def template_part(row: Row) -> Row:
     """What a row has for the chat template beside its messages."""
     return {key: row[key] for key in ("tools", "chat_template_kwargs", PLACE) if key in row}
-
-

@@ -36,11 +36,11 @@ def score_command(options: Any, given: Any = None) -> dict[str, Any] | None:
     columns = score_columns(data, options.column)
     data = check_names(data, columns, "--column")
     judge = Judge.of(found, options)
-    output = Output(path, "score", {"data": data.identity, **judge.inputs(), "column": options.column}, options.overwrite)
+    output = Output(path, "score", {"data": data.identity, **judge.inputs(), "column": options.column}, vars(options))
     record = finished_on_main(output)
     if record is None:
         _score(output, data, judge, columns)
-        record = finished_on_main(Output(output.path, output.command, output.inputs))
+        record = written(output)
     else:
         say(f"{path} is complete: the same data, model and options")
     if is_main():
@@ -65,6 +65,13 @@ def finished_on_main(output: Output) -> dict[str, Any] | None:
     return found[0]
 
 
+def written(output: Output) -> dict[str, Any]:
+    """The provenance of a file that has just been written, on all ranks."""
+    record = finished_on_main(output.written())
+    assert record is not None, "it was written"
+    return record
+
+
 def score_columns(data: Data, column: str) -> tuple[str, ...]:
     """The columns of the scores: one per answer of a row."""
     return tuple(f"{column}_{part}" for part in data.parts) if data.kind == "pairs" else (column,)
@@ -83,7 +90,7 @@ def _score(output: Output, data: Data, judge: Judge, columns: tuple[str, ...]) -
     schema = output.check_form(lambda: rows(nothing, Summary()))
     with output.parts() as folder, Stopper(folder) as stopper:
         blocks = Blocks(folder, len(data.rows), stopper)
-        blocks.compute(TASK, "rows", functools.partial(judge.batches, data.rows, data.parts))
+        blocks.compute(TASK, "Scoring", "rows", functools.partial(judge.batches, data.rows, data.parts))
         judge.drop()
 
         def write() -> None:
@@ -100,7 +107,9 @@ def _score(output: Output, data: Data, judge: Judge, columns: tuple[str, ...]) -
 def _show(path: Path, data: Data, record: dict[str, Any]) -> None:
     summary = record["summary"]
     print()
-    print(f"{path}: {plural(summary['rows'], 'pair' if data.kind == 'pairs' else 'row')} scored by {record['reward_model']}")
+    print(
+        f"{path}: {plural(summary['rows'], 'pair' if data.kind == 'pairs' else 'row')} scored by {record['reward_model']}"
+    )
     print("\n".join(lines(summary)))
     if summary["unscored"]:
         note(
@@ -149,8 +158,8 @@ class Judge:
         from rlhf.training.tokens import tokenizer_digest
 
         return {
-            "reward model": [weights_digest(self.found.path), tokenizer_digest(self.tokenizer)],
-            "dtype": [self.device.type, self.dtype, self.load_in_4bit], "max_length": self.longest,
+            "reward": {"weights_sha256": weights_digest(self.found.path), "tokenizer_sha256": tokenizer_digest(self.tokenizer)},
+            "device": self.device.type, "dtype": self.dtype, "load_in_4bit": self.load_in_4bit, "max_length": self.longest,
         }  # fmt: skip
 
     def about(self) -> dict[str, Any]:
@@ -212,5 +221,7 @@ def device_of_process() -> Any:
 def _longest(config: Any, max_length: int | None) -> int | None:
     text = config.get_text_config()
     room = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    room = room - 2 if room and config.model_type in ("roberta", "xlm-roberta", "camembert") else room  # from pad + 1 on
+    room = (
+        room - 2 if room and config.model_type in ("roberta", "xlm-roberta", "camembert") else room
+    )  # from pad + 1 on
     return min(filter(None, (room, max_length)), default=None)

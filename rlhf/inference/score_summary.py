@@ -109,14 +109,25 @@ class Summary:
 
 def lines(record: dict[str, Any]) -> list[str]:
     """A summary's record, for the screen."""
-    names = {"chosen": "chosen answers", "rejected": "rejected answers", "completion": "answers", "messages": "dialogues"}
+    names = {
+        "chosen": "chosen answers",
+        "rejected": "rejected answers",
+        "completion": "answers",
+        "messages": "dialogues",
+    }
     wide = max((len(names[part]) for part in record["scores"]), default=0)
     found = [f"  {'':<{wide}}   {'scored':>9} {'mean':>9} {'sd':>9} {'min':>9} {'max':>9}"]
     for part, spread in record["scores"].items():
-        numbers = " ".join(f"{spread[key]:>+9.3f}" if key != "sd" else f"{spread[key]:>9.3f}" for key in ("mean", "sd", "min", "max"))
+        numbers = " ".join(
+            f"{spread[key]:>+9.3f}" if key != "sd" else f"{spread[key]:>9.3f}" for key in ("mean", "sd", "min", "max")
+        )
         found.append(f"  {names[part]:<{wide}}   {spread['count']:>9,} {numbers}")
     if pairs := record.get("pairs"):
-        found += ["", f"  accuracy      {_accuracy(pairs)}", f"  mean margin   {pairs['margin']['mean']:+.3f} (sd {pairs['margin']['sd']:.3f})"]
+        found += [
+            "",
+            f"  accuracy      {_accuracy(pairs)}",
+            f"  mean margin   {pairs['margin']['mean']:+.3f} (sd {pairs['margin']['sd']:.3f})",
+        ]
     for column, values in record["groups"].items():
         found += ["", f"  accuracy by {column}"]
         wide = max(len(_short(name)) for name in values)
