@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -88,6 +89,8 @@ def label(
 
 def _rows_of(command: str, run: Any, data: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
     """What a command has written: to `output`, or to a folder that is gone afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError(f"rlhf.{command} stops on signals, which Python gives to its main thread only: call it there")
     is_file = isinstance(data, (str, os.PathLike))
     with tempfile.TemporaryDirectory(prefix="rlhf-") as folder:
         if "output" not in options and world_size() > 1:

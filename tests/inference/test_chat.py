@@ -46,6 +46,8 @@ def options(model, compare=None, max_new_tokens=3):
         max_new_tokens=max_new_tokens,
         temperature=0.0,
         top_p=1,
+        best_of=1,
+        seed=0,
     )
 
 
