@@ -65,7 +65,9 @@ def test_blocks_hold_every_item_once_and_keep_groups_together(num_groups, group,
 
 
 @given(num_items=st.integers(1, 120), width=st.integers(1, 20), stops=st.lists(st.integers(0, 6), max_size=6), how=st.sampled_from(["kill", "stop"]))  # fmt: skip
-def test_interrupted_work_ends_with_the_same_values_and_computes_nothing_twice(tmp_path_factory, num_items, width, stops, how):
+def test_interrupted_work_ends_with_the_same_values_and_computes_nothing_twice(
+    tmp_path_factory, num_items, width, stops, how
+):
     folder = tmp_path_factory.getbasetemp() / f"blocks-{next(_FOLDERS)}"
     computed = []
     for batches in stops:

@@ -12,7 +12,14 @@ from rlhf.inference.generate import encode_prompt, generate
 from rlhf.inference.sampling import DrawnTokens, Sampling, answer, pick, read, stops_of, uniforms
 from rlhf.models.tokenizer import fit_tokenizer, load_tokenizer
 
-PROMPTS = ["Hi", "Name a river.", "What is the capital of the largest country of the south?", "Why?", "Who are you", "One more"]
+PROMPTS = [
+    "Hi",
+    "Name a river.",
+    "What is the capital of the largest country of the south?",
+    "Why?",
+    "Who are you",
+    "One more",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,9 @@ def test_the_numbers_are_those_of_every_version():
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=20, seed=5), Sampling(0.7, 0.9, 20, 5)], ids=["all", "top_p"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_new_tokens=20, seed=5), Sampling(0.7, 0.9, 20, 5)], ids=["all", "top_p"]
+)
 def test_an_answer_does_not_depend_on_its_batch(policy, sampling):
     model, tokenizer = policy
     prompts, draws = ids(tokenizer), [(row, row % 2) for row in range(len(PROMPTS))]
@@ -89,7 +98,10 @@ def test_an_answer_does_not_depend_on_its_batch(policy, sampling):
 
 def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(policy):
     model, tokenizer = policy
-    draw = lambda seed: answer(model, tokenizer, ids(tokenizer)[:1] * 4, [(0, n) for n in range(4)], Sampling(seed=seed), 12)  # noqa: E731
+
+    def draw(seed):
+        return answer(model, tokenizer, ids(tokenizer)[:1] * 4, [(0, n) for n in range(4)], Sampling(seed=seed), 12)
+
     assert len({one.text for one in draw(1)}) == 4 and draw(1) == draw(1) != draw(2)
 
 
@@ -116,5 +128,8 @@ def test_an_answer_ends_at_any_of_the_models_stops(policy):
     finally:
         model.generation_config.eos_token_id = before
     pad = tokenizer.pad_token_id
-    assert (read(tokenizer, [9, 8, 5, pad, pad], [2, 5]).tokens, read(tokenizer, [9, 8, 5, pad], [2, 5]).finished) == (3, True)
+    assert (read(tokenizer, [9, 8, 5, pad, pad], [2, 5]).tokens, read(tokenizer, [9, 8, 5, pad], [2, 5]).finished) == (
+        3,
+        True,
+    )
     assert (read(tokenizer, [9, 8, 7], [2, 5]).tokens, read(tokenizer, [9, 8, 7], [2, 5]).finished) == (3, False)

@@ -92,7 +92,14 @@ def test_answers_dialogues_and_judged_answers(tiny_judge, alone, tmp_path):
         ("kto", [{"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Hi", "completion": "No", "label": False}],
          [[user("Hi"), said("Hello")], [user("Hi"), said("No")]]),
     ):  # fmt: skip
-        run("score", write(tmp_path / f"{name}.jsonl", rows), "--reward", tiny_judge, "--output", tmp_path / f"{name}-out.jsonl")
+        run(
+            "score",
+            write(tmp_path / f"{name}.jsonl", rows),
+            "--reward",
+            tiny_judge,
+            "--output",
+            tmp_path / f"{name}-out.jsonl",
+        )
         found = lines(tmp_path / f"{name}-out.jsonl")
         assert [row["score"] for row in found] == pytest.approx([alone(messages) for messages in wanted], abs=2e-5)
         if name == "kto":
@@ -154,7 +161,10 @@ def test_the_same_command_again_says_so_and_another_is_refused(few_pairs, tiny_j
     shown = capsys.readouterr().out
     assert shown == f"{out} is complete: the same data, model and options\n{first}" and out.stat().st_mtime_ns == before
     run(*words, "--limit", 5, code=2)
-    assert f"{out} already exists and was made of other inputs (data); give another --output, or --overwrite" in capsys.readouterr().err
+    assert (
+        f"{out} already exists and was made of other inputs (data); give another --output, or --overwrite"
+        in capsys.readouterr().err
+    )
     run(*words, "--limit", 5, "--overwrite")
     assert len(lines(out)) == 5
     run(*words, "--limit", 5)
@@ -262,7 +272,9 @@ def test_a_kill_loses_no_batch_that_was_written(many, tiny_judge, whole, tmp_pat
 
 
 def test_a_request_to_one_of_two_ranks_stops_both_and_the_same_command_resumes(many, tiny_judge, whole, tmp_path):
-    process = start(tmp_path, 2, many, tiny_judge, num_processes=2, HOLD_RANK="1", RLHF_STOP_FILE=str(tmp_path / "stop"))
+    process = start(
+        tmp_path, 2, many, tiny_judge, num_processes=2, HOLD_RANK="1", RLHF_STOP_FILE=str(tmp_path / "stop")
+    )
     wait_until_held(process, tmp_path)
     (tmp_path / "stop").touch()
     # the held rank waits for a request of its own: its launcher hands a signal on to all
@@ -294,10 +306,19 @@ def test_the_summarys_numbers_by_hand():
     summary.add(("chosen", "rejected"), None, {"subset": "a"})
     found = summary.record()
     # chosen 2, 0, 1, 5: mean 2, squares 0 + 4 + 1 + 9 = 14, sd sqrt(14 / 3); margins 1, -3, 0, 4: mean 0.5; won 2, tie 1: 2.5 of 4
-    assert found["scores"]["chosen"] == {"count": 4, "mean": 2.0, "sd": pytest.approx((14 / 3) ** 0.5), "min": 0.0, "max": 5.0}
+    assert found["scores"]["chosen"] == {
+        "count": 4,
+        "mean": 2.0,
+        "sd": pytest.approx((14 / 3) ** 0.5),
+        "min": 0.0,
+        "max": 5.0,
+    }
     assert (found["rows"], found["unscored"], found["pairs"]["accuracy"], found["pairs"]["ties"]) == (5, 1, 0.625, 1)
     assert found["pairs"]["margin"]["mean"] == 0.5
-    assert {name: (v["accuracy"], v["count"]) for name, v in found["groups"]["subset"].items()} == {"a": (0.5, 2), "b": (0.5, 1)}
+    assert {name: (v["accuracy"], v["count"]) for name, v in found["groups"]["subset"].items()} == {
+        "a": (0.5, 2),
+        "b": (0.5, 1),
+    }
 
 
 def test_many_values_of_a_column_are_no_subsets():
