@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 from rlhf.distributed.processes import is_main, on_main, rank, say, shared_count, wait_for_ranks, world_size
 from rlhf.errors import UserError
 from rlhf.files import lock_file, sync_folder
-from rlhf.runs.stop import Stopped, Stopper
+from rlhf.runs.stop import STOP_FILE, Stopped, Stopper
 
 SHARES, FEWEST, MOST = 32, 16, 512  # blocks of small work, and the sizes between which that gives way
 _RUNS = itertools.count()  # the same number on all ranks: names of counters are used once in a process group
@@ -204,6 +204,7 @@ class Folder:
             self.lock = open(self.path / ".lock", "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.path} can't be written: {error.strerror or error}; give another --output") from None
+        (self.path / STOP_FILE).unlink(missing_ok=True)
         if not lock_file(self.lock):
             raise UserError(
                 f"{self.output} is being written by another process; wait for it, stop it, or give another name"

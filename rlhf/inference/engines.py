@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.distributed.processes import world_size
 from rlhf.errors import UserError, pip_install
-from rlhf.inference.finished import Found, load
+from rlhf.inference.finished import Found, free_memory, load
 from rlhf.models.folder import is_adapter
 
 Asked = dict[int, tuple[list[int], int, tuple[int, int]]]  # by item: prompt ids, limit of new tokens, (row, sample)
@@ -44,16 +44,10 @@ class Engine:
 
     def drop(self) -> None:
         """Give the memory back."""
-        import gc
-
-        import torch
-
         if self.manager is not None:
             self.manager.stop(block=True)
         self._loaded = self.manager = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def batches(self, asked: Asked) -> Iterator[list[int]]:
         """The items in the batches in which they are answered.

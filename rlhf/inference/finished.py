@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -113,3 +114,23 @@ def load(found: Found, *, device: Any = None, dtype: str | None = None, load_in_
 def dtype_on(device: Any, dtype: str | None) -> str | None:
     """What a model is loaded in: None for its checkpoint's dtype."""
     return dtype or (None if device.type == "cuda" else "float32")
+
+
+def device_of_process() -> Any:
+    """The device of this process, once the process group is there. A collective."""
+    import torch
+    from accelerate import PartialState
+
+    from rlhf.console import quiet_libraries
+
+    quiet_libraries()
+    return PartialState(cpu=not torch.cuda.is_available() or None).device  # else unconnected processes on CPUs
+
+
+def free_memory() -> None:
+    """Give the memory of dropped models back, on a GPU to the driver."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -14,10 +14,10 @@ from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.errors import UserError
 from rlhf.inference.blocks import Batch, Blocks
 from rlhf.inference.engines import Asked, Engine, check_engine
-from rlhf.inference.finished import Found, dtype_on, resolve
+from rlhf.inference.finished import Found, device_of_process, dtype_on, resolve
 from rlhf.inference.output import Output, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, Row, check_names, note_columns, prompt_of, read, template_part
-from rlhf.inference.score_command import device_of_process, finished_on_main, written
+from rlhf.inference.score_command import finished_on_main, written
 from rlhf.inference.score_summary import Spread
 
 TASK = "answers"

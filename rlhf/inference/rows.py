@@ -52,7 +52,7 @@ class Data:
         raw = self.source.stream()
         for row, line in zip(self.rows, _lines(self.rows), strict=True):
             found = next(given for given, number in raw if number == line)
-            yield row, {name: found[name] for name in self.kept if _is_plain(found.get(name))}
+            yield row, {name: found[name] for name in self.kept if not _is_null(found.get(name))}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -146,12 +146,17 @@ def _other_columns(target: Target, kind: Kind, first: list[Row]) -> tuple[tuple[
     convert = converter(kind, first, format_options(target.recipe))
     used = {name.split(".")[0] for row in first for name in _used(convert, row) or ()} | CANONICAL
     names = dict.fromkeys(name for row in first for name in row if name not in used)
-    plain = {n for n in names if all(row.get(n) is None or _is_plain(row[n]) for row in first)}
-    return tuple(n for n in names if n in plain), tuple(n for n in names if n not in plain)
+    plain = {n for n in names if all(_is_null(row.get(n)) or _is_plain(row[n]) for row in first)}
+    places = [PLACE] if any(PLACE in row for row in first) else []  # the output has its own
+    return tuple(n for n in names if n in plain), (*(n for n in names if n not in plain), *places)
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, (str, bool, int, float)) and value == value  # not NaN: a table's null
+    return isinstance(value, (str, bool, int, float))
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value != value  # NaN: a table's null
 
 
 def _lines(rows: Rows) -> Iterator[int]:
@@ -172,7 +177,7 @@ def check_names(data: Data, new: tuple[str, ...], option: str) -> Data:
     Raises:
         UserError: the file has such a column.
     """
-    taken = [name for name in data.kept if name in new]
+    taken = [name for name in (*data.kept, *(data.rows[0] if option else ())) if name in new]
     if taken and option:
         raise UserError(
             f"{data.name} has a column {quote(taken[0])} already; {option} NAME gives the new one another name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from rlhf.curation.screen import note, plural, shown
 from rlhf.data.store import Rows
 from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.errors import UserError
 from rlhf.inference.blocks import Batch, Blocks
-from rlhf.inference.finished import Found, resolve
+from rlhf.inference.finished import Found, device_of_process, free_memory, resolve
 from rlhf.inference.output import Output, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, Row, check_names, note_columns, prompt_of, read
 from rlhf.inference.score_summary import Summary, lines
@@ -177,6 +179,7 @@ class Judge:
     def drop(self) -> None:
         """Give the model's memory back."""
         self._model = None
+        free_memory()
 
     def batches(self, rows: Rows, parts: tuple[str, ...], items: range) -> Iterator[Batch]:
         """Batches of rows: a list of one score per part for each, or None for one that is too long."""
@@ -201,21 +204,12 @@ class Judge:
         def work(batch: list[int]) -> list[Any]:
             width = len(fit[batch[0]])  # first all first answers, then all second ones: pairs share their prompt so
             found = scores(self.model(), self.tokenizer, [fit[i][side] for side in range(width) for i in batch])
+            if not all(map(math.isfinite, found)):
+                raise UserError(f"{self.found.name} gives scores that are not finite; give --dtype float32 or bfloat16")
             return [found[at :: len(batch)] for at in range(len(batch))]
 
         for batch in token_batches({i: len(answers) * max(map(len, answers)) for i, answers in fit.items()}):
             yield Batch(batch, functools.partial(work, batch))
-
-
-def device_of_process() -> Any:
-    """The device of this process, once the process group is there. A collective."""
-    import torch
-    from accelerate import PartialState
-
-    from rlhf.console import quiet_libraries
-
-    quiet_libraries()
-    return PartialState(cpu=not torch.cuda.is_available() or None).device  # else unconnected processes on CPUs
 
 
 def _longest(config: Any, max_length: int | None) -> int | None:
