@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.errors import UserError, quote
 
 COMMANDS = ("score", "generate", "label")
+BATCH_SIZE = 16
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("transformers", "continuous", "vllm")
 RANKS = " On several processes or GPUs: `accelerate launch --config_file launch/ddp.yaml -m rlhf {} ...`; each holds the model, the rows are shared out."  # fmt: skip
@@ -90,7 +91,7 @@ def _sampling(parser: argparse.ArgumentParser, answers: int) -> None:
     parser.add_argument("--top_p", type=number(float, 1e-6, 1), default=1.0, help="sample from the most likely tokens with this total probability (default 1)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=number(int, 1, 1e6), default=256, help="of an answer; one that is cut there is marked (default 256)")  # fmt: skip
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the answers (default 0)")
-    parser.add_argument("--batch_size", type=number(int, 1, 1e5), default=16, help="answers generated at a time (default 16); no answer depends on it, but for rounding")  # fmt: skip
+    parser.add_argument("--batch_size", type=number(int, 1, 1e5), default=BATCH_SIZE, help="answers generated at a time (default 16); no answer depends on it, but for rounding")  # fmt: skip
     parser.add_argument("--engine", choices=ENGINES, default="transformers", help="continuous: transformers' continuous batching; vllm: vLLM, if it is installed; both sample in their own way")  # fmt: skip
 
 
@@ -102,6 +103,13 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def _loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: their checkpoints' on a GPU, float32 on a CPU)")  # fmt: skip
     parser.add_argument("--load_in_4bit", action="store_true", help="quantise the models, or an adapter's base, to 4 bits")  # fmt: skip
+
+
+def without_effect(options: argparse.Namespace) -> list[str]:
+    """The options of `rlhf label` that were given and that --audit does not use."""
+    plain = options_of("label", "data", reward="none", output="none")
+    names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size", "engine", "min_margin", "keep_cut")
+    return [name for name in names if getattr(options, name) != getattr(plain, name)]
 
 
 class _Raising(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import numpy as np
 from rlhf.curation.screen import note, plural, shown
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.errors import UserError
+from rlhf.inference.arguments import without_effect
 from rlhf.inference.blocks import Blocks
 from rlhf.inference.finished import resolve
 from rlhf.inference.output import Output, output_path, report_skipped
@@ -24,6 +25,10 @@ def audit(options: Any, given: Any = None) -> dict[str, Any] | None:
     """The pairs of a file whose rejected answer has the higher score, most disputed first."""
     if options.model:
         raise UserError("--audit looks at the answers that FILE has; leave --model out")
+    if idle := without_effect(options):
+        raise UserError(
+            f"{'-n' if idle[0] == 'n' else f'--{idle[0]}'} has no effect with --audit, which generates nothing; leave it out"
+        )
     path = output_path(options.output)
     found = resolve(options.reward, "--reward", reward=True)
     data = read(options, "label --audit", prompts_only=False, given=given)

@@ -12,6 +12,7 @@ from rlhf.curation.screen import note, plural, shown
 from rlhf.data.store import Rows
 from rlhf.distributed.processes import is_main, on_main, say
 from rlhf.errors import UserError
+from rlhf.inference.arguments import BATCH_SIZE
 from rlhf.inference.blocks import Batch, Blocks
 from rlhf.inference.engines import Asked, Engine, check_engine
 from rlhf.inference.finished import Found, device_of_process, dtype_on, resolve
@@ -55,10 +56,18 @@ def generate_command(options: Any, given: Any = None) -> dict[str, Any] | None:
 
 
 def check_sampling(options: Any) -> None:
-    """Raise UserError for several answers to a prompt that would all be the same one."""
+    """Raise UserError for several answers to a prompt that would all be the same one, and for options without effect."""
     if options.n > 1 and options.temperature == 0:
         raise UserError(
             f"-n {options.n} with --temperature 0 gives {options.n} times the same answer; raise the temperature"
+        )
+    if options.temperature == 0 and options.top_p < 1:
+        raise UserError(
+            "--top_p has no effect with --temperature 0, which always takes the most likely token; leave one out"
+        )
+    if options.engine != "transformers" and options.batch_size != BATCH_SIZE:
+        raise UserError(
+            f"--batch_size has no effect with --engine {options.engine}, which decides that itself; leave it out"
         )
 
 

@@ -158,6 +158,8 @@ def test_answers_can_be_scored_as_they_are(answers, tiny_judge, tmp_path):
     "words, message",
     [
         (("-n", 2, "--temperature", 0), "-n 2 with --temperature 0 gives 2 times the same answer"),
+        (("-n", 1, "--temperature", 0, "--top_p", 0.9), "--top_p has no effect with --temperature 0"),
+        (("--engine", "continuous", "--batch_size", 2), "--batch_size has no effect with --engine continuous"),
         (("--model", "JUDGE"), "is a reward model, which scores and can't generate"),
         (("--model", "nothing"), "--model: 'nothing' is neither a local folder nor a run in runs/"),
         (("--engine", "vllm"), "--engine vllm needs vLLM, which is not installed; run: "),

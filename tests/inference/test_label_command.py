@@ -148,6 +148,7 @@ def test_cut_answers_make_no_pair_and_every_prompt_is_counted(few_pairs, tiny_ll
         ((), "rlhf label needs --model, which answers the prompts"),
         (("--model", "MODEL", "--temperature", 0), "-n 4 with --temperature 0 gives 4 times the same answer"),
         (("--audit", "--model", "MODEL"), "--audit looks at the answers that FILE has; leave --model out"),
+        (("--audit", "--min_margin", 1), "--min_margin has no effect with --audit"),
     ],
 )
 def test_mistakes_are_named(words, message, few_pairs, tiny_llama, tiny_judge, tmp_path, capsys):
