@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +151,6 @@ def _load_vllm(engine: Engine) -> Any:
 
     from rlhf.models.tokenizer import load_tokenizer
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     gpus = max(1, torch.cuda.device_count())
     model = LLM(
         model=engine.found.path, dtype=engine.dtype or "auto", tensor_parallel_size=gpus, seed=engine.sampling.seed

@@ -687,4 +687,49 @@ DATA = (
     ),
 )  # fmt: skip
 
-DEFECTS = (*PACKING, *TRAINING, *REFERENCE, *RUNS, *PREPARED, *DATA)
+WORK = (
+    Defect(
+        "neighbours-numbers", "the samples of a prompt have the random numbers of the next prompt's",
+        "rlhf/inference/sampling.py",
+        "np.random.SeedSequence((seed, row, sample))",
+        "np.random.SeedSequence((seed, row + sample))",
+        ("tests/inference/test_sampling.py::test_every_answer_has_numbers_of_its_own_and_a_longer_one_the_same_first_ones",),
+    ),
+    Defect(
+        "token-before", "the token before the one that the random number picks is taken",
+        "rlhf/inference/sampling.py",
+        "token_R1.clamp_(max=scores_RV.shape[-1] - 1)",
+        "(token_R1 - 1).clamp_(min=0)",
+        ("tests/inference/test_sampling.py::test_a_grid_of_numbers_picks_each_token_as_often_as_its_probability_says",),
+    ),
+    Defect(
+        "numbers-from-the-prompt-on", "the random numbers of an answer depend on how its batch is padded",
+        "rlhf/inference/sampling.py",
+        "step = input_ids.shape[1] - self.width",
+        "step = input_ids.shape[1] % self.uniforms_RT.shape[1]",
+        ("tests/inference/test_sampling.py::test_an_answer_does_not_depend_on_its_batch",),
+    ),
+    Defect(
+        "block-by-the-batch", "values are kept in the order in which batches end",
+        "rlhf/inference/blocks.py",
+        "return [found[item] for item in self.items(block)]",
+        "return list(found.values())",
+        ("tests/inference/test_blocks.py::test_interrupted_work_ends_with_the_same_values_and_computes_nothing_twice",),
+    ),
+    Defect(
+        "sides-exchanged", "the scores of a batch of pairs are given to the wrong pairs",
+        "rlhf/inference/score_command.py",
+        "[found[at :: len(batch)] for at in range(len(batch))]",
+        "[found[width * at : width * (at + 1)] for at in range(len(batch))]",
+        ("tests/inference/test_score_command.py::test_pairs_in_order_with_both_scores_and_their_other_columns",),
+    ),
+    Defect(
+        "cut-answers-taught", "pairs are made of answers that were cut",
+        "rlhf/inference/label_command.py",
+        'if keep_cut or answer["finished"]',
+        "if answer",
+        ("tests/inference/test_label_command.py::test_the_best_against_the_worst",),
+    ),
+)  # fmt: skip
+
+DEFECTS = (*PACKING, *TRAINING, *REFERENCE, *RUNS, *PREPARED, *DATA, *WORK)
