@@ -140,7 +140,7 @@ def show_answers(summary: dict[str, Any], max_new_tokens: int) -> None:
         f"  cut                 {cut:,} ({cut / summary['answers']:.0%}) after {max_new_tokens:,} tokens: `finished` is false"
     )
     if summary["empty"]:
-        print(f"  empty               {summary['empty']:,}")
+        print(f"  empty               {summary['empty']:,}: `rlhf score` needs --skip to leave them out")
     if 2 * cut > summary["answers"]:
         note("most answers were cut; raise --max_new_tokens")
 

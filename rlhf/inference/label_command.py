@@ -24,7 +24,7 @@ from rlhf.inference.score_command import Judge, finished_on_main, written
 from rlhf.inference.score_summary import Spread
 
 WHY_NOT = {
-    "cut": "fewer than two answers that ended by themselves (--keep_cut takes cut ones too)",
+    "few": "fewer than two answers that ended by themselves and have a text (--keep_cut takes cut ones too)",
     "same": "the answers are all the same",
     "tie": "the answers have the same score",
     "close": "the scores are closer than --min_margin",
@@ -197,9 +197,9 @@ def best_and_worst(
 
     Example: scores (0.3, 1.2, -0.5) -> the second against the third.
     """
-    usable = [n for n, answer in enumerate(answers) if keep_cut or answer["finished"]]
+    usable = [n for n, answer in enumerate(answers) if answer["text"] and (keep_cut or answer["finished"])]
     if len(usable) < 2:
-        return "cut"
+        return "few"
     if len({answers[n]["text"] for n in usable}) < 2:
         return "same"
     best, worst = max(usable, key=lambda n: scores[n]), min(usable, key=lambda n: scores[n])

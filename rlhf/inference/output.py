@@ -7,7 +7,6 @@ made of and how, so that the same command recognises it, and another one refuses
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -47,10 +46,6 @@ class Output:
     @property
     def overwrite(self) -> bool:
         return bool(self.options.get("overwrite"))
-
-    def written(self) -> Output:
-        """This file once it is written: `finished` must find it."""
-        return dataclasses.replace(self, options={**self.options, "overwrite": False})
 
     @functools.cached_property
     def key(self) -> str:

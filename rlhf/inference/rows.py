@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,8 @@ def _other_columns(target: Target, kind: Kind, first: list[Row]) -> tuple[tuple[
     used = {name.split(".")[0] for row in first for name in _used(convert, row) or ()} | CANONICAL
     names = dict.fromkeys(name for row in first for name in row if name not in used)
     plain = {n for n in names if all(_is_null(row.get(n)) or _is_plain(row[n]) for row in first)}
-    places = [PLACE] if any(PLACE in row for row in first) else []  # the output has its own
+    ours = re.compile(r".+(:|, row )\d+")  # of a file that one of these commands has written; the new one has its own
+    places = [PLACE] if any(PLACE in row and not ours.fullmatch(str(row[PLACE])) for row in first) else []
     return tuple(n for n in names if n in plain), (*(n for n in names if n not in plain), *places)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf.curation.screen import note, plural, shown
 from rlhf.data.store import Rows
-from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.processes import is_main, on_main, say, world_size
 from rlhf.errors import UserError
+from rlhf.files import read_json
 from rlhf.inference.blocks import Batch, Blocks
 from rlhf.inference.finished import Found, device_of_process, free_memory, resolve
 from rlhf.inference.output import Output, output_path, report_skipped
@@ -52,12 +53,14 @@ def score_command(options: Any, given: Any = None) -> dict[str, Any] | None:
 
 def finished_on_main(output: Output) -> dict[str, Any] | None:
     """`output.finished()` as the main rank sees it, on all ranks."""
-    from rlhf.distributed.processes import world_size
+    return _from_main(output.finished)
 
+
+def _from_main(ask: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
     found: list[Any] = [None]
 
     def look() -> None:
-        found[0] = output.finished()
+        found[0] = ask()
 
     on_main(look)
     if world_size() > 1:
@@ -69,7 +72,7 @@ def finished_on_main(output: Output) -> dict[str, Any] | None:
 
 def written(output: Output) -> dict[str, Any]:
     """The provenance of a file that has just been written, on all ranks."""
-    record = finished_on_main(output.written())
+    record = _from_main(lambda: read_json(output.sidecar))
     assert record is not None, "it was written"
     return record
 

@@ -42,7 +42,9 @@ def answers(*texts, cut=()):
         (answers("a", "b", "c"), [0.3, 1.2, -0.5], {}, Choice("b", "c", 1.2, -0.5)),
         (answers("a", "b", "c", cut=(1,)), [0.3, 1.2, -0.5], {}, Choice("a", "c", 0.3, -0.5)),
         (answers("a", "b", "c", cut=(1,)), [0.3, 1.2, -0.5], {"keep_cut": True}, Choice("b", "c", 1.2, -0.5)),
-        (answers("a", "b", cut=(0,)), [1.0, 2.0], {}, "cut"),
+        (answers("a", "b", cut=(0,)), [1.0, 2.0], {}, "few"),
+        (answers("a", "", "b"), [1.0, 2.0, 1.5], {"keep_cut": True}, Choice("b", "a", 1.5, 1.0)),
+        (answers("", "b"), [1.0, 2.0], {}, "few"),
         (answers("a", "a", "a"), [1.0, 1.0, 1.0], {}, "same"),
         (answers("a", "b"), [1.0, 1.0], {}, "tie"),
         (answers("a", "b"), [1.0, 1.5], {"min_margin": 0.6}, "close"),
@@ -133,9 +135,9 @@ def test_cut_answers_make_no_pair_and_every_prompt_is_counted(few_pairs, tiny_ll
     words = [word for word in FEW if word != "--keep_cut"]
     run("label", few_pairs, "--model", tiny_llama, "--reward", tiny_judge, "--output", out, *words, "--min_margin", 0.2)
     record = json.loads(Path(f"{out}.provenance.json").read_text())["summary"]
-    assert record["pairs"] + sum(record["no_pair"].values()) == record["prompts"] == 12 and record["no_pair"]["cut"] > 0
+    assert record["pairs"] + sum(record["no_pair"].values()) == record["prompts"] == 12 and record["no_pair"]["few"] > 0
     shown = capsys.readouterr().out
-    assert "fewer than two answers that ended by themselves (--keep_cut takes cut ones too)" in shown
+    assert "fewer than two answers that ended by themselves and have a text (--keep_cut takes cut ones too)" in shown
     every = lines(f"{out}.answers.jsonl")
     ended = {row["completion"][0]["content"] for row in every if row["finished"]}
     assert all(pair["chosen"][0]["content"] in ended and pair["rejected"][0]["content"] in ended for pair in lines(out))

@@ -726,8 +726,8 @@ WORK = (
     Defect(
         "cut-answers-taught", "pairs are made of answers that were cut",
         "rlhf/inference/label_command.py",
-        'if keep_cut or answer["finished"]',
-        "if answer",
+        'and (keep_cut or answer["finished"])',
+        "",
         ("tests/inference/test_label_command.py::test_the_best_against_the_worst",),
     ),
 )  # fmt: skip
