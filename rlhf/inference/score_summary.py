@@ -109,6 +109,8 @@ class Summary:
 
 def lines(record: dict[str, Any]) -> list[str]:
     """A summary's record, for the screen."""
+    if not record["scores"]:
+        return ["  no row has a score"]
     names = {
         "chosen": "chosen answers",
         "rejected": "rejected answers",

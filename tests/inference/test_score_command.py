@@ -114,16 +114,22 @@ def test_parquet_holds_what_json_lines_hold(few_pairs, tiny_judge, tmp_path):
 
 
 def test_a_row_that_is_too_long_has_no_score_and_is_counted(few_pairs, tiny_judge, tmp_path, capsys):
-    limit = 150
+    tokenizer = load_tokenizer(tiny_judge)
+    longest = [
+        max(
+            len(tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=True)["input_ids"])
+            for side in ("chosen", "rejected")
+        )
+        for row in rlhf.score(few_pairs, tiny_judge)
+    ]
+    limit = sorted(longest)[6]
     run("score", few_pairs, "--reward", tiny_judge, "--output", tmp_path / "out.jsonl", "--max_length", limit)
-    tokenizer, found = load_tokenizer(tiny_judge), lines(tmp_path / "out.jsonl")
-    over = [
-        max(len(tokenizer.apply_chat_template(row["prompt"] + row[s], return_dict=True)["input_ids"]) for s in ("chosen", "rejected")) > limit
-        for row in found
-    ]  # fmt: skip
+    found, over = lines(tmp_path / "out.jsonl"), [length > limit for length in longest]
     assert [row["score_chosen"] is None for row in found] == [row["score_rejected"] is None for row in found] == over
     assert 0 < sum(over) < 12
     assert f"{sum(over)} rows without a score (null): more tokens than the {limit}" in capsys.readouterr().err
+    run("score", few_pairs, "--reward", tiny_judge, "--output", tmp_path / "none.jsonl", "--max_length", 5)
+    assert len(lines(tmp_path / "none.jsonl")) == 12 and "  no row has a score" in capsys.readouterr().out
 
 
 def test_a_bad_row_ends_it_before_a_model_loads_or_is_skipped_by_name(tiny_judge, tmp_path, capsys):
