@@ -26,7 +26,7 @@ import numpy as np
 from rlhf.data.table_readers import first_line
 from rlhf.errors import UserError, pip_install, quote
 from rlhf.evaluation.partial import Measured
-from rlhf.evaluation.statistics import Z_95
+from rlhf.runs.intervals import Z_95
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

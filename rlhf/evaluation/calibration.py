@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.evaluation.resampling import SEED, estimate
-from rlhf.evaluation.statistics import wilson_interval
+from rlhf.runs.intervals import wilson_interval
 
 BINS = 10  # of confidence, from 0.5 to 1, each 0.05 wide
 FOLDS = 5

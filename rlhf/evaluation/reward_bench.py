@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.evaluation.resampling import bootstraps
-from rlhf.evaluation.statistics import wilson_interval
+from rlhf.runs.intervals import wilson_interval
 
 HEP = {f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")}
 SECTIONS: dict[str, dict[str, float]] = {

@@ -12,7 +12,8 @@ from test_terminal import Terminal
 
 from rlhf.__main__ import main
 from rlhf.errors import UserError
-from rlhf.inference.chat import Chat, Speaker, clean, find
+from rlhf.inference.chat import Chat, Speaker, clean
+from rlhf.inference.finished import find
 from rlhf.inference.terminal import LEAVE_HINT, Screen, columns
 
 
