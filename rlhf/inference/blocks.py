@@ -213,7 +213,7 @@ class Folder:
     def _check_shared(self) -> None:
         from accelerate.utils import broadcast_object_list
 
-        mark = self.path / f".seen-{os.getpid()}"
+        mark = self.path / f".seen-{os.getpid()}-{next(_RUNS)}"
         if is_main():
             mark.touch()
         mark = Path(broadcast_object_list([str(mark)])[0])
