@@ -21,7 +21,7 @@ main() {
     { echo "rlhf: $temporary can't be written; with --read-only give --tmpfs $temporary" >&2; exit 2; }
   for folder in "$HOME" runs models; do warn_unless_writable "$folder"; done
   case ${1:-} in
-    sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | data | score | generate | label | merge | fetch | bundle | unbundle | -*) set -- rlhf "$@" ;;
+    sft | reward | dpo | evaluate | chat | report | status | preflight | pairs | data | score | generate | label | rounds | merge | fetch | bundle | unbundle | -*) set -- rlhf "$@" ;;
   esac
   case "$*" in
     rlhf | rlhf\ * | python\ -m\ rlhf\ * | bash | sh) exec "$@" ;;

@@ -20,6 +20,10 @@ find_stages() {   # FOLDER -> stages: those that it has recipes of
   [ ${#stages[@]} -gt 0 ] || die "$1 has none of ${stage_names//, /.yaml, }.yaml"
 }
 
+check_rounds() {   # NUMBER
+  [[ $1 =~ ^[1-9][0-9]{0,2}$ ]] && [ "$1" -ge 2 ] || die "--rounds takes a number from 2 on, not '$1'; the first round is dpo.yaml itself"
+}
+
 # A process with one of these words in its command line. -q: with -l, one that ends meanwhile makes grep's exit code 2.
 is_running() {
   grep -qzxE "$(IFS='|'; echo "$*")" /proc/[0-9]*/cmdline 2> /dev/null

@@ -4,6 +4,7 @@
 #   launch/pipeline.sh configs/quickstart                                      one process
 #   launch/pipeline.sh configs/quickstart launch/ddp.yaml                      through accelerate
 #   launch/pipeline.sh configs/quickstart launch/ddp.yaml --num_processes 4    more flags for accelerate launch
+#   launch/pipeline.sh configs/quickstart --rounds 3                           then DPO again, on the policy's own answers
 #
 # A complete stage is skipped and an interrupted one goes on from its last checkpoint, so the same command again is
 # always right. Every recipe is checked before the first stage trains. A stage that was asked to stop (Ctrl-C, SIGTERM,
@@ -15,7 +16,7 @@ root=$(dirname "$(dirname "$(realpath "$0")")")
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$root/launch/common.sh"
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 die() { echo "pipeline: $*" >&2; exit 2; }
 
 main() {
@@ -23,6 +24,9 @@ main() {
   recipes=${1%/}; shift
   [ -d "$recipes" ] || die "no recipe folder at $recipes; try configs/quickstart"
   find_python
+
+  read_rounds "$@"
+  set -- "${words[@]}"
 
   if [ $# -ge 1 ]; then
     need_launch_file "$1"
@@ -39,6 +43,8 @@ main() {
     if [ "$stage" = evaluate ]; then launch=(); fi
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check "${launch[@]}"
   done
+  rounds=("$python" -m rlhf rounds "$recipes" --num_rounds "$num_rounds")
+  if [ "$num_rounds" -gt 0 ]; then "${rounds[@]}" --check; fi
   if [ -z "${RLHF_STOP_FILE:-}" ]; then   # whoever has set it has asked for a stop there, perhaps between two stages
     own=$(mktemp -d)
     trap 'rm -rf "$own"' EXIT
@@ -48,11 +54,43 @@ main() {
   for stage in "${stages[@]}"; do
     if [ -e "$RLHF_STOP_FILE" ]; then exit 85; fi
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null   # its inputs exist by now
-    code=0
-    "${run[@]}" "$stage" "$recipes/$stage.yaml" || code=$?
-    if [ -e "$RLHF_STOP_FILE.done" ]; then exit 85; fi   # whatever a launcher that was signalled itself makes of it
-    [ "$code" = 0 ] || exit "$code"
+    run_step "$stage" "$recipes/$stage.yaml"
   done
+  if [ "$num_rounds" -gt 0 ]; then run_rounds; fi
   "$python" -m rlhf report "$recipes"
+}
+
+read_rounds() {   # -> num_rounds, 0 for none; words: the others
+  num_rounds=0 words=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --rounds)
+        [ $# -ge 2 ] || die "--rounds needs a number"
+        num_rounds=$2; shift ;;
+      --rounds=*) num_rounds=${1#*=} ;;
+      *) words+=("$1"); shift; continue ;;
+    esac
+    check_rounds "$num_rounds"
+    shift
+  done
+}
+
+run_step() {   # WORDS: of rlhf
+  code=0
+  "${run[@]}" "$@" || code=$?
+  if [ -e "$RLHF_STOP_FILE.done" ]; then exit 85; fi   # whatever a launcher that was signalled itself makes of it
+  [ "$code" = 0 ] || exit "$code"
+}
+
+run_rounds() {   # each start runs the next step; they end by themselves
+  local state before='' line
+  while state=0; line=$("${rounds[@]}" --status) || state=$?; [ "$state" != 0 ]; do
+    [ "$state" != 2 ] || exit 2
+    [ "$line" != "$before" ] || die "the step was run and is not complete: $line"
+    if [ -e "$RLHF_STOP_FILE" ]; then exit 85; fi
+    before=$line
+    run_step rounds "$recipes" --num_rounds "$num_rounds"
+  done
+  echo "$line"
 }
 main "$@"; exit   # read whole before it runs: editing the file during a run does no harm

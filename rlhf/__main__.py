@@ -14,7 +14,8 @@ from rlhf.curation.arguments import TAKE_KEYS, add_data, run_data
 from rlhf.distributed.processes import is_main, rank
 from rlhf.errors import RankFailed, RunFailed, UserError, one_line, quote
 from rlhf.inference.arguments import COMMANDS as INFERENCE
-from rlhf.inference.arguments import add_inference, number, run_inference
+from rlhf.inference.arguments import add_inference, number
+from rlhf.inference.commands import run_inference
 from rlhf.runs.stop import OutOfMemory, Stopped, exit_code_stopped, leave
 
 MAP = """\
@@ -25,6 +26,7 @@ Align a language model with human preferences. The stages, in order; each uses t
   rlhf dpo RECIPE.yaml        direct preference optimization: policy + pairs -> the aligned policy
   rlhf evaluate RECIPE.yaml   held-out losses, accuracies, win rate, answers side by side
   rlhf chat MODEL_DIR         talk to a model in the terminal
+  rlhf rounds RECIPE_DIR      DPO again on the last policy's own answers, labelled by the reward model: the next step of it
   rlhf report RUN_DIR         one self-contained HTML file about all stages of a run
   rlhf status FOLDER          the state of each stage of a recipe folder (or of a run folder)
 
@@ -70,7 +72,16 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="rlhf", description=MAP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"rlhf-dpo {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", help="`rlhf COMMAND --help` for details")
-    for add in (_add_stages, _add_preflight, _add_chat, _add_records, _add_data, _add_bundle, add_inference):
+    for add in (
+        _add_stages,
+        _add_rounds,
+        _add_preflight,
+        _add_chat,
+        _add_records,
+        _add_data,
+        _add_bundle,
+        add_inference,
+    ):
         add(commands)
     return top
 
@@ -98,6 +109,22 @@ def _add_stages(commands) -> None:
             action="store_true",
             help="list all keys with types, choices, defaults and help; with a name, only keys that contain it",
         )
+
+
+def _add_rounds(commands) -> None:
+    rounds = commands.add_parser(
+        "rounds",
+        description="DPO in rounds: the last policy answers the prompts, the reward model picks the best and the worst answer, DPO "
+        "trains on these pairs, and the evaluation says whether the held-out win rate still rises. Each start runs the next step; "
+        "launch/pipeline.sh RECIPE_DIR --rounds 3 runs them all. Any key of rounds.yaml can be given as --key value.",
+        allow_abbrev=False,
+    )
+    rounds.add_argument(
+        "recipe", metavar="RECIPE_DIR", nargs="?", help="a folder with dpo.yaml and evaluate.yaml, or its rounds.yaml"
+    )
+    rounds.add_argument("--status", action="store_true", help="print which step is next in one line; exit code 0: none")
+    rounds.add_argument("--check", action="store_true", help="check the recipes of all rounds without running any")
+    rounds.add_argument("--keys", action="store_true", help="list all keys with types, choices, defaults and help")
 
 
 def _add_preflight(commands) -> None:
@@ -286,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def takes_keys(options: argparse.Namespace) -> bool:
     """Whether a command takes a recipe's keys as --key value."""
-    recipes = ("sft", "reward", "dpo", "evaluate", "preflight")
+    recipes = ("sft", "reward", "dpo", "evaluate", "preflight", "rounds")
     return options.command in recipes or getattr(options, "action", None) in TAKE_KEYS
 
 
@@ -320,6 +347,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int | None:
     """Import what the subcommand needs and call it; returns its exit code, or None for 0."""
     if options.command in ("sft", "reward", "dpo", "evaluate"):
         return run_recipe(options, rest)
+    elif options.command == "rounds":
+        return run_rounds(options, rest)
     elif options.command == "preflight":
         # missing ranks are reported in one sentence; hide torch's C++ stack frames
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -428,6 +457,20 @@ def run_recipe(options: argparse.Namespace, rest: list[str]) -> int | None:
         check_stage(stage, options.recipe, rest, options.launch, options.fresh)
     else:
         run_stage(stage, options.recipe, rest, options.fresh)
+    return None
+
+
+def run_rounds(options: argparse.Namespace, rest: list[str]) -> int | None:
+    if options.keys:
+        print_keys("rounds", [word for word in (options.recipe, *rest) if word and not os.path.exists(word)])
+        return None
+    if not options.recipe:
+        raise UserError("no recipe folder given; for example: rlhf rounds configs/quickstart")
+    from rlhf.rounds.run import check_rounds, print_status, run_rounds
+
+    if options.status:
+        return print_status(options.recipe, rest)
+    (check_rounds if options.check else run_rounds)(options.recipe, rest)
     return None
 
 

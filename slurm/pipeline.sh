@@ -3,8 +3,9 @@
 #
 #   slurm/pipeline.sh configs/X --launch launch/zero3.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
 #
-# --launch FILE, --procs-per-node N, --container IMAGE and --skip-preflight are train.sbatch's; --dry-run prints what would
-# be submitted; all other words go to sbatch. Every recipe is checked before anything is submitted. A complete stage is left
+# --launch FILE, --procs-per-node N, --container IMAGE and --skip-preflight are train.sbatch's; --rounds N adds a job that runs
+# DPO again, N rounds at most, on the policy's own answers; --dry-run prints what would be submitted; all other words go to
+# sbatch. Every recipe is checked before anything is submitted. A complete stage is left
 # out and an interrupted one resumes, so the same command again is always right; a stage that fails takes those after it
 # out of the queue.
 set -euo pipefail
@@ -22,7 +23,7 @@ root=$(cd "$(dirname "$script")/.." && pwd)
 source "$root/slurm/common.sh"
 
 main() {
-  [ $# -ge 1 ] && [[ $1 != -* ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+  [ $# -ge 1 ] && [[ $1 != -* ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
   recipes=${1%/}; shift
   [ -d "$recipes" ] || die "no recipe folder at $recipes; try configs/quickstart"
   read_words "$@"
@@ -36,12 +37,13 @@ main() {
 die() { echo "pipeline: $*" >&2; exit 2; }
 
 read_words() {
-  launch=() more=() options=() dry_run='' container=${RLHF_CONTAINER:-}
+  launch=() more=() options=() dry_run='' container=${RLHF_CONTAINER:-} num_rounds=0
   while [ $# -gt 0 ]; do
     case $1 in
-      --launch | --procs-per-node | --container)
+      --launch | --procs-per-node | --container | --rounds)
         [ $# -ge 2 ] || die "$1 needs a value"
         case $1 in
+          --rounds) num_rounds=$2; check_rounds "$2" ;;
           --launch) launch=(--launch "$2"); need_launch_file "$2" ;;
           --container) container=$2; more+=("$1" "$2") ;;
           *) more+=("$1" "$2") ;;
@@ -61,17 +63,24 @@ check_all() {   # launch files are looked at by the jobs: what they need is on t
     [ -n "${container:-${RLHF_CONTAINER:-}}" ] || die "$python has not the project's packages; run make setup, or give --container"
     echo "pipeline: the project is not installed here, so each job will check its recipe when it starts" >&2
     todo=("${stages[@]}")
+    [ "$num_rounds" = 0 ] || todo+=(rounds)
     return
   fi
   for stage in "${stages[@]}"; do
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null
   done
+  [ "$num_rounds" = 0 ] || "$python" -m rlhf rounds "$recipes" --num_rounds "$num_rounds" --check > /dev/null
   for stage in "${stages[@]}"; do
     local code=0 line
     line=$("$python" -m rlhf "$stage" "$recipes/$stage.yaml" --status) || code=$?
     if [ "$code" = 2 ]; then exit 2; fi
     if [ "$code" != 0 ] || [ ${#todo[@]} -gt 0 ]; then todo+=("$stage"); else echo "$line"; fi
   done
+  [ "$num_rounds" != 0 ] || return 0
+  code=0
+  line=$("$python" -m rlhf rounds "$recipes" --num_rounds "$num_rounds" --status) || code=$?
+  if [ "$code" = 2 ]; then exit 2; fi
+  if [ "$code" != 0 ] || [ ${#todo[@]} -gt 0 ]; then todo+=(rounds); else echo "$line"; fi
 }
 
 submit_all() {
@@ -85,7 +94,8 @@ submit_all() {
     # singleton: submitted twice, the second waits and finds the stage complete
     before=$id after=singleton${id:+,afterok:$id}
     command=(sbatch --parsable "--job-name=$stage-$(basename "$(realpath "$recipes")")" "--output=$logs/%x-%j.out"
-      --kill-on-invalid-dep=yes "--dependency=$after" "${options[@]}" "$root/slurm/train.sbatch" "$stage" "$recipes/$stage.yaml")
+      --kill-on-invalid-dep=yes "--dependency=$after" "${options[@]}" "$root/slurm/train.sbatch" "$stage")
+    if [ "$stage" = rounds ]; then command+=("$recipes" --num_rounds "$num_rounds"); else command+=("$recipes/$stage.yaml"); fi
     [ "$stage" = evaluate ] || command+=("${launch[@]}")
     command+=("${more[@]}")
     if [ -n "$dry_run" ]; then

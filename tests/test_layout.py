@@ -21,7 +21,7 @@ COMMANDS = sorted(next(a for a in parser()._actions if a.dest == "command").choi
 
 # A folder (or a file beside them) may import only from those above it.
 ORDER = ("errors", "files", "upstream", "config", "data", "distributed", "console", "models", "packing", "runs", "training",
-         "curation", "inference", "evaluation", "preflight", "bundle", "api", "__main__")  # fmt: skip
+         "curation", "inference", "evaluation", "rounds", "preflight", "bundle", "api", "__main__")  # fmt: skip
 
 
 def module_name(path):

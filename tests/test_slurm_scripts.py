@@ -60,7 +60,7 @@ def recipes(recipe, tmp_path, few_pairs):
     ("words", "says"),
     [
         (["dpo"], "usage: sbatch [...] slurm/train.sbatch STAGE RECIPE.yaml"),
-        (["chat", "dpo.yaml"], "'chat' is no stage; use sft, reward, dpo or evaluate"),
+        (["chat", "dpo.yaml"], "'chat' is no stage; use sft, reward, dpo or evaluate; or rounds"),
         (["dpo", "dpo.yaml", "--fresh"], "--fresh would start from scratch after every requeue"),
         (["dpo", "dpo.yaml", "--procs-per-node", "many"], "--procs-per-node takes a number, not 'many'"),
         (["dpo", "dpo.yaml", "--launch"], "--launch needs a value"),

@@ -238,11 +238,11 @@ def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[st
         decided: keys set on the command line: the file's keys that they disable need not be deleted.
     """
     stages = STAGES_OF.get(key, (stage,))
-    if stage != "evaluate" and stage not in stages:
+    if stage not in ("evaluate", "rounds") and stage not in stages:
         return f"in {stage}: it belongs to {' and '.join(stages)}; remove it"
     needs = ONLY_WITH.get(key)
     unset = values.get(key) is None or (values[key] is False and key not in _TRUE_BY_DEFAULT)
-    if stage == "evaluate" or needs is None or unset or needs.holds(values):
+    if stage in ("evaluate", "rounds") or needs is None or unset or needs.holds(values):
         return ""
     if decided & set(needs.keys) or (key == "label_smoothing" and values[key] == 0):
         return ""

@@ -130,6 +130,14 @@ RANGES = {
     "heldout": Range(0, 10**9, above=True),
     "batch_size": Range(1, 65536),
     "benchmark_limit": Range(1, _ROWS),
+    # rounds
+    "num_rounds": Range(2, 1000),
+    "min_gain": Range(-1, 1),
+    "max_prompts": Range(1, _ROWS),
+    "num_answers": Range(2, 10_000),
+    "min_margin": Range(0, 1e6),
+    "temperature": Range(0, 100, above=True),
+    "top_p": Range(0, 1, above=True),
 }
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

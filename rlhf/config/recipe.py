@@ -20,7 +20,7 @@ from rlhf.config.key_ranges import check_value, split_union
 from rlhf.config.keys import Key, library_keys, own_keys
 from rlhf.config.keys_foreign import answer
 from rlhf.config.recipe_checks import check_combinations, check_effects, expand_paths
-from rlhf.config.stage_config import STAGES, EvaluateConfig, StageConfig
+from rlhf.config.stage_config import STAGES, EvaluateConfig, RoundsConfig, StageConfig
 from rlhf.config.yaml_reader import quote_path, read_flat, read_word
 from rlhf.errors import UserError, quote
 
@@ -31,6 +31,9 @@ HARMLESS = frozenset(
     "dataloader_pin_memory dataset_num_proc per_device_eval_batch_size output_dir max_tokens_per_device "
     "reference_cache watchdog_minutes max_gradient_spike portable_checkpoints".split()
 )
+
+
+OWN = {"evaluate": EvaluateConfig, "rounds": RoundsConfig}  # stages whose keys are all ours
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,19 @@ class Recipe:
         return dataclasses.replace(self, values={**self.values, key: value})
 
 
-def load_recipe(path: str, stage: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str, stage: str, overrides: list[str] | None = None, default: dict[str, Any] | None = None
+) -> Recipe:
     """Read a recipe and override it with the command line's `--key value` pairs.
+
+    Args:
+        default: instead of the file's content, where there is no file.
 
     Raises:
         UserError: no such file, bad YAML, unknown or repeated key, wrong type, value outside the choices, a recipe of
             another stage; each with file, line and the closest valid key or value.
     """
-    values, lines = read_flat(path)
+    values, lines = (dict(default), {}) if default is not None else read_flat(path)
     path, found = quote_path(path), values.get("stage")
     if found is None:
         raise UserError(f"{path}:1: the recipe has no stage; add the line `stage: {stage}` (if that is its stage)")
@@ -134,6 +142,8 @@ def stage_of(path: str) -> str:
 
 
 def _check_required(recipe: Recipe) -> None:
+    if recipe.stage == "rounds":
+        return
     if not recipe.get("output_dir"):
         raise UserError(f"{recipe.path}: key 'output_dir' is missing; it names the folder for the results")
     if "://" in str(recipe.get("output_dir")):  # checkpoints are renamed into place, which object storage can't do
@@ -200,7 +210,7 @@ def _read_word(word: str | None, name: str, key: Key | None) -> Any:
 
 def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
     """What to write instead of a key that a stage doesn't have, as the end of a sentence."""
-    if stage != "evaluate" and (known := answer(key)):
+    if stage not in OWN and (known := answer(key)):
         return f"; {known}"
     for other in STAGES:
         if other != stage and key in allowed_keys(other):
@@ -214,8 +224,8 @@ def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
 @functools.cache
 def allowed_keys(stage: str) -> dict[str, Key]:
     """All keys a recipe of this stage may set, by name."""
-    if stage == "evaluate":
-        return own_keys(EvaluateConfig)
+    if stage in OWN:
+        return own_keys(OWN[stage])
     trl_class = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[stage]
     return {
         **library_keys("transformers", "training_args.py", "TrainingArguments", trl_class),

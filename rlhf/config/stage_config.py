@@ -163,6 +163,60 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class RoundsConfig:
+    """Keys of rounds.yaml: DPO in rounds, on the last policy's answers as the reward model labels them."""
+
+    stage: str = field(default="", metadata={"choices": ["rounds"]})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the rounds; default: `rounds` beside the output_dir of dpo.yaml."}
+    )
+    num_rounds: int = field(
+        default=3, metadata={"help": "Rounds at most; the first is dpo.yaml itself, on its own pairs."}
+    )
+    min_gain: float = field(
+        default=0.0,
+        metadata={
+            "help": "Stop after a round that raises the held-out win rate by no more than this (0.01: one point)."
+        },
+    )
+    start_from: str = field(
+        default="last",
+        metadata={
+            "choices": ["last", "start"],
+            "help": "What DPO of a round starts from: the policy of the round before (last), or the model that dpo.yaml "
+            "starts from (start).",
+        },
+    )
+    reference: str = field(
+        default="start",
+        metadata={
+            "choices": ["start", "last"],
+            "help": "The reference of a round: the model that dpo.yaml starts from, as a rule the SFT model (start), or the "
+            "policy of the round before (last). Exact and cached: it takes no memory while DPO trains.",
+        },
+    )
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "Which labels the answers; default: the output of reward.yaml, or evaluate.yaml's."},
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first N of the training prompts."})
+    num_answers: int = field(
+        default=4, metadata={"help": "Answers to each prompt; DPO gets the best and the worst of them."}
+    )
+    min_margin: float = field(default=0.0, metadata={"help": "Leave out pairs whose scores are closer than this."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the answers."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the most likely tokens with this total probability."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Of an answer; one that is cut there makes no pair."})
+    keep_cut: bool = field(
+        default=False, metadata={"help": "Also take answers that were cut, which teach to end in the middle."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Answers generated at a time."})
+    seed: int = field(default=0, metadata={"help": "Of the answers; each round adds its number."})
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Keys of an evaluate recipe."""
 

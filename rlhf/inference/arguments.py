@@ -135,22 +135,3 @@ def options_of(command: str, file: str, **given: Any) -> argparse.Namespace:
     top = _Raising(prog="rlhf", allow_abbrev=False)
     add_inference(top.add_subparsers(dest="command"))
     return top.parse_args(words)
-
-
-def run_inference(options: argparse.Namespace) -> None:
-    """Run one of COMMANDS."""
-    from rlhf.console import plain_bars
-
-    plain_bars()
-    if options.command == "score":
-        from rlhf.inference.score_command import score_command
-
-        score_command(options)
-    elif options.command == "generate":
-        from rlhf.inference.generate_command import generate_command
-
-        generate_command(options)
-    else:
-        from rlhf.inference.label_command import label_command
-
-        label_command(options)

@@ -267,6 +267,37 @@ def test_pipeline(cluster, recipe, few_pairs, tmp_path):
         assert loss == pytest.approx(alone, abs=5e-6)
 
 
+def test_rounds(cluster, recipe, few_pairs, tmp_path):
+    """Stages, then two rounds in one job on two nodes: each round's recipes and results are kept; again: nothing to do."""
+    sft = str(tmp_path / "sft")
+    recipe("sft", max_steps=2)
+    recipe("reward", model_name_or_path=sft, max_steps=2)
+    recipe("dpo", model_name_or_path=sft, max_steps=2)
+    write(tmp_path / "recipes" / "evaluate.yaml", stage="evaluate", sft_model=sft, dpo_model=str(tmp_path / "dpo"),
+          reward_model=str(tmp_path / "reward"), dataset_name=few_pairs, dataset_test_split="train", max_eval_examples=4,
+          max_new_tokens=4, output_dir=str(tmp_path / "evaluation"))  # fmt: skip
+    write(
+        tmp_path / "recipes" / "rounds.yaml",
+        stage="rounds",
+        num_answers=3,
+        max_new_tokens=8,
+        keep_cut=True,
+        max_prompts=6,
+    )
+    pipeline = [ROOT / "slurm" / "pipeline.sh", tmp_path / "recipes", "--nodes", "2", "--rounds", "2", "--launch",
+                ROOT / "launch" / "ddp.yaml", QUICK]  # fmt: skip
+    jobs = jobs_of(cluster.run(*pipeline))
+    assert list(jobs) == ["sft", "reward", "dpo", "evaluate", "rounds"]
+    assert cluster.wait(*jobs.values()) == ("COMPLETED", 0), (
+        tmp_path / "logs" / f"rounds-recipes-{jobs['rounds']}.out"
+    ).read_text()
+    record = json.loads((tmp_path / "rounds" / "rounds.json").read_text())
+    assert [found["round"] for found in record["rounds"]] == [1, 2]
+    assert len(losses(tmp_path / "rounds" / "round-2" / "dpo")) == 2
+    shown = cluster.run(*pipeline)
+    assert "rounds: complete" in shown and "All stages of" in shown and not jobs_of(shown)
+
+
 def test_a_failed_stage_stops_the_chain(cluster, recipe, tiny_llama, tmp_path):
     """A loss that is not finite is the run's own error: told with the node's log, not requeued, nothing after it runs. Before
     that, the preflight of both nodes."""
