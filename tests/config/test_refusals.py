@@ -31,7 +31,7 @@ LONGEST = 900
 def refusal(tmp_path, text, stage="dpo", words=()):
     """The sentence that a recipe, whose fifth line is the first of `text`, is refused with."""
     path = tmp_path / "r.yaml"
-    base = BASE if stage != "evaluate" else "sft_model: m\noutput_dir: o\ndataset_name: d\n"
+    base = {"evaluate": "sft_model: m\noutput_dir: o\ndataset_name: d\n", "rounds": "output_dir: o\n"}.get(stage, BASE)
     path.write_bytes(
         text if isinstance(text, bytes) else f"stage: {stage}\n{base}{text}\n".encode("utf-8", "surrogatepass")
     )
@@ -250,7 +250,7 @@ def test_values_that_are_fine(tmp_path, text):
 
 def numeric_keys():
     found = {}
-    for stage in ("sft", "reward", "dpo", "evaluate"):
+    for stage in ("sft", "reward", "dpo", "evaluate", "rounds"):
         found |= {k.name: k for k in allowed_keys(stage).values() if re.search(r"\b(int|float)\b", k.annotation)}
     return found
 
@@ -263,7 +263,7 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize("name", sorted(RANGES))
 def test_ranges_hold_at_both_ends(tmp_path, name):
     """What is just outside is refused by the key's name, and every default of TRL and of ours lies inside."""
-    stage = next(s for s in ("dpo", "sft", "reward", "evaluate") if name in allowed_keys(s))
+    stage = next(s for s in ("dpo", "sft", "reward", "evaluate", "rounds") if name in allowed_keys(s))
     allowed = RANGES[name]
     outside = [
         allowed.low if allowed.above else allowed.low - 1,
@@ -273,7 +273,7 @@ def test_ranges_hold_at_both_ends(tmp_path, name):
         if value != allowed.also:
             value = [value] if "list" in allowed_keys(stage)[name].annotation else value
             assert f"'{name}' is " in refusal(tmp_path, f"{name}: {value}", stage)
-    for stage in ("sft", "reward", "dpo", "evaluate"):
+    for stage in ("sft", "reward", "dpo", "evaluate", "rounds"):
         default = allowed_keys(stage)[name].default if name in allowed_keys(stage) else "None"
         assert default in ("None", "'auto'") or allowed.holds(float(default)), (stage, name, default)
 
