@@ -121,8 +121,9 @@ def load_source(
     """Read one split of a dataset.
 
     Args:
-        name: `embedded:sample` or `embedded:judge`; a .jsonl, .json, .csv or .parquet file (or one of them as .gz, .bz2, .xz, .zst); a
-            directory (made by `save_to_disk`, or with a file named after the split, such as train.jsonl); or a hub id.
+        name: `embedded:sample` or `embedded:judge`; a .jsonl, .json, .csv or .parquet file (or one of them as .gz, .bz2,
+            .xz, .zst); a directory (made by `save_to_disk`, or with a file named after the split, such as train.jsonl); or
+            a hub id.
         split: the split to read. A single file has one split, 'train': any other is rejected.
         config: the configuration name of a hub dataset.
         where: where the name was given (`recipe:line`), for messages.
