@@ -437,7 +437,8 @@ def tokens_of(dataset: Any, max_length: int | None, padded: bool) -> np.ndarray:
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
     """The constructor arguments that TRL's three trainers have in common."""
     tokens = plan.tokens or with_tokens(plan, loaded.tokenizer).tokens
-    evaluates = plan.args.eval_strategy != "no" or plan.args.eval_on_start  # else DPO would compute a reference for nothing
+    # without an evaluation DPO would compute the reference of the held-out rows for nothing
+    evaluates = plan.args.eval_strategy != "no" or plan.args.eval_on_start
     heldout = tokens["heldout"].dataset if evaluates and "heldout" in tokens else None
     return {
         "model": loaded.model, "args": plan.args, "processing_class": loaded.tokenizer, "peft_config": loaded.peft_config,
