@@ -51,11 +51,11 @@ def recomputed(pairs, answers):
 
 
 def test_recomputed():
-    """3 wins and a tie of 4: 3.5 / 4; low = (0.875 + 0.4802 - 1.96 * sqrt(0.10938 / 4 + 0.06002)) / 1.9604 = 0.3956."""
+    """3 wins and a tie of 4: 3.5 / 4; low = (0.875 + 0.4802 - 1.96 * sqrt(0.10938 / 4 + 0.06002)) / 1.9604 = 0.3958."""
     side = {"chosen": -3.0, "chosen_tokens": 2}
     pairs = [{"sft": side, "dpo": {"chosen": -2.0, "chosen_tokens": 2}}] * 2
     answers = [{"dpo_reward": 1.0, "sft_reward": 0.0}] * 3 + [{"dpo_reward": 0.5, "sft_reward": 0.5}]
-    assert recomputed(pairs, answers) == pytest.approx((1.5, 1.0, 0.875, 0.3956), abs=1e-4)
+    assert recomputed(pairs, answers) == pytest.approx((1.5, 1.0, 0.875, 0.3958), abs=1e-4)
 
 
 def trained_prompts(folder):
