@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.bundle.archive import Item
 from rlhf.data.folders import FOLDER_TYPES, MAX_ENTRIES, is_data_name
 from rlhf.data.raw import COMPRESSED_TYPES, find
-from rlhf.data.sources import PYTHON, SAMPLE_NAME
+from rlhf.data.sources import EMBEDDED, PYTHON
 from rlhf.errors import UserError, quote
 
 HUB = "hub/datasets"  # HF_DATASETS_CACHE of a bundle
@@ -16,7 +16,7 @@ HUB = "hub/datasets"  # HF_DATASETS_CACHE of a bundle
 
 def is_packaged(name: str) -> bool:
     """Whether the rows come with this package."""
-    return name == SAMPLE_NAME
+    return name in EMBEDDED
 
 
 def is_local(name: str, where: str) -> bool:

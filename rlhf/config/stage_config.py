@@ -40,7 +40,7 @@ class StageConfig:
     dataset_name: str | list[str | dict] | None = field(
         default=None,
         metadata={
-            "help": "Hub id, directory, or .jsonl/.json/.csv/.parquet file, or embedded:sample; or a list of them to be mixed, "
+            "help": "Hub id, directory, or .jsonl/.json/.csv/.parquet file, embedded:sample or embedded:judge; or a list of them to be mixed, "
             "each a name or a mapping of `name` and an amount (fraction, rows, epochs or weight)."
         },
     )

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SAMPLE_NAME = "embedded:sample"
+JUDGE_NAME = "embedded:judge"  # pairs on other prompts than the sample's
 PYTHON = "python:"  # before the name of an argument of `rlhf.train`: rows that no file holds
 ALL_ROWS = "all"  # a split of the embedded sample, from which `heldout` holds rows out
 SAMPLE_DIR = Path(__file__).parent / "sample"
+EMBEDDED = {SAMPLE_NAME: SAMPLE_DIR, JUDGE_NAME: SAMPLE_DIR / "judge.jsonl"}
 SMALL_BYTES = 8 << 20  # a smaller file is read into memory at once
 FEW_ROWS = 5000
 ROW_BYTES = 1500  # about, of a pair
@@ -119,8 +121,9 @@ def load_source(
     """Read one split of a dataset.
 
     Args:
-        name: `embedded:sample`; a .jsonl, .json, .csv or .parquet file (or one of them as .gz, .bz2, .xz, .zst); a
-            directory (made by `save_to_disk`, or with a file named after the split, such as train.jsonl); or a hub id.
+        name: `embedded:sample` or `embedded:judge`; a .jsonl, .json, .csv or .parquet file (or one of them as .gz, .bz2,
+            .xz, .zst); a directory (made by `save_to_disk`, or with a file named after the split, such as train.jsonl); or
+            a hub id.
         split: the split to read. A single file has one split, 'train': any other is rejected.
         config: the configuration name of a hub dataset.
         where: where the name was given (`recipe:line`), for messages.
@@ -138,7 +141,7 @@ def load_source(
         parts = [load_source(name, part) for part in ("train", "heldout")]
         rows = [row for part in parts for row in part.rows]
         return Source(SAMPLE_NAME, rows, None, hashlib.sha256("".join(p.digest for p in parts).encode()).hexdigest())
-    path, status = find(str(SAMPLE_DIR) if name == SAMPLE_NAME else name, prefix)
+    path, status = find(str(EMBEDDED.get(name, name)), prefix)
     if status and stat.S_ISDIR(status.st_mode):
         source = _from_directory(path, split, default_split, prefix)
     elif status:

@@ -20,11 +20,17 @@ from rlhf.training.trainer import GlobalBatches
 def trainer_arguments(plan: Plan, loaded: Loaded) -> dict[str, Any]:
     """The constructor arguments that TRL's three trainers have in common."""
     tokens = plan.tokens or with_tokens(plan, loaded.tokenizer).tokens
-    heldout = tokens["heldout"].dataset if "heldout" in tokens else None
+    # without an evaluation DPO would compute the reference of the held-out rows for nothing
+    heldout = tokens["heldout"].dataset if evaluates(plan.args) and "heldout" in tokens else None
     return {
         "model": loaded.model, "args": plan.args, "processing_class": loaded.tokenizer, "peft_config": loaded.peft_config,
         "train_dataset": tokens["train"].dataset, "eval_dataset": heldout if heldout is not None and len(heldout) else None,
     }  # fmt: skip
+
+
+def evaluates(args: Any) -> bool:
+    """Whether a run looks at its held-out rows."""
+    return args.eval_strategy != "no" or bool(args.eval_on_start)
 
 
 def pack(trainer: GlobalBatches, plan: Plan) -> bool:
@@ -79,7 +85,7 @@ def use_global_batches(trainer: GlobalBatches, plan: Plan, packed: bool) -> None
         return
     num_tokens = tokens_of(trainer.train_dataset, plan.args.max_length, not packed)
     _check_longest(plan, trainer.train_dataset, num_tokens, plan.data.train)
-    if trainer.eval_dataset is not None and (plan.args.eval_strategy != "no" or plan.args.eval_on_start):
+    if trainer.eval_dataset is not None:
         heldout = tokens_of(trainer.eval_dataset, plan.args.max_length, not packed)
         _check_longest(plan, trainer.eval_dataset, heldout, cast("Rows", plan.data.heldout))
     trainer.use_global_batches(

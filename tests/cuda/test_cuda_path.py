@@ -44,7 +44,8 @@ def run(jobs, model, data, folder):
     if shutil.which("g++") is None:
         pytest.skip("there is no g++, which compiles the stand-in for a device")
     common = {
-        "model_name_or_path": model, "dataset_name": data, "eval_dataset_name": data, "max_eval_examples": 4, "bf16": True,
+        "model_name_or_path": model, "dataset_name": data, "eval_dataset_name": data, "max_eval_examples": 4,
+        "eval_strategy": "steps", "eval_steps": 1000, "bf16": True,
         "max_length": 512, "global_batch_size": 8, "max_tokens_per_device": 512, "max_steps": STEPS, "learning_rate": 1e-5,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
     }  # fmt: skip

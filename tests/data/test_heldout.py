@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_the_quickstart_copied_for_one_csv(tiny_llama, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for file in (ROOT / "configs" / "quickstart").glob("*.yaml"):
-        text = file.read_text().replace("embedded:sample", "mine.csv").replace("runs/quickstart", "runs/mine")
+        text = re.sub("embedded:(sample|judge)", "mine.csv", file.read_text()).replace("runs/quickstart", "runs/mine")
         (tmp_path / "mine" / file.name).write_text(text.replace("embedded:smollm2-135m-instruct", tiny_llama))
     for stage in ("sft", "reward", "dpo"):
         steps = ["--max_steps", "1"] + (["--reference_cache", str(tmp_path / "cache")] if stage == "dpo" else [])

@@ -1,6 +1,7 @@
 """The embedded preference pairs by their properties: enough, varied, clean, no leak between splits."""
 
 import difflib
+import itertools
 import json
 import re
 from collections import Counter
@@ -10,10 +11,16 @@ from canonical import preference_rows, sft_rows
 
 from rlhf.data.heldout import held_out
 from rlhf.data.prepare import prepare
-from rlhf.data.sources import SAMPLE_DIR, SAMPLE_NAME, load_source
+from rlhf.data.sources import JUDGE_NAME, SAMPLE_DIR, SAMPLE_NAME, load_source
 
-SPLITS = ("train", "heldout")
-ROWS = {split: load_source(SAMPLE_NAME, split).rows for split in SPLITS}
+SPLITS = ("train", "heldout", "judge")
+
+
+def source(split):
+    return load_source(JUDGE_NAME) if split == "judge" else load_source(SAMPLE_NAME, split)
+
+
+ROWS = {split: source(split).rows for split in SPLITS}
 ALL = [(row["id"], row) for split in SPLITS for row in ROWS[split]]
 
 
@@ -49,7 +56,7 @@ def test_similarity_of_a_near_copy():
 
 
 def test_size():
-    assert (len(ROWS["train"]) >= 200, len(ROWS["heldout"]) >= 40) == (True, True), {s: len(ROWS[s]) for s in SPLITS}
+    assert {split: len(rows) for split, rows in ROWS.items()} == {"train": 200, "heldout": 50, "judge": 122}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -57,8 +64,8 @@ def test_eight_tasks_or_more(split):
     assert len({row["task"] for row in ROWS[split]}) >= 8
 
 
-def test_the_same_tasks_in_both_splits():
-    assert {row["task"] for row in ROWS["train"]} == {row["task"] for row in ROWS["heldout"]}
+def test_the_same_tasks_in_all_splits():
+    assert len({frozenset(row["task"] for row in ROWS[split]) for split in SPLITS}) == 1
 
 
 def test_no_task_is_a_quarter_of_a_split():
@@ -87,13 +94,13 @@ def test_ids_are_unique():
 @pytest.mark.parametrize("split", SPLITS)
 def test_rows_are_in_canonical_format_already(split):
     canonical = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in ROWS[split]]
-    assert preference_rows(load_source(SAMPLE_NAME, split)) == canonical
+    assert preference_rows(source(split)) == canonical
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_sft_trains_on_the_chosen_answers(split):
     expected = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS[split]]
-    assert sft_rows(load_source(SAMPLE_NAME, split)) == expected
+    assert sft_rows(source(split)) == expected
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -108,9 +115,9 @@ def test_one_row_a_line_and_no_blank_lines(split):
     assert (lines[-1], [json.loads(line) for line in lines[:-1]]) == ("", ROWS[split])
 
 
-def test_no_prompt_in_both_splits():
-    train = {normal(repr(row["prompt"])) for row in ROWS["train"]}
-    assert [row["id"] for row in ROWS["heldout"] if normal(repr(row["prompt"])) in train] == []
+def test_no_prompt_in_two_splits():
+    prompts = {split: {normal(repr(row["prompt"])) for row in ROWS[split]} for split in SPLITS}
+    assert [pair for pair in itertools.combinations(SPLITS, 2) if prompts[pair[0]] & prompts[pair[1]]] == []
 
 
 def test_no_prompt_twice_in_a_split():
@@ -129,15 +136,22 @@ def test_no_held_out_question_is_nearly_a_training_question():
     assert near == []
 
 
-def test_no_question_that_the_quickstart_holds_out_is_nearly_a_training_question():
-    """Its recipes divide both files by the hash of the prompt (`heldout: 0.2`): 204 and 46 pairs, all tasks in both."""
-    source = load_source(SAMPLE_NAME, "all")
-    sides = held_out(prepare(source, "pairs").rows.column("opening"), 0.2).tolist()
-    parts = [[row for row, side in zip(source.rows, sides, strict=True) if side is wanted] for wanted in (True, False)]
-    assert [len(part) for part in parts] == [46, 204]
-    assert {row["task"] for row in parts[0]} == {row["task"] for row in parts[1]}
-    heldout, train = ([(row["id"], normal(question(row))) for row in part] for part in parts)
-    assert [(a, b) for a, mine in heldout for b, other in train if similarity(mine, other, 0.8) >= 0.8] == []
+def test_no_question_that_the_quickstart_holds_out_is_nearly_one_that_it_trains_on():
+    """Its recipes divide both files by the hash of the prompt (`heldout: 0.4`): 113 and 137 pairs, all tasks in both."""
+    sample = load_source(SAMPLE_NAME, "all")
+    sides = held_out(prepare(sample, "pairs").rows.column("opening"), 0.4).tolist()
+    held, train = ([row for row, side in zip(sample.rows, sides, strict=True) if side is s] for s in (True, False))
+    assert [len(held), len(train)] == [137, 113]
+    assert {row["task"] for row in held} == {row["task"] for row in train}
+    seen = [(row["id"], normal(question(row))) for row in [*train, *ROWS["judge"]]]
+    heldout = [(row["id"], normal(question(row))) for row in held]
+    assert [(a, b) for a, mine in heldout for b, other in seen if similarity(mine, other, 0.8) >= 0.8] == []
+
+
+def test_the_quickstarts_heldout_leaves_the_judge_its_pairs():
+    """A recipe folder holds out the same fraction everywhere, so that one can name its own data in all four files."""
+    sides = held_out(prepare(load_source(JUDGE_NAME), "pairs").rows.column("opening"), 0.4)
+    assert (len(sides), sides.sum()) == (122, 1)  # at least one, always
 
 
 def test_no_answer_twice():

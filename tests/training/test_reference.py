@@ -522,6 +522,8 @@ def test_held_out_rows_have_their_reference_too(recipe, tiny_llama, few_pairs, t
                    eval_strategy="steps", eval_steps=1, **values)  # fmt: skip
         both[way] = next(row for row in rows if "eval_loss" in row)
     assert computed == [12, 5]
+    dpo(recipe, tmp_path, "none", model_name_or_path=tiny_llama, dataset_name=few_pairs, beta=0.3, **values)
+    assert computed == [12, 5]  # without an evaluation none for them; that of the training rows is cached
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
         assert both["cached"][name] == pytest.approx(both["online"][name], rel=1e-5, abs=1e-6)
 
