@@ -57,7 +57,7 @@ class EndpointJudge:
 
 
 Where = Callable[[str], str]
-_NUMBERS = {"timeout_s": (float, 0.1, 3600), "retries": (int, 0, 100), "concurrency": (int, 1, 256), "max_calls": (int, 1, 1e9)}  # fmt: skip
+_NUMBERS: dict[str, tuple[Any, float, float]] = {"timeout_s": (float, 0.1, 3600), "retries": (int, 0, 100), "concurrency": (int, 1, 256), "max_calls": (int, 1, 1e9)}  # fmt: skip
 _TEXTS = ("label", "endpoint", "model", "api_key_env", "template")
 
 
@@ -115,7 +115,9 @@ def judges_of(values: dict[str, Any], where: Where = str) -> list[RewardJudge | 
         return []
     given = given if isinstance(given, list) else [given]
     if not given or not all(isinstance(item, dict) or (isinstance(item, str) and item) for item in given):
-        raise UserError(f"{place}: judge is {quote(values['judge'])}; expected a reward model, an endpoint, or a list of them")
+        raise UserError(
+            f"{place}: judge is {quote(values['judge'])}; expected a reward model, an endpoint, or a list of them"
+        )
     given = [item if isinstance(item, dict) else {"model": item} for item in given]
     for item in given:
         _check_judge(item, place)
@@ -236,7 +238,9 @@ def check_evaluated(values: dict[str, Any], path: str, where: Where) -> None:
         )
     for judge in judges:
         if isinstance(judge, RewardJudge) and judge.model == values.get("reward_model"):
-            raise UserError(f"{where('judge')}: {judge.model} is the reward_model, which judges already; remove it here")
+            raise UserError(
+                f"{where('judge')}: {judge.model} is the reward_model, which judges already; remove it here"
+            )
     baseline = values.get("baseline")
     if baseline is not None and baseline not in answering:
         raise UserError(f"{where('baseline')}: baseline is {quote(baseline)}; expected one of {', '.join(answering)}")

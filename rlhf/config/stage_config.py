@@ -187,7 +187,9 @@ class EvaluateConfig:
     )
     baseline: str | None = field(
         default=None,
-        metadata={"help": "Label of the policy that the others are compared with; default: sft, or the first of `models`."},
+        metadata={
+            "help": "Label of the policy that the others are compared with; default: sft, or the first of `models`."
+        },
     )
     kl_prompts: int = field(
         default=64,

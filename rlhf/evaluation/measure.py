@@ -25,6 +25,7 @@ class Subject:
         prompts: the prompts that it answers, by row; a reward model's is empty.
         kind: `policy`, `reward` (of reward_model) or `judge`.
         samples: how many of the first prompts it answers by sampling too, for its divergence from the baseline.
+        why_no_samples: why its divergence can't be measured; '' if it is, or if nobody asked.
     """
 
     short: str
@@ -34,6 +35,7 @@ class Subject:
     prompts: dict[int, list[int]]
     kind: str = "policy"
     samples: int = 0
+    why_no_samples: str = ""
 
 
 @dataclass
@@ -76,8 +78,11 @@ def prepare(rows: list[dict], names: dict[str, str], config: EvaluateConfig) -> 
         subjects.append(Subject(label, name, tokenizer, pairs, prompts))
     reference = next(subject for subject in subjects if subject.short == baseline)
     for subject in subjects:
-        same = subject.tokenizer.get_vocab() == reference.tokenizer.get_vocab()  # else their tokens can't be compared
-        if subject is not reference and len(subject.prompts) == len(rows) and same and reference.name != subject.name:
+        if subject is reference or reference.name == subject.name or not config.kl_prompts:
+            continue
+        if subject.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+            subject.why_no_samples = f"its tokens are not those of {baseline}"
+        elif len(subject.prompts) == len(rows):
             subject.samples = min(config.kl_prompts, len(rows))
     subjects.sort(key=lambda subject: subject is reference)
     judges = [("reward", names["reward_model"], "reward")] if "reward_model" in names else []

@@ -29,7 +29,7 @@ class GumbelNoise(LogitsProcessor):
     def __init__(self, seeds: list[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         noise = torch.empty(scores.shape)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
