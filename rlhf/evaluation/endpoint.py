@@ -146,8 +146,8 @@ class Endpoint:
                 f"{self.address}/chat/completions", json=body, timeout=self.judge.timeout_s, stream=True,
                 allow_redirects=False,
             ) as answer:  # fmt: skip
-                content = b""
-                for chunk in answer.iter_content(65536):
+                content = bytearray()
+                for chunk in answer.iter_content(16):  # requests waits for that many bytes, however slowly they come
                     content += chunk
                     if time.monotonic() > deadline:  # requests' own timeout starts anew with every chunk
                         raise _TryAgain(f"no whole reply within {self.judge.timeout_s:g} s")
