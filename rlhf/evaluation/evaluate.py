@@ -34,7 +34,7 @@ from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
 from rlhf.evaluation.comparison import summarise_judges, summarise_judgments, summarise_samples
 from rlhf.evaluation.exports import export_answers
-from rlhf.evaluation.judging import check_endpoints, judge_all, read_template
+from rlhf.evaluation.judging import check_endpoints, endpoint_judges, judge_all, read_template
 from rlhf.evaluation.measure import Found, Subject, check_room, measure, prepare
 from rlhf.evaluation.overlap import describe as describe_overlap
 from rlhf.evaluation.overlap import find_overlap, heading
@@ -134,7 +134,8 @@ def run_evaluation(
     begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.skipped))
     check_room(names, config)
     files = {key: weights_digest(name) for key, name in names.items()}  # a model may be written again under its name
-    key = key_of(vars(config) | {"output_dir": None}, inputs, files, data.rows, device.type)
+    templates = [read_template(judge, recipe.where("judge")) for judge in endpoint_judges(config)]
+    key = key_of(vars(config) | {"output_dir": None}, inputs, files, data.rows, device.type, *templates)
     with Stopper(run.folder) as stopper:
         subjects = prepare(data.rows, names, config)
         with locked(run.folder, recipe), Measured(run.folder, key, stopper, begin) as measured:
