@@ -23,7 +23,7 @@ class GumbelNoise(LogitsProcessor):
     Every row has noise of its own seed, drawn on the CPU, so that its answer does not depend on the other rows of the batch,
     on the number of processes or on the device (as far as the logits don't).
 
-    Source: Gumbel, Statistical Theory of Extreme Values, 1954; Maddison et al., arXiv:1411.0030.
+    Source: Gumbel, Statistical Theory of Extreme Values, 1954.
     """
 
     def __init__(self, seeds: list[int]):
