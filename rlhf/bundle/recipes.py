@@ -53,7 +53,7 @@ def read_recipes(folder: Path) -> list[Recipe]:
     """The recipes of a folder: its YAML files with a `stage`, checked, in the order of the stages.
 
     Raises:
-        UserError: no such folder, none in it, or a recipe with a mistake.
+        UserError: no such folder, none in it, a recipe with a mistake, or one with keys that a bundle can't carry.
     """
     if not folder.is_dir():
         what = "is a file, not a folder of recipes" if folder.exists() else "is no folder"
@@ -68,9 +68,19 @@ def read_recipes(folder: Path) -> list[Recipe]:
             continue  # YAML for something else
         if stage in STAGES:
             found.append(load_recipe(str(file), stage))
+            _refuse_any_models(found[-1])
     if not found:
         raise UserError(f"{quote_path(str(folder))} has no recipe (a .yaml file with a line `stage: …`)")
     return sorted(found, key=lambda recipe: STAGES.index(recipe.stage))
+
+
+def _refuse_any_models(recipe: Recipe) -> None:
+    for key in ("models", "judge"):
+        if recipe.get(key):
+            raise UserError(
+                f"{recipe.where(key)}: a bundle can't carry the models that '{key}' names; name them as base_model, sft_model, "
+                f"dpo_model and reward_model, or move this recipe out of the folder"
+            )
 
 
 def named(recipes: list[Recipe], keys: tuple[str, ...]) -> Iterator[Named]:

@@ -127,6 +127,7 @@ RANGES = {
     # evaluate
     "max_new_tokens": Range(1, 1_000_000),
     "num_shown": Range(1, 1000),
+    "kl_prompts": Range(0, _ROWS, note="0 disables"),
     "heldout": Range(0, 10**9, above=True),
     "batch_size": Range(1, 65536),
     "benchmark_limit": Range(1, _ROWS),
@@ -180,6 +181,8 @@ def check_value(where: str, key: Key, value: Any) -> Any:
     members = ["str" if m.endswith(("Type", "Strategy", "Names")) else m for m in members]
     members = ["list[str]" if m.startswith("list[") and m.endswith(("Option]", "Type]")) else m for m in members]
     if "list[str]" in members:
+        value = [value] if isinstance(value, str) else value
+    if "list[str | dict]" in members and "str" not in members:  # one item, or a list of them
         value = [value] if isinstance(value, str) else value
     if any(m.startswith("dict") for m in members) and "str" in members:  # a string is JSON; TRL would open it as a file
         members.remove("str")

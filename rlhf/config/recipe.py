@@ -15,6 +15,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.evaluated import check_evaluated
 from rlhf.config.key_effects import REFUSED
 from rlhf.config.key_ranges import check_value, split_union
 from rlhf.config.keys import Key, library_keys, own_keys
@@ -154,11 +155,7 @@ def _check_required(recipe: Recipe) -> None:
     if recipe.stage == "evaluate":
         if not recipe.get("dataset_name"):
             raise UserError(f"{recipe.path}: key 'dataset_name' is missing; it names the held-out preference pairs")
-        has_policies = recipe.get("sft_model") and recipe.get("dpo_model")
-        if not (has_policies or recipe.get("reward_model") or recipe.get("benchmarks")):
-            raise UserError(
-                f"{recipe.path}: nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"
-            )
+        check_evaluated(recipe.values, recipe.path, recipe.where)
         return
     if not recipe.get("model_name_or_path"):
         raise UserError(f"{recipe.path}: key 'model_name_or_path' is missing; it names the model to start from")

@@ -225,6 +225,40 @@ class EvaluateConfig:
     sft_model: str | None = field(default=None, metadata={"help": "Output of the sft stage."})
     reward_model: str | None = field(default=None, metadata={"help": "Output of the reward stage."})
     dpo_model: str | None = field(default=None, metadata={"help": "Output of the dpo stage."})
+    models: list[str] | dict | None = field(
+        default=None,
+        metadata={
+            "help": "Any policies to compare: a list of folders or hub names, or `label: model` for each; beside base_model, "
+            "sft_model and dpo_model."
+        },
+    )
+    judge: list[str | dict] | dict | None = field(
+        default=None,
+        metadata={
+            "help": "Who compares the answers, beside reward_model: a reward model, an OpenAI-compatible endpoint (`{endpoint: "
+            "http://localhost:8000/v1, model: NAME, api_key_env: VARIABLE}`), or a list of them: docs/evaluation.md."
+        },
+    )
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Label of the policy that the others are compared with; default: sft, or the first of `models`."
+        },
+    )
+    kl_prompts: int = field(
+        default=64,
+        metadata={
+            "help": "Estimate each policy's KL divergence from the baseline on one sampled answer to each of the first N "
+            "prompts; 0: don't."
+        },
+    )
+    export: list[str] | None = field(
+        default=None,
+        metadata={
+            "choices": ["alpaca_eval", "arena_hard"],
+            "help": "Also write the answers in the formats of AlpacaEval and Arena-Hard.",
+        },
+    )
     dataset_name: str | list[str | dict] | None = None
     dataset_config: str | None = None
     dataset_train_split: str | None = field(

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf.config.evaluated import EndpointJudge, baseline_of, judges_of, model_keys, policies_of, recipe_key
 from rlhf.config.recipe import Recipe, load_recipe
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.console import quiet_libraries
@@ -30,26 +32,28 @@ from rlhf.data.summary import line, skipped_line
 from rlhf.data.summary import summarise as summarise_data
 from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
+from rlhf.evaluation.comparison import summarise_judges, summarise_judgments, summarise_samples
+from rlhf.evaluation.exports import export_answers
 from rlhf.evaluation.extras import Extras, read_extras
-from rlhf.evaluation.measure import check_room, measure, prepare
+from rlhf.evaluation.judging import check_endpoints, endpoint_judges, judge_all, read_template
+from rlhf.evaluation.measure import Found, Subject, check_room, measure, prepare
 from rlhf.evaluation.overlap import describe as describe_overlap
 from rlhf.evaluation.overlap import find_overlap, heading
 from rlhf.evaluation.partial import Measured, key_of
 from rlhf.evaluation.reward_measures import about_rewards
+from rlhf.evaluation.screen import show
 from rlhf.evaluation.statistics import summarise
 from rlhf.files import read_json, read_json_lines, write_file
 from rlhf.runs.card import refresh_cards
 from rlhf.runs.folder import RunFolder, finish_run, open_run, start_run
 from rlhf.runs.lineage import maker_of, waits_for
-from rlhf.runs.measure_tables import tables
 from rlhf.runs.provenance import model_digest
-from rlhf.runs.results import COLUMNS, POLICIES, describe_models, labels_of, sentences, shown_text, table_rows
+from rlhf.runs.results import POLICIES, describe_models, table_rows
 from rlhf.runs.resume import lock_folder
 from rlhf.runs.stop import Stopper
+from rlhf.runs.verdict import verdicts
 from rlhf.training.checks import on_cpu
 from rlhf.training.plan_checks import check_finished_models
-
-MODEL_KEYS = ("base_model", "sft_model", "reward_model", "dpo_model")
 
 
 def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -> dict[str, Any] | None:
@@ -61,7 +65,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     recipe = load_recipe(recipe_path, "evaluate", overrides)
     config = EvaluateConfig(**recipe.values)
     digest, found, rows = read_rows(recipe, config)
-    names = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
+    names = model_keys(vars(config))
     overlap, seen = find_overlap(rows, names)
     if overlap.left_out:
         rows = rows.select(np.flatnonzero(~seen))
@@ -71,6 +75,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
         about.append(skipped_line(found.skipped, len(rows) + len(found.skipped)))
     about += describe_overlap(overlap)
     waiting = {key: waits_for(recipe, name) for key, name in names.items()}
+    where_judge = recipe.where("judge")
     if check_only and any(waiting.values()):
         say(f"{recipe.path}: ok (waits for: {', '.join(w for w in waiting.values() if w)})")
         return None
@@ -80,7 +85,7 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     if run.complete:
         say(f"{'Evaluation':<12} complete: {run.folder}")
         results = read_results(run.folder, describe_models(names, inputs))
-        show(results, read_answers(run.folder))
+        show(results, read_answers(run.folder, results["policies"]))
         return results
     if not check_only:
         say(f"\n=== Evaluation: {recipe.path}")
@@ -89,9 +94,12 @@ def evaluate(recipe_path: str, overrides: list[str], check_only: bool = False) -
     extras.find_tasks()
     if check_only:
         check_finished_models(recipe, names, waiting)
+        check_endpoints(config, where_judge, rows)
         say(f"{recipe.path}: ok ({heading({'pairs': len(rows), 'overlap': overlap.record()})})")
         return None
     quiet_libraries(len(rows))
+    check_finished_models(recipe, names, {})
+    check_endpoints(config, where_judge, rows)
     data = Data(plain_rows(rows), found.skipped, summary.record(), overlap.record())
     return run_evaluation(run, recipe, config, data, inputs, extras)
 
@@ -122,33 +130,65 @@ def run_evaluation(
     from rlhf.models.digests import weights_digest
     from rlhf.models.folder import locate
 
-    given = {key: getattr(config, key) for key in MODEL_KEYS if getattr(config, key)}
-    names = {key: locate(name, recipe.where(key), maker_of(recipe, name), say) for key, name in given.items()}
+    given = model_keys(vars(config))
+    places = {key: recipe.where(recipe_key(key, recipe.values)) for key in given}
+    names = {key: locate(name, places[key], maker_of(recipe, name), say) for key, name in given.items()}
     device = PartialState(cpu=on_cpu(recipe) or None).device  # else accelerate starts unconnected processes on CPUs
     begin = functools.cache(lambda: _start(run, recipe, inputs, vars(config) | {"data": data.summary}, data.skipped))
     check_room(names, config)
     files = {key: weights_digest(name) for key, name in names.items()}  # a model may be written again under its name
-    key = key_of(vars(config) | {"output_dir": None}, inputs, files, data.rows, device.type)
+    templates = [read_template(judge, recipe.where("judge")) for judge in endpoint_judges(config)]
+    key = key_of(vars(config) | {"output_dir": None}, inputs, files, data.rows, device.type, *templates)
     with Stopper(run.folder) as stopper:
         subjects = prepare(data.rows, names, config)
         with locked(run.folder, recipe), Measured(run.folder, key, stopper, begin) as measured:
-            pairs, answers = measure(data.rows, subjects, config, measured)
+            found = measure(data.rows, subjects, config, measured)
+            judgments = judge_all(config, found.answers, measured, recipe.where("judge"), "reward_model" in names)
             more = extras.measure(names, measured)
             if not is_main():
                 return None
             begin()
-            results = summarise(pairs, answers, beta=read_beta(names.get("dpo_model")))
-            results.get("reward", {}).update(about_rewards(pairs))
+            results = summarise(
+                found.pairs, found.answers, read_beta(names.get("dpo_model")), policies_of(vars(config))
+            )
+            results.get("reward", {}).update(about_rewards(found.pairs))
             results |= more
             results |= {"models": describe_models(given, inputs), "max_new_tokens": config.max_new_tokens}
+            results |= compare_answers(config, found, judgments, subjects)
             results |= {"overlap": data.overlap, "changes": [row._asdict() for row in table_rows(results)]}
-            write_results(run.folder, pairs, answers, results)
-            finish_run(run, {"stage": "evaluate", "pairs": len(pairs)})
+            results["verdict"] = verdicts(results)
+            write_results(run.folder, found, judgments, results)
+            export_answers(run.folder, config, found, subjects)
+            finish_run(run, {"stage": "evaluate", "pairs": len(found.pairs)})
             measured.remove()
     for reason in refresh_cards(given, inputs, results, run.folder):
         say(f"note: the results were not added to {reason}")
-    show(results, answers)
+    show(results, found.answers)
     return results
+
+
+def compare_answers(
+    config: EvaluateConfig, found: Found, judgments: list[dict], subjects: list[Subject]
+) -> dict[str, Any]:
+    """The part of the results about the policies' answers to the same prompts: who wins, and how far from the baseline."""
+    judges: dict[str, dict[str, Any]] = {}
+    if any(subject.kind == "reward" for subject in subjects):
+        judges["reward_model"] = {"kind": "reward", "key": "reward_model"}
+    for judge in judges_of(vars(config)):
+        if isinstance(judge, EndpointJudge):
+            template = hashlib.sha256(read_template(judge, "").encode()).hexdigest()
+            about = {"endpoint": judge.endpoint, "model": judge.model, "template_sha256": template}
+            judges[judge.label] = {"kind": "endpoint", **about, "parameters": judge.parameters}
+        else:
+            judges[judge.label] = {"kind": "reward", "key": f"judge.{judge.label}"}
+    baseline = baseline_of(vars(config))
+    return {
+        "baseline": baseline,
+        "pairwise": summarise_judgments(judgments, found.answers, config.seed),
+        "judges": summarise_judges(judges, judgments, found.pairs) if judgments else {},
+        "kl": summarise_samples(found.samples, baseline),
+        "kl_skipped": {s.short: s.why_no_samples for s in subjects if s.why_no_samples},
+    }
 
 
 @contextlib.contextmanager
@@ -173,9 +213,13 @@ def _start(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments: di
     write_skipped(run.folder, skipped)
 
 
-def write_results(folder: Path, pairs: list[dict], answers: list[dict], results: dict[str, Any]) -> None:
-    """Write pairs.jsonl, answers.jsonl and results.json."""
-    for name, lines in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
+def write_results(folder: Path, found: Found, judgments: list[dict], results: dict[str, Any]) -> None:
+    """Write pairs.jsonl, answers.jsonl, judgments.jsonl, samples.jsonl and results.json."""
+    samples = [
+        {"row": row, "policy": label, **one} for label, by_row in found.samples.items() for row, one in by_row.items()
+    ]
+    files = {"pairs": found.pairs, "answers": found.answers, "judgments": judgments, "samples": samples}
+    for name, lines in ((f"{name}.jsonl", lines) for name, lines in files.items() if lines):
         write_file(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
@@ -221,75 +265,20 @@ def read_results(folder: Path, models: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """The answers of a finished evaluation, without unreadable lines."""
-    return [answer for answer in read_json_lines(folder / "answers.jsonl") if _is_answer(answer)]
+def read_answers(folder: Path, labels: Iterable[str] = POLICIES) -> list[dict[str, Any]]:
+    """The answers of a finished evaluation by the policies of these labels, without unreadable lines."""
+    known = set(labels)
+    return [answer for answer in read_json_lines(folder / "answers.jsonl") if _is_answer(answer, known)]
 
 
-def _is_answer(answer: dict[str, Any]) -> bool:
+def _is_answer(answer: dict[str, Any], labels: set[str]) -> bool:
     prompt = answer.get("prompt")
     last = prompt[-1] if isinstance(prompt, list) and prompt else None
-    texts = [answer[p] for p in ("base", "sft", "dpo") if p in answer]
-    rewards = [answer[f"{p}_reward"] for p in ("base", "sft", "dpo") if f"{p}_reward" in answer]
+    texts = [answer[p] for p in labels if p in answer]
+    rewards = [answer[f"{p}_reward"] for p in labels if f"{p}_reward" in answer]
     return (
         isinstance(last, dict)
         and isinstance(last.get("content"), str)
         and all(isinstance(text, str) for text in texts)
         and all(isinstance(reward, (int, float)) for reward in rewards)
     )
-
-
-def shown_answers(answers: list[dict]) -> list[dict]:
-    """The prompts that every policy answered (base answers the first few only)."""
-    return [a for a in answers if "base" in a] or answers[:3]
-
-
-def show(results: dict[str, Any], answers: list[dict]) -> None:
-    """Print the table and the answers side by side."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not is_main():
-        return
-    console = Console()
-    table = Table(title=f"On {heading(results)}", box=box.SIMPLE_HEAD, title_justify="left")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number in (1, 2) else "left")
-    for row in table_rows(results):
-        table.add_row(*map(Text, row), style="bold" if row.change == "worse" else None)
-    console.print(table)
-    for sentence in sentences(results):
-        console.print(Text(f"  {sentence}"), style="dim")
-    show_tables(results, console)
-    console.print()
-    labels = labels_of(results)
-    for answer in shown_answers(answers):
-        policies = [p for p in POLICIES if p in answer]
-        side = Table(
-            box=box.SIMPLE_HEAD, title=Text(f"> {answer['prompt'][-1]['content']}"), title_justify="left", expand=True
-        )
-        for policy in policies:
-            reward = f" (reward {answer[f'{policy}_reward']:+.2f})" if f"{policy}_reward" in answer else ""
-            side.add_column(Text(f"{labels[policy]}{reward}"), ratio=1)
-        side.add_row(*(Text(shown_text(answer, p)) for p in policies))
-        console.print(side)
-
-
-def show_tables(results: dict[str, Any], console: Any) -> None:
-    """Print the tables about the reward model and the benchmarks."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    for found in tables(results):
-        table = Table(title=Text(found.title), box=box.SIMPLE_HEAD, title_justify="left")
-        for number, column in enumerate(found.columns):
-            table.add_column(column, no_wrap=number == 0)
-        for row in found.rows:
-            table.add_row(*map(Text, row))
-        console.print()
-        console.print(table)
-        if found.sentence:
-            console.print(Text(f"  {found.sentence}"), style="dim")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.evaluated import EndpointJudge, judges_of, model_keys
 from rlhf.config.recipe import HARMLESS
 from rlhf.config.stage_config import STAGES, TRAINING_STAGES
 from rlhf.config.yaml_reader import read_flat
@@ -22,7 +23,6 @@ from rlhf.runs.records import read_complete, read_recipe
 from rlhf.runs.results import describe_models
 
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "evaluate": "Evaluation"}
-EVALUATED = ("sft_model", "reward_model", "dpo_model", "base_model")
 DEPTH = 2  # levels below the given folder: runs/quickstart/sft in runs
 
 
@@ -140,10 +140,7 @@ def follow_evaluation(selection: Selection, runs: dict[str, list[dict]]) -> None
     evaluation = runs["evaluate"][0]
     selection.stages["evaluate"] = evaluation
     measured = evaluation["provenance"].get("inputs") or {}
-    for key in EVALUATED:
-        name = evaluation["recipe"].get(key)
-        if not name:
-            continue
+    for key, name in evaluated_models(evaluation["recipe"]).items():
         run = find_run(name, runs, measured.get(key))
         if run is not None and run["name"] in TRAINING_STAGES:
             shown = selection.stages.setdefault(run["name"], run)
@@ -154,6 +151,22 @@ def follow_evaluation(selection: Selection, runs: dict[str, list[dict]]) -> None
         if reason := why_stale(name, run, measured.get(key)):
             selection.stale.append(f"{key}: {reason}")
     _add_ancestors(selection, runs)
+
+
+def evaluated_models(recipe: dict[str, Any]) -> dict[str, str]:
+    """The models of a recorded evaluation by key, as `rlhf.config.evaluated.model_keys`; {} if its keys are damaged."""
+    try:
+        return model_keys(recipe)
+    except UserError:
+        return {}
+
+
+def endpoints_of(recipe: dict[str, Any]) -> list[EndpointJudge]:
+    """The endpoints that judged a recorded evaluation."""
+    try:
+        return [judge for judge in judges_of(recipe) if isinstance(judge, EndpointJudge)]
+    except UserError:
+        return []
 
 
 def why_stale(name: str, run: dict[str, Any] | None, measured: str | None) -> str:
@@ -293,6 +306,7 @@ def results_with_models(evaluation: dict[str, Any]) -> dict[str, Any]:
     """results.json, with the description of the models added if an older version did not write it."""
     results = read_json(Path(evaluation["folder"]) / "results.json") or {}
     if results and "models" not in results:
-        names = {key: evaluation["recipe"][key] for key in EVALUATED if evaluation["recipe"].get(key)}
-        results["models"] = describe_models(names, evaluation["provenance"].get("inputs") or {})
+        results["models"] = describe_models(
+            evaluated_models(evaluation["recipe"]), evaluation["provenance"].get("inputs") or {}
+        )
     return results

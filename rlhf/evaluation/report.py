@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.recipe import Recipe
-from rlhf.config.stage_config import TRAINING_STAGES
 from rlhf.console import duration
 from rlhf.curation.lengths import bucket
 from rlhf.data.format_options import FormatOptions
@@ -29,11 +28,13 @@ from rlhf.data.sources import ALL_ROWS, SAMPLE_NAME, Source, load_source
 from rlhf.data.store import Rows
 from rlhf.distributed.processes import say
 from rlhf.errors import UserError, quote
-from rlhf.evaluation.evaluate import read_answers, shown_answers
+from rlhf.evaluation.evaluate import read_answers
 from rlhf.evaluation.finished_runs import (
     TITLES,
     Selection,
     comparison,
+    endpoints_of,
+    evaluated_models,
     levels,
     recipe_outputs,
     results_with_models,
@@ -42,11 +43,13 @@ from rlhf.evaluation.finished_runs import (
 )
 from rlhf.evaluation.overlap import heading
 from rlhf.evaluation.plots import PLOTS, draw, draw_length_bias, draw_lengths, draw_reliability, ties_note
+from rlhf.evaluation.screen import shown_answers
 from rlhf.files import read_json_lines, write_file
 from rlhf.runs.card import hyper_parameters
 from rlhf.runs.command import is_complete, shell_line
 from rlhf.runs.measure_tables import tables
 from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
+from rlhf.runs.verdict import MODEL_COLUMNS, PAIR_COLUMNS, model_note, model_rows, pair_note, pair_rows
 
 
 def write_report(target: str, output: str | None = None) -> Path:
@@ -127,7 +130,7 @@ def render(selection: Selection, home: str) -> str:
     evaluation = stages.get("evaluate")
     if evaluation and evaluation["complete"] and not selection.stale:
         results = results_with_models(evaluation)
-        answers = read_answers(Path(evaluation["folder"]))
+        answers = read_answers(Path(evaluation["folder"]), results.get("policies") or ())
         drawn = reward_plots(results, Path(evaluation["folder"]))
     shown = shown_answers(answers)
     return environment.get_template("report.html.jinja").render(
@@ -140,6 +143,13 @@ def render(selection: Selection, home: str) -> str:
         worse=WORSE,
         sentences=sentences(results) if results else [],
         results=results,
+        models=model_rows(results) if results else [],
+        model_columns=MODEL_COLUMNS,
+        model_note=model_note(results) if results else "",
+        pairs=pair_rows(results) if results else [],
+        pair_columns=PAIR_COLUMNS,
+        pair_note=pair_note(results) if results else "",
+        verdict=results.get("verdict") or [],
         heading=heading(results) if results else "",
         tables=tables(results),
         reward_plots=drawn,
@@ -152,7 +162,7 @@ def render(selection: Selection, home: str) -> str:
         plots={name: draw(stage) for name, stage in stages.items() if name in PLOTS and stage["metrics"]},
         ties=ties_note(stages["dpo"]) if "dpo" in stages else "",
         shown=shown,
-        more=[a for a in answers if a not in shown and "sft" in a and "dpo" in a],
+        more=[a for a in answers if a not in shown and sum(label in a for label in results["policies"]) > 1],
         labels=labels_of(results) if results else {},
         shown_text=shown_text,
         data=data_statistics(stages),
@@ -183,9 +193,8 @@ def stage_facts(stage: dict[str, Any], stages: dict[str, dict]) -> list[tuple[st
     inputs = stage["provenance"].get("inputs") or {}
     facts = [("folder", stage["folder"])]
     if stage["name"] == "evaluate":
-        facts += [
-            (key, str(recipe[f"{key}_model"])) for key in ("base", *TRAINING_STAGES) if recipe.get(f"{key}_model")
-        ]
+        facts += [(key.removesuffix("_model"), str(name)) for key, name in evaluated_models(recipe).items()]
+        facts += [("judge", f"{judge.model} at {judge.endpoint}") for judge in endpoints_of(recipe)]
     else:
         facts.append(("starts from", start_of(stage, stages)[1]))
     facts.append(("data", str(recipe.get("dataset_name") or recipe.get("chosen_dataset_name"))))

@@ -1,8 +1,12 @@
-"""Statistics of an evaluation: losses, accuracies and win rates with intervals, from log-probabilities and scores."""
+"""Statistics of an evaluation: losses, accuracies and win rates with intervals, from log-probabilities and scores.
+
+Comparisons of two models are in rlhf/evaluation/paired.py.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from rlhf.runs.intervals import wilson_interval
@@ -30,10 +34,25 @@ def token_loss(pairs: list[dict], model: str, side: str = "chosen") -> float:
     return -sum(p[model][side] for p in pairs) / sum(p[model][f"{side}_tokens"] for p in pairs)
 
 
-def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, Any]:
-    """All results of the table, computed from the measured pairs and answers."""
+def lengths(texts: list[str]) -> dict[str, Any]:
+    """Mean words and characters of answers, and how many are empty; NaN without answers."""
+    return {
+        "mean_words": _mean([len(text.split()) for text in texts]),
+        "mean_characters": _mean([len(text) for text in texts]),
+        "answers_empty": sum(not text for text in texts),
+    }
+
+
+def summarise(
+    pairs: list[dict], answers: list[dict], beta: float, policies: Iterable[str] = POLICIES
+) -> dict[str, Any]:
+    """All results of the table, computed from the measured pairs and answers.
+
+    Args:
+        policies: the policies' keys in `pairs` and `answers`, in the order in which they are shown.
+    """
     results: dict[str, Any] = {"pairs": len(pairs), "beta": beta, "policies": {}}
-    for model in POLICIES:
+    for model in policies:
         if model in pairs[0]:
             given = [a for a in answers if f"{model}_cut" in a]
             results["policies"][model] = {
@@ -43,6 +62,7 @@ def summarise(pairs: list[dict], answers: list[dict], beta: float) -> dict[str, 
                 "rejected_logp": _mean([p[model]["rejected"] for p in pairs]),
                 "answers": len(given),
                 "answers_cut": sum(a[f"{model}_cut"] for a in given),
+                **lengths([a[model] for a in given]),
                 "prefers_chosen": share([compare(p[model]["chosen"], p[model]["rejected"]) for p in pairs]),
                 "prefers_chosen_per_token": share([compare(*_per_token(p[model])) for p in pairs]),
             }

@@ -33,7 +33,8 @@ def judge_paths(looks: list[dict], names: dict[str, str], places: dict[str, str]
 
 
 def _download(key: str, name: str) -> str:
-    return f"hf download {'' if key in MODEL_KEYS else '--repo-type dataset '}{name}"
+    is_model = key in MODEL_KEYS or key.startswith(("models.", "judge."))  # `rlhf.config.evaluated.model_keys`
+    return f"hf download {'' if is_model else '--repo-type dataset '}{name}"
 
 
 def _judge_path(what: str, download: str, seen: list, maker: str, hosts: list[str]) -> list[Finding]:

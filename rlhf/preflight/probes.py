@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from rlhf.config.evaluated import model_keys
 from rlhf.config.recipe import Recipe
 from rlhf.data.folders import is_data_name
 from rlhf.files import cache_dir
@@ -117,11 +118,15 @@ def look_at_paths(recipe: Recipe) -> dict[str, list]:
     cached, but the hub is reachable) or `no hub`.
     """
     found = {}
-    for key in (*MODEL_KEYS, *DATA_KEYS, "chat_template"):
-        name = recipe.get(key)
+    named = {key: recipe.get(key) for key in (*MODEL_KEYS, *DATA_KEYS, "chat_template")}
+    models = set(MODEL_KEYS)
+    if recipe.stage == "evaluate":
+        named |= model_keys(recipe.values)
+        models |= set(model_keys(recipe.values))
+    for key, name in named.items():
         if not name or (key == "chat_template" and not name.endswith(".jinja")) or name.startswith(PREFIX):
             continue
-        found[key] = look_at(name, "model" if key in MODEL_KEYS else "dataset", bool(maker_of(recipe, name)))
+        found[key] = look_at(name, "model" if key in models else "dataset", bool(maker_of(recipe, name)))
     return found
 
 

@@ -22,6 +22,16 @@ from rlhf.runs.command import TOKEN, shell_line
 from rlhf.runs.measure_tables import tables
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.results import COLUMNS, cut_sentence, judge_sentence, part_about, table_rows, what_got_worse
+from rlhf.runs.verdict import (
+    MODEL_COLUMNS,
+    PAIR_COLUMNS,
+    compared_with_others,
+    model_note,
+    model_rows,
+    pair_note,
+    pair_rows,
+    verdicts,
+)
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,7 +75,7 @@ def write_card(folder: Path, summary: dict[str, Any] | None = None, measured: di
 
     Args:
         summary: the content of complete.json (which may be written later); None while the run trains.
-        measured: {"folder", "results", "data"} of an evaluation of exactly these weights.
+        measured: {"folder", "results", "data", "key": as which model} of an evaluation of exactly these weights.
     """
     provenance = read_json(folder / "provenance.json")
     if not provenance:
@@ -90,12 +100,12 @@ def refresh_cards(
     recipe = _recipe(evaluation)
     data = f"{public(data_name(recipe.get('dataset_name')))}, split `{recipe.get('dataset_test_split', 'test')}`"
     failed = []
-    for key in ("sft_model", "reward_model", "dpo_model"):
+    for key in names:
         folder = Path(names.get(key) or "/nowhere")
         complete = read_json(folder / "complete.json")
         if complete and complete.get("weights_sha256") == digests.get(key) and is_ours(folder / CARD):
             try:
-                write_card(folder, complete, {"folder": str(evaluation), "results": results, "data": data})
+                write_card(folder, complete, {"folder": str(evaluation), "results": results, "data": data, "key": key})
             except OSError as error:
                 failed.append(f"{folder / CARD}: {error.strerror}")
     return failed
@@ -308,25 +318,28 @@ def _public_command(provenance: dict[str, Any]) -> str:
 def _result_parts(stage: str, measured: dict[str, Any] | None) -> list[str]:
     if measured is None:
         return ["## Results", "Not evaluated yet: `rlhf evaluate RECIPE.yaml` measures it and adds the results here."]
-    results = part_about(measured["results"], stage)
-    rows = table_rows(results)
-    said = [what_got_worse(rows), judge_sentence(results), cut_sentence(results)]
-    return [
+    found = [
         "## Results",
-        f"On {results['pairs']} pairs of {_plain(measured['data'])}. All numbers: `{_code(public(measured['folder']))}/results.json`.",
-        _table(COLUMNS, rows),
-        *(_plain(s) for s in said if s),
-        *(part for found in tables(measured["results"]) if stage in found.stages for part in _more(found)),
+        f"On {measured['results']['pairs']} pairs of {_plain(measured['data'])}. All numbers: `{_code(public(measured['folder']))}/results.json`.",
     ]
-
-
-def _more(found: Any) -> list[str]:
-    """A table of measure_tables.py as Markdown."""
-    return [
-        f"### {_plain(found.title)}",
-        _table(found.columns, found.rows),
-        *([_plain(found.sentence)] if found.sentence else []),
-    ]
+    key = measured.get("key") or f"{stage}_model"
+    if key == f"{stage}_model":
+        results = part_about(measured["results"], stage)
+        rows = table_rows(results)
+        said = [what_got_worse(rows), judge_sentence(results), cut_sentence(results)]
+        found += [_table(COLUMNS, rows), *(_plain(s) for s in said if s)]
+    results = compared_with_others(measured["results"], key)
+    found += [f"**{_plain(sentence)}**" for sentence in verdicts(results)]
+    for columns, table, note in (
+        (PAIR_COLUMNS, pair_rows(results), pair_note(results)),
+        (MODEL_COLUMNS, model_rows(results), model_note(results)),
+    ):
+        found += [_table(columns, list(table)), _plain(note)] if table else []
+    for more in tables(measured["results"]):
+        if stage in more.stages:
+            found += [f"### {_plain(more.title)}", _table(more.columns, more.rows)]
+            found += [_plain(more.sentence)] if more.sentence else []
+    return found
 
 
 def _table(columns: tuple, rows: list) -> str:

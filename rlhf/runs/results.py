@@ -41,8 +41,9 @@ def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str,
         digests: of their weights when they were measured, by key.
 
     Returns:
-        {key: {"name", "digest", "stage": of its run or None, "data": digests of its training data, "starts_from":
-        digest of the model that it was trained from, or None, "beta": of a DPO run, or None}}
+        {key: {"name", "digest", "stage": of its run or None, "data": digests of its training data, "labelled_by": digests
+        of the reward models that chose its pairs, as far as that is recorded, "starts_from": digest of the model that it
+        was trained from, or None, "beta": of a DPO run, or None}}
     """
     found = {}
     for key, name in names.items():
@@ -54,6 +55,7 @@ def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str,
             "digest": digests.get(key),
             "stage": provenance.get("stage"),
             "data": sorted(v for k, v in inputs.items() if k.endswith("dataset_name")),
+            "labelled_by": sorted(map(str, provenance.get("labelled_by") or ())),
             "starts_from": inputs.get("model_name_or_path"),
             "beta": beta,
         }
@@ -63,7 +65,8 @@ def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str,
 def labels_of(results: dict[str, Any]) -> dict[str, str]:
     """The label of each policy: `SFT` and `DPO` for runs of those stages, `base` for the model SFT started from.
 
-    Any other model is labelled by its name. Results without `models` are from an older version and labelled by key.
+    Any other model of the stages' keys is labelled by its name, one of `models` as there. Results without `models` are from
+    an older version and labelled by key.
     """
     models = results.get("models")
     if models is None:
@@ -82,7 +85,7 @@ def labels_of(results: dict[str, Any]) -> dict[str, str]:
     for policy, label in list(labels.items()):
         if list(labels.values()).count(label) > 1:
             labels[policy] = f"{label} ({policy}_model)"
-    return labels
+    return labels | {policy: policy for policy in results["policies"] if policy not in POLICIES}
 
 
 def short_name(name: str, most: int = 40) -> str:
@@ -98,6 +101,8 @@ def models_line(results: dict[str, Any]) -> str:
         for policy in POLICIES
         if f"{policy}_model" in models and labels[policy] != models[f"{policy}_model"]["name"]
     ]
+    parts += [f"{key.removeprefix('models.')} is {models[key]['name']}" for key in models if key.startswith("models.")
+              and key.removeprefix("models.") != models[key]["name"]]  # fmt: skip
     if "reward_model" in models:
         name = f"he reward model is {models['reward_model']['name']}"
         parts.append(f"{'t' if parts else 'T'}{name}")
@@ -254,10 +259,10 @@ def how_to_read(results: dict[str, Any]) -> str:
 
 def sentences(results: dict[str, Any]) -> list[str]:
     """The sentences below the table, on the screen and in the report."""
-    found = [what_got_worse(table_rows(results)), models_line(results), judge_sentence(results)]
-    return [
-        s for s in [found[0], how_to_read(results), *found[1:], reference_note(results), cut_sentence(results)] if s
-    ]
+    rows = table_rows(results)
+    about = [what_got_worse(rows), how_to_read(results)] if rows else []
+    about += [models_line(results), judge_sentence(results), reference_note(results), cut_sentence(results)]
+    return [sentence for sentence in about if sentence]
 
 
 def shown_text(answer: dict[str, Any], policy: str) -> str:

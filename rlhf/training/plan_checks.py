@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf.config.evaluated import recipe_key
 from rlhf.config.key_effects import without_effect
 from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import say
@@ -34,7 +35,7 @@ def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[s
     """Check that an evaluation's models exist, are of the right kind and have a tokenizer; loads no weights.
 
     Args:
-        names: of the models, by key (`base_model`, `sft_model`, `dpo_model`, `reward_model`).
+        names: of the models, by key (`rlhf.config.evaluated.model_keys`).
         waiting: by key, the command that still has to make the model, or ''.
     """
     from transformers import AutoTokenizer
@@ -42,19 +43,18 @@ def check_finished_models(recipe: Recipe, names: dict[str, str], waiting: dict[s
     from rlhf.models.folder import is_reward_model, locate
 
     for key, name in names.items():
+        where, judges = recipe.where(recipe_key(key, recipe.values)), key == "reward_model" or key.startswith("judge.")
         if waiting.get(key) or (name.startswith("embedded:") and not is_fetched()):
             continue
-        located = locate(name, recipe.where(key), maker_of(recipe, name), say)
-        if Path(located).is_dir() and is_reward_model(located) != (key == "reward_model"):
+        located = locate(name, where, maker_of(recipe, name), say)
+        if Path(located).is_dir() and is_reward_model(located) != judges:
             kinds = ("a policy", "a reward model")
-            found, expected = kinds if key == "reward_model" else kinds[::-1]
-            raise UserError(f"{recipe.where(key)}: {name} holds {found}; '{key}' names {expected}")
+            found, expected = kinds if judges else kinds[::-1]
+            raise UserError(f"{where}: {name} holds {found}; '{key}' names {expected}")
         try:
             AutoTokenizer.from_pretrained(located)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(
-                f"{recipe.where(key)}: the tokenizer of {name} can't be loaded: {sentence(error)}"
-            ) from None
+            raise UserError(f"{where}: the tokenizer of {name} can't be loaded: {sentence(error)}") from None
 
 
 def check_scheduler(plan: Plan) -> None:

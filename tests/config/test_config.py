@@ -398,8 +398,8 @@ def test_missing_key_of_a_training_recipe(tmp_path, stage, key):
     [
         ("output_dir", "key 'output_dir' is missing; it names the folder for the results"),
         ("dataset_name", "key 'dataset_name' is missing; it names the held-out preference pairs"),
-        ("sft_model", "nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"),
-        ("dpo_model", "nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model'"),
+        ("sft_model", "nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model', or 'models'"),
+        ("dpo_model", "nothing to evaluate; set 'sft_model' and 'dpo_model' and/or 'reward_model', or 'models'"),
     ],
 )
 def test_missing_key_of_an_evaluate_recipe(tmp_path, without, message):
