@@ -131,6 +131,8 @@ def pair_note(results: dict[str, Any]) -> str:
         + ". At equal length: AlpacaEval's minimal length control; a coefficient above 0 means that longer answers win."
     )  # fmt: skip
     for label, judge in (results.get("judges") or {}).items():
+        if judge.get("kind") == "endpoint":
+            text += f" {label} is {judge.get('model')} at {judge.get('endpoint')}."
         if "accuracy" in judge:
             text += (
                 f" {judge_name(results, label)} agrees with {judge['accuracy']['share']:.0%} of the pairs' own labels."
@@ -161,13 +163,10 @@ def compared_with_others(results: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def judge_name(results: dict[str, Any], label: str) -> str:
-    """How a judge is called: by its folder or model."""
-    judge = (results.get("judges") or {}).get(label) or {}
+    """How a judge is called: by its label, or reward_model by its folder."""
     if label == "reward_model":
         return short_name(((results.get("models") or {}).get("reward_model") or {}).get("name") or "the reward model")
-    return (
-        label if judge.get("kind") != "endpoint" or label == judge.get("model") else f"{label} ({judge.get('model')})"
-    )
+    return label
 
 
 def dependence(results: dict[str, Any], judge: str, policy: str) -> tuple[bool | None, str]:
@@ -175,7 +174,7 @@ def dependence(results: dict[str, Any], judge: str, policy: str) -> tuple[bool |
     record = (results.get("judges") or {}).get(judge) or {}
     models, name = results.get("models") or {}, labels_of(results)[policy]
     if record.get("kind") == "endpoint":
-        return True, f"not trained with {name}"
+        return True, "an outside judge"  # who labelled a data set that was found somewhere is not recorded
     found, trained = models.get(record.get("key", "")), models.get(_key(policy))
     if found is None or trained is None:
         return None, f"whether {name} was trained against it is not recorded"

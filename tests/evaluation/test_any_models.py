@@ -231,7 +231,11 @@ def test_what_a_person_sees(done):
     out = " ".join(out.split())  # lines are broken anywhere
     assert "judge api at http://127.0.0.1" in out and "calls (" in out
     assert "Their answers compared" in out and "The models" in out and out.count("Verdict: ") == 2
-    assert "by api (not trained with new)" in out and "No KL of gpt: its tokens are not those of old." in out
+    assert (
+        "by api (an outside judge)" in out
+        and "api is longer at http://" in out
+        and "No KL of gpt: its tokens are not those of old." in out
+    )
 
 
 def test_the_key_is_nowhere(done):

@@ -103,7 +103,7 @@ def test_a_judge_of_unknown_training_is_not_called_independent(change):
 def test_the_most_independent_judge_decides_and_the_others_are_named():
     text = told(row("RM2", found={"share": 0.7, "low": 0.6, "high": 0.8}), row("gpt", found=EVEN, equal=EVEN))
     assert text.startswith(
-        "No difference shown between DPO and SFT: 52% [46, 58] of 120 prompts by gpt (not trained with DPO)"
+        "No difference shown between DPO and SFT: 52% [46, 58] of 120 prompts by gpt (an outside judge)"
     )
     assert "; RM2 (trained on the same pairs as DPO): 70% [60, 80]." in text
     assert "No independent judge" not in text and "disagree" not in text
