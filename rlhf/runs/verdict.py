@@ -213,8 +213,9 @@ def _verdict(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     main, *others = judged
     independent, about = dependence(results, main["judge"], main["a"])
     text = (
-        f"{outcome(main, a, b)}: {_share(main)} of {main['count']} prompts by {judge_name(results, main['judge'])} "
-        f"({about}), answers {_longer(main)}; length-controlled {_share(main['length_controlled'])}"
+        f"{outcome(main, a, b)}: {'' if _side(main) > 0 else f'{a} wins '}{_share(main)} of {main['count']} prompts by "
+        f"{judge_name(results, main['judge'])} ({about}), {a}'s answers {_longer(main)}; length-controlled "
+        f"{_share(main['length_controlled'])}"
     )
     if _side(main) and _side(main["length_controlled"]) != _side(main):
         text += (
@@ -242,10 +243,13 @@ def _caveats(results: dict[str, Any], row: dict[str, Any], independent: bool | N
     missing = sum(row["not_judged"].values())
     if missing:
         text += f" {missing} more prompt{'s were' if missing > 1 else ' was'} not judged."
+    cut = []
     for label in (row["a"], row["b"]):
         found = results["policies"][label]
         if found["answers"] and found["answers_cut"] / found["answers"] >= MUCH_CUT:
-            text += f" {found['answers_cut']} of {found['answers']} answers of {labels[label]} were cut at max_new_tokens={results.get('max_new_tokens')}."
+            cut.append(f"{found['answers_cut']} of {found['answers']} answers of {labels[label]}")
+    if cut:
+        text += f" {' and '.join(cut)} were cut at max_new_tokens={results.get('max_new_tokens')}."
     return text
 
 
@@ -272,7 +276,7 @@ def _share(found: dict[str, Any]) -> str:
 def _longer(row: dict[str, Any]) -> str:
     """How much longer a's answers are, in words."""
     if not row["b_words"] or math.isnan(row["b_words"]):
-        return "of which the other's are empty"
+        return "longer, as the other's are empty"
     change = row["a_words"] / row["b_words"] - 1
     if abs(change) < 0.005:
         return "of the same length"

@@ -48,7 +48,7 @@ def told(*rows, **more):
 
 def test_a_win():
     assert told(row()) == (
-        "DPO beats SFT: 58% [52, 64] of 120 prompts by runs/rm (trained on other data than DPO), answers 12% longer; "
+        "DPO beats SFT: 58% [52, 64] of 120 prompts by runs/rm (trained on other data than DPO), DPO's answers 12% longer; "
         "length-controlled 58% [52, 64]."
     )
 
@@ -59,8 +59,10 @@ def test_a_win_that_length_explains():
 
 
 def test_no_difference_and_a_loss():
-    assert told(row(found=EVEN, equal=EVEN)).startswith("No difference shown between DPO and SFT: 52% [46, 58] of 120")
-    assert told(row(found=LOST)).startswith("SFT beats DPO: 38% [30, 47] of 120 prompts")
+    assert told(row(found=EVEN, equal=EVEN)).startswith(
+        "No difference shown between DPO and SFT: DPO wins 52% [46, 58] of 120"
+    )
+    assert told(row(found=LOST)).startswith("SFT beats DPO: DPO wins 38% [30, 47] of 120 prompts")
 
 
 @pytest.mark.parametrize("low, text", [(0.501, "[50.1, 64.0]"), (0.5, "[50, 64]")])
@@ -74,8 +76,8 @@ def test_an_end_that_decides_is_not_rounded_to_a_half(low, text):
     [(112.0, "12% longer"), (80.0, "20% shorter"), (100.4, "of the same length"), (99.6, "of the same length")],
 )
 def test_lengths_stand_beside_the_rate(words, text):
-    assert f"answers {text};" in told(row(a_words=words))
-    assert "of which the other's are empty" in told(row(b_words=0.0))
+    assert f"DPO's answers {text};" in told(row(a_words=words))
+    assert "longer, as the other's are empty" in told(row(b_words=0.0))
 
 
 def test_a_judge_of_the_same_pairs_is_said_to_be_one():
@@ -103,7 +105,7 @@ def test_a_judge_of_unknown_training_is_not_called_independent(change):
 def test_the_most_independent_judge_decides_and_the_others_are_named():
     text = told(row("RM2", found={"share": 0.7, "low": 0.6, "high": 0.8}), row("gpt", found=EVEN, equal=EVEN))
     assert text.startswith(
-        "No difference shown between DPO and SFT: 52% [46, 58] of 120 prompts by gpt (an outside judge)"
+        "No difference shown between DPO and SFT: DPO wins 52% [46, 58] of 120 prompts by gpt (an outside judge)"
     )
     assert "; RM2 (trained on the same pairs as DPO): 70% [60, 80]." in text
     assert "No independent judge" not in text and "disagree" not in text
