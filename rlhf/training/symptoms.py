@@ -151,7 +151,7 @@ def chosen_falls(history: History, settings: Settings) -> Finding | None:
         f"log-ratio to the reference {ratios['chosen']:+.1f} (rejected {ratios['rejected']:+.1f}). A small fall is normal in "
         "DPO; at this size the policy forgets how to write good answers, whatever the margin says",
         (*((beta, rate) if settings.beta < 0.05 else (rate, beta)),
-         "or add an SFT term: loss_type: [sigmoid, sft], loss_weights: [1, 0.2]"),
+         "add an SFT term: loss_type: [sigmoid, sft], loss_weights: [1, 0.2]"),
         share,
     )  # fmt: skip
 
