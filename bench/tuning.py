@@ -53,7 +53,9 @@ def shortest(file: Path, number: int = 152) -> list[dict[str, str]]:
     found: dict[str, tuple[int, dict[str, str]]] = {}
     for row in rows:
         texts = [row["chosen"], row["rejected"]]
-        turns = [turn for text in texts for turn in text.replace("\n\nHuman:", "\n\nAssistant:").split("\n\nAssistant:")[1:]]
+        turns = [
+            turn for text in texts for turn in text.replace("\n\nHuman:", "\n\nAssistant:").split("\n\nAssistant:")[1:]
+        ]
         prompt = _prompt(*texts)
         if all(turn.strip() for turn in turns) and all(text[len(prompt) :].strip() for text in texts):
             words = len(prompt.split()) + sum(len(text[len(prompt) :].split()) for text in texts)
@@ -65,7 +67,9 @@ def shortest(file: Path, number: int = 152) -> list[dict[str, str]]:
 
 
 def _prompt(chosen: str, rejected: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
     mark = "\n\nAssistant:"
     return chosen[: chosen.rfind(mark, 0, same) + len(mark)]
 
@@ -74,9 +78,7 @@ def train(name: str, out: Path) -> None:
     values = COMMON | {"dataset_name": str(out / "hh.jsonl"), "reference_cache": str(out / "reference")} | RUNS[name]
     recipe = out / f"{name}.yaml"
     recipe.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
-    subprocess.run(
-        [sys.executable, "-m", "rlhf", "dpo", str(recipe), "--output_dir", str(out / name)], check=True
-    )
+    subprocess.run([sys.executable, "-m", "rlhf", "dpo", str(recipe), "--output_dir", str(out / name)], check=True)
 
 
 def told(rows: list[dict], beta: float, rate: float) -> list:

@@ -11,7 +11,8 @@ from test_resume import needs_deepspeed
 slow = pytest.mark.slow
 BEST = {
     "eval_strategy": "steps", "eval_steps": 1, "heldout": 0.3, "save_strategy": "steps", "save_steps": 8, "logging_steps": 1,
-    "max_steps": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "global_batch_size": 4, "max_tokens_per_device": 4096,
+    "max_steps": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "global_batch_size": 2, "max_tokens_per_device": 4096,
+    "per_device_train_batch_size": None,
     "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1,
     "early_stopping_patience": 2,
 }  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.__main__ import main
+from rlhf.runs.checkpointing import StopCallback
 from rlhf.runs.metrics import read_metrics
-from rlhf.training.watch import Watch
 
 EVERY = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "logging_steps": 1, "heldout": 0.3}
 
@@ -18,16 +18,15 @@ EVERY = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "l
 def run(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):
     """Trains a tiny model by DPO; returns (exit code, complete.json, folder)."""
 
-    def start(name, stop_at=None, moved_to=None, **values):
+    def start(name, stop_at=None, **values):
         out = tmp_path / name
-        on_log = Watch.on_log
+        on_step_end = StopCallback.on_step_end
 
-        def stopping(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}) and state.global_step == stop_at:
-                (out / "stop").touch()
-            return on_log(self, args, state, control, logs=logs, **kwargs)
+        def stopping(self, args, state, control, **kwargs):
+            if state.global_step == stop_at:
+                self.fault_tolerance.stopper.asked_by = "SIGTERM"
+            return on_step_end(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(Watch, "on_log", stopping)
         settings = {
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
@@ -39,8 +38,9 @@ def run(recipe, tiny_llama, few_pairs, tmp_path, monkeypatch):
         file = recipe(
             "dpo", name=name, model_name_or_path=tiny_llama, dataset_name=few_pairs, output_dir=str(out), **settings
         )
-        code = main(["dpo", file])
-        monkeypatch.setattr(Watch, "on_log", on_log)
+        with monkeypatch.context() as patch:
+            patch.setattr(StopCallback, "on_step_end", stopping)
+            code = main(["dpo", file])
         complete = json.loads((out / "complete.json").read_text()) if code == 0 else None
         return code, complete, out
 
