@@ -82,9 +82,13 @@ TRANSFORMERS = [
         "_save_optimizer_and_scheduler output_dir": "checkpoints that any engine can read",
         "_prepare_for_training max_steps train_dataloader resume_from_checkpoint": "resuming under another engine",
         "_load_from_checkpoint resume_from_checkpoint model": "resuming under another engine",
-        "_load_best_model": "the best model of a run whose checkpoints any engine can read",
         "_load_scaler checkpoint": "the loss scale of a resumed fp16 run",
         "_evaluate trial ignore_keys_for_eval skip_scheduler": "stopping during an evaluation",
+    }),
+    *_of("transformers.trainer", "Trainer", "runs/best.py", {
+        "_load_best_model": "the best model of a run whose checkpoints any engine can read",
+        "_determine_best_metric metrics trial": "saving the best checkpoint between two save_steps",
+        "_finalize_training trial num_train_samples start_time": "keeping the newest checkpoint until the model is written",
     }),
     *_of("transformers.trainer_callback", "TrainerCallback", "runs/checkpointing.py", {
         "on_train_begin args state control": "the evaluation that a stop has postponed",

@@ -34,6 +34,7 @@ def build_configs(recipe: Recipe):
     if training.get("use_cpu"):
         training.setdefault("dataloader_pin_memory", False)
     training.setdefault("report_to", "none")
+    _set_best_metric(training, recipe)
     try:
         args, model_args = config_class(**training), ModelConfig(**groups["ModelConfig"])
     except (ValueError, TypeError) as error:
@@ -50,6 +51,20 @@ def build_configs(recipe: Recipe):
     if is_flash(model_args.attn_implementation):
         model_args.attn_implementation = _flash_or_packed(recipe, bool(args.use_cpu))
     return args, model_args, recipe.ours
+
+
+# What decides which checkpoint is the best, where the recipe does not say: transformers would take the loss everywhere.
+BEST_METRIC = {"sft": "eval_loss", "reward": "eval_accuracy", "dpo": "eval_rewards/accuracies"}
+
+
+def _set_best_metric(training: dict[str, Any], recipe: Recipe) -> None:
+    """Held-out accuracy is what DPO and reward models are for; schedulers that follow a loss keep transformers' default."""
+    wanted = recipe.get("load_best_model_at_end") or recipe.get("early_stopping_patience")
+    if (wanted or recipe.get("save_strategy") == "best") and recipe.get("lr_scheduler_type") not in _FOLLOWS_LOSS:
+        training.setdefault("metric_for_best_model", BEST_METRIC[recipe.stage])
+
+
+_FOLLOWS_LOSS = ("reduce_lr_on_plateau", "greedy")
 
 
 def complete_deepspeed(config: dict[str, Any]) -> None:

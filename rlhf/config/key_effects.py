@@ -190,6 +190,8 @@ ONLY_WITH = {
     "eval_steps": _among("eval_strategy", "no", ("steps",), "without `eval_strategy: steps`"),
     "eval_delay": _EVALUATES,
     "metric_for_best_model": _EVALUATES,
+    "early_stopping_patience": _among("eval_strategy", "no", ("steps", "epoch"), "without eval_strategy (steps or epoch)"),
+    "early_stopping_threshold": _given("early_stopping_patience"),
     "greater_is_better": _given("metric_for_best_model"),
     "save_steps": _among("save_strategy", "steps", ("steps", "best"), "without `save_strategy: steps`"),
     "logging_steps": Needs(

@@ -117,6 +117,8 @@ RANGES = {
     "eval_steps": EVERY,
     "save_steps": EVERY,
     "eval_delay": Range(0, _STEPS),
+    "early_stopping_patience": COUNT,
+    "early_stopping_threshold": Range(0, 1_000_000),
     "save_total_limit": Range(1, 1_000_000, note="remove it to keep all"),
     "torch_empty_cache_steps": COUNT,
     # processes

@@ -152,6 +152,17 @@ class StageConfig:
             "DeepSpeed or FSDP saves it itself, for the same one only."
         },
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations in a row without a better metric_for_best_model (by default the held-out "
+            "accuracy, in SFT the held-out loss); with load_best_model_at_end the best checkpoint is what is written."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Early stopping: an evaluation counts as better only if it is better by more than this."},
+    )
     continue_adapter: bool = field(
         default=True,
         metadata={"help": "If the input model is a LoRA adapter: train it further (true) or merge it first (false)."},

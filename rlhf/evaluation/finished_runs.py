@@ -17,7 +17,7 @@ from rlhf.config.stage_config import STAGES, TRAINING_STAGES
 from rlhf.config.yaml_reader import read_flat
 from rlhf.errors import UserError, quote
 from rlhf.files import read_json
-from rlhf.runs.metrics import read_metrics
+from rlhf.runs.metrics import findings_of, read_metrics
 from rlhf.runs.provenance import model_digest
 from rlhf.runs.records import read_complete, read_recipe
 from rlhf.runs.results import describe_models
@@ -60,7 +60,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "recipe": recipe,
         "provenance": provenance,
         "complete": read_complete(folder),
-        "metrics": read_metrics(folder),
+        "metrics": (metrics := read_metrics(folder)),
+        "findings": findings_of(metrics),
     }
 
 

@@ -21,12 +21,21 @@ PLOTS = {
     "dpo": [
         ("Loss", "nats per pair", {"loss": "training", "eval_loss": "held out"}),
         ("Implicit rewards", "beta x log-ratio", {"rewards/chosen": "chosen", "rewards/rejected": "rejected",
-                                                  "rewards/margins": "margin"}),
-        ("Log-probabilities", "nats per answer", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+                                                  "rewards/margins": "margin", "eval_rewards/margins": "margin, held out"}),
+        ("Log-probabilities", "nats per answer", {
+            "logps/chosen": "chosen", "logps/rejected": "rejected",
+            "eval_logps/chosen": "chosen, held out", "eval_logps/rejected": "rejected, held out"}),
         ("Accuracy", "share of pairs", {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"}),
     ],
 }  # fmt: skip
-COLOURS = ("#2563eb", "#d97706", "#059669")
+COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#b91c1c")
+MARK = "#b91c1c"  # where the run said something about itself
+# The findings (rlhf/training/symptoms.py) that a plot shows, by its title; those of no plot stand in the list only.
+MARKS = {
+    "Loss": ("loss_turns", "loss_rises", "nothing_moves", "small_beta"), "Log-probabilities": ("chosen_falls",),
+    "Accuracy": ("accuracy_turns", "memorises", "follows_length"), "Implicit rewards": ("margin_without_accuracy",),
+    "Margin chosen over rejected": ("margin_without_accuracy",),
+}  # fmt: skip
 TIES = "rewards/accuracies"
 
 
@@ -189,6 +198,9 @@ def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, s
     if not curves:
         return ""
     figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
+    for finding in stage.get("findings") or []:
+        if finding["finding"] in MARKS.get(title, ()):
+            axes.axvline(finding["step"], color=MARK, linewidth=0.8, linestyle=":")
     for metric, colour in zip(metrics, COLOURS, strict=False):
         if metric not in curves:
             continue

@@ -48,6 +48,7 @@ from rlhf.files import read_json_lines, write_file
 from rlhf.runs.card import hyper_parameters
 from rlhf.runs.command import is_complete, shell_line
 from rlhf.runs.measure_tables import tables
+from rlhf.runs.records import describe_best
 from rlhf.runs.results import COLUMNS, WORSE, labels_of, sentences, shown_text, table_rows
 from rlhf.runs.verdict import MODEL_COLUMNS, PAIR_COLUMNS, model_note, model_rows, pair_note, pair_rows
 
@@ -160,6 +161,7 @@ def render(selection: Selection, home: str) -> str:
         ],
         unshown=selection.unshown,
         plots={name: draw(stage) for name, stage in stages.items() if name in PLOTS and stage["metrics"]},
+        best={name: describe_best(stage["complete"] or {}) for name, stage in stages.items()},
         ties=ties_note(stages["dpo"]) if "dpo" in stages else "",
         shown=shown,
         more=[a for a in answers if a not in shown and sum(label in a for label in results["policies"]) > 1],

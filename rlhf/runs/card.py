@@ -20,7 +20,8 @@ from rlhf.files import read_json, write_file
 from rlhf.models import embedded
 from rlhf.runs.command import TOKEN, shell_line
 from rlhf.runs.measure_tables import tables
-from rlhf.runs.metrics import read_metrics
+from rlhf.runs.metrics import findings_of, read_metrics
+from rlhf.runs.records import describe_best
 from rlhf.runs.results import COLUMNS, cut_sentence, judge_sentence, part_about, table_rows, what_got_worse
 from rlhf.runs.verdict import (
     MODEL_COLUMNS,
@@ -304,10 +305,15 @@ def _training_line(folder: Path, summary: dict[str, Any]) -> str:
     losses = [summary.get("first_loss"), summary.get("last_loss")]
     text = f"{summary['steps']} step{'' if summary['steps'] == 1 else 's'} on {summary['train_examples']} examples, "
     text += f"training loss {' → '.join(f'{float(x):.3f}' for x in losses if x is not None)}."
-    heldout = [m for m in read_metrics(folder) if "eval_loss" in m]
+    metrics = read_metrics(folder)
+    heldout = [m for m in metrics if "eval_loss" in m]
     if heldout:
         text += f" Held-out loss at step {heldout[-1]['step']}: {heldout[-1]['eval_loss']:.3f}."
-    return text + f" Weights sha256 `{summary.get('weights_sha256')}`."
+    if best := describe_best(summary):
+        text += f" {best[0].upper()}{best[1:]}."
+    text += f" Weights sha256 `{summary.get('weights_sha256')}`."
+    said = [f"- Step {row['step']}: {_plain(row['sentence'])}." for row in findings_of(metrics)]
+    return "\n\n".join([text, *(["What the run said about itself:", "\n".join(said)] if said else [])])
 
 
 def _public_command(provenance: dict[str, Any]) -> str:

@@ -21,10 +21,11 @@ from rlhf.distributed.processes import is_main, say
 from rlhf.distributed.sharding import plain_class
 from rlhf.errors import UserError
 from rlhf.files import is_disk_error, sync_file, write_file
+from rlhf.runs.best import BestCheckpoint
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import digest_files, newest_checkpoint, place_checkpoint, read_manifest, rotate_checkpoints
 from rlhf.runs.portable import PortableState, Share, plan_share, write_share
-from rlhf.runs.portable_index import IS_DATA, is_portable
+from rlhf.runs.portable_index import IS_DATA
 from rlhf.runs.stop import NOT_FINITE, SPIKE, STOP_FILE, Stopped, Stopper, watch
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class AllStepsDone(Exception):
     """The checkpoint that training resumes from is that of its last step."""
 
 
-class CheckpointMixin(Trainer):
+class CheckpointMixin(BestCheckpoint, Trainer):
     """Precedes TRL's trainer among the bases of a class; does nothing until `use_fault_tolerance` is called."""
 
     fault_tolerance: FaultTolerance | None = None
@@ -136,13 +137,14 @@ class CheckpointMixin(Trainer):
             super()._save_checkpoint(model, trial)
             return
         folder = self.fault_tolerance.folder / f"checkpoint-{self.state.global_step}"
-        partial = self.fault_tolerance.folder / ".partial"
+        partial, best_before = self.fault_tolerance.folder / ".partial", self.state.best_model_checkpoint
         reason = self._why_no_room() or self._write_checkpoint(model, trial, partial)
         if not reason:
             reason = self._place(partial / folder.name, folder)
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
         if reason:
+            self.state.best_model_checkpoint = best_before
             newest = newest_checkpoint(self.fault_tolerance.folder)
             kept = f"{Path(newest).name} is kept" if newest else "there is no earlier one"
             say(f"\nwarning: no checkpoint of step {self.state.global_step}: {reason}; {kept}, and training continues")
@@ -244,11 +246,9 @@ class CheckpointMixin(Trainer):
         assert self.fault_tolerance is not None
         reason, files = "", {}
         try:
-            if self.state.best_global_step:  # on all ranks, which load it in the end
-                best = self.fault_tolerance.folder / f"checkpoint-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best)
-                if is_main():
-                    self.state.save_to_json(str(partial / "trainer_state.json"))
+            self.best_is(folder)  # on all ranks, which load it in the end
+            if self.state.best_model_checkpoint and is_main():
+                self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
             if is_main() and (metrics := self.fault_tolerance.folder / "metrics.jsonl").is_file():
                 sync_file(metrics)  # its lines up to this step must be as durable as the checkpoint
@@ -317,13 +317,6 @@ class CheckpointMixin(Trainer):
         if self.fault_tolerance is None or self.fault_tolerance.restore is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_best_model(self) -> None:
-        """Also from a checkpoint for any engine, which holds nothing for the engine's own loading."""
-        best = Path(str(self.state.best_model_checkpoint))
-        if self.fault_tolerance is None or not is_portable({path.name for path in best.iterdir()}):
-            return super()._load_best_model()
-        PortableState(best).restore_weights(self.model)
-
     def _first(self, reason: str) -> str:
         """The reason of the lowest rank that has one, on all ranks; '' if none has."""
         return next(filter(None, gather_object([reason])), "")
@@ -350,11 +343,14 @@ class StopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         watch(self.fault_tolerance.watchdog_s)
-        manifest = read_manifest(self.fault_tolerance.folder / f"checkpoint-{state.global_step}") or {}
-        if manifest.get("evaluation_pending") and state.global_step > 0:
-            self.trainer._evaluate(None, None)
+        self.trainer.find_best_again()
+        checkpoint = self.fault_tolerance.folder / f"checkpoint-{state.global_step}"
+        if (read_manifest(checkpoint) or {}).get("evaluation_pending") and state.global_step > 0:
+            metrics = self.trainer._evaluate(None, None)
+            if metrics and self.trainer._determine_best_metric(metrics, None):
+                self.trainer.best_is(checkpoint)
             self.fault_tolerance.evaluation_pending = False
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:  # the latter: early stopping
             raise AllStepsDone
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -109,6 +109,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def findings_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the run said about itself (rlhf/training/watch.py): `{step, finding, sentence, turn, size}`, the last of each kind."""
+    found = {row["finding"]: row for row in rows if isinstance(row.get("finding"), str) and _is_finding(row)}
+    return sorted(found.values(), key=lambda row: row["step"])
+
+
+def _is_finding(row: dict[str, Any]) -> bool:
+    texts = [row.get("sentence"), *(row["turn"] if isinstance(row.get("turn"), list) else [None])]
+    size = row.get("size")
+    return (
+        all(isinstance(text, str) for text in texts) and isinstance(size, (int, float)) and not isinstance(size, bool)
+    )
+
+
 def _is_number(value: Any) -> bool:
     try:
         float(value)

@@ -96,6 +96,21 @@ def read_complete(folder: Path) -> dict[str, Any] | None:
     )
 
 
+def describe_best(summary: dict[str, Any]) -> str:
+    """Which weights a run has written, where they are not simply those of its last step; '' if they are.
+
+    Example: `the weights of step 20, the best by eval_accuracy (0.75); stopped early, after step 50 of 100`.
+    """
+    best, total = summary.get("best"), summary.get("stopped_early_of")
+    parts = []
+    if isinstance(best, dict) and isinstance(best.get("step"), int):
+        value = f" ({best['value']:.4g})" if isinstance(best.get("value"), (int, float)) else ""
+        parts.append(f"the weights of step {best['step']}, the best by {best.get('metric')}{value}")
+    if isinstance(total, int):
+        parts.append(f"stopped early, after step {summary.get('steps', '?')} of {total}")
+    return "; ".join(parts)
+
+
 def describe_complete(summary: dict[str, Any]) -> str:
     """Steps, losses and time of a finished run, on one line."""
     losses = [summary.get("first_loss"), summary.get("last_loss")]

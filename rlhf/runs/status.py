@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.config.recipe import load_recipe
@@ -12,7 +12,7 @@ from rlhf.errors import UserError, quote
 from rlhf.files import lock_file, non_negative_int, read_json
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.folder import refuse_other_run
-from rlhf.runs.metrics import read_metrics
+from rlhf.runs.metrics import findings_of, read_metrics
 from rlhf.runs.records import read_complete
 from rlhf.runs.stop import EXIT_STOPPED
 
@@ -33,6 +33,7 @@ class Status:
         of: the total number of steps; 0: unknown.
         saved: the step of the checkpoint to resume from; 0: none.
         by: what asked it to stop, or which process is running it.
+        findings: what the run has said about itself, as sentences.
     """
 
     stage: str
@@ -42,6 +43,7 @@ class Status:
     of: int = 0
     saved: int = 0
     by: str = ""
+    findings: list[str] = field(default_factory=list)
 
     def progress(self) -> str:
         """`step 12 of 40`, `step 12` if the total is unknown, or ''."""
@@ -87,14 +89,18 @@ def status_of_recipe(recipe_path: str, stage: str, overrides: list[str] | None =
 def status_of_folder(folder: Path, stage: str) -> Status:
     """The status of the run in a folder (`not started` if there is none)."""
     complete, stopped = read_complete(folder), read_json(folder / "stopped.json")
+    metrics = read_metrics(folder)
+    findings = [f"step {row['step']}: {row['sentence']}" for row in findings_of(metrics)]
     if complete:
         steps = int(complete.get("steps") or 0)
-        return Status(stage, folder, COMPLETE, steps, steps, steps)
+        return Status(stage, folder, COMPLETE, steps, steps, steps, findings=findings)
     checkpoint = newest_checkpoint(folder)
     saved = int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
-    step = max([saved, *(int(row["step"]) for row in read_metrics(folder))])
+    step = max([saved, *(int(row["step"]) for row in metrics)])
     state = (read_json(Path(checkpoint) / "trainer_state.json") or {}) if checkpoint else {}
-    found = Status(stage, folder, INTERRUPTED, step, non_negative_int(state.get("max_steps")) or 0, saved)
+    found = Status(
+        stage, folder, INTERRUPTED, step, non_negative_int(state.get("max_steps")) or 0, saved, findings=findings
+    )
     holder = holder_of(folder)
     if holder is not None:
         found.kind, found.by = RUNNING, holder
@@ -155,10 +161,15 @@ def show_statuses(folder: str) -> None:
     table = Table(box=SIMPLE, pad_edge=False)
     for title in ("stage", "state", "step", "folder", ""):
         table.add_column(title, overflow="fold")
-    for status in statuses(folder):
+    found = statuses(folder)
+    for status in found:
         step = f"{status.step}{f' of {status.of}' if status.of else ''}" if status.step else ""
         table.add_row(status.stage, status.kind, step, str(status.folder), status.next())
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for status in found:
+        for sentence in status.findings:
+            console.print(f"{status.stage}, {sentence}", markup=False, highlight=False)
 
 
 def print_status(recipe_path: str, stage: str, overrides: list[str]) -> int:

@@ -53,6 +53,17 @@ class Deferred:
     def _then(self, compute: Callable[..., Any], *others: Any, is_count: bool = False) -> Deferred:
         return Deferred(self._pending, compute, (self, *others), is_count)
 
+    def then(self, compute: Callable[[Any], Any]) -> Deferred:
+        """`compute` of this value."""
+        return self._then(compute)
+
+    def origin(self) -> Deferred:
+        """What this was computed from in the first place (its first input's, and so on), if it has not been read yet."""
+        node = self
+        while node._inputs and isinstance(node._inputs[0], Deferred):
+            node = node._inputs[0]
+        return node
+
     def __getattr__(self, name: str) -> Any:
         if name in METHODS:
             counts = self._is_count and name in COUNTING

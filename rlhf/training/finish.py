@@ -10,10 +10,11 @@ from rlhf.distributed.processes import on_main, say
 from rlhf.distributed.sharding import is_sharded
 from rlhf.files import sha256_of
 from rlhf.models.folder import base_of, revision_of
+from rlhf.runs.best import best_record
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import MANIFEST
 from rlhf.runs.folder import RunFolder, finish_run
-from rlhf.runs.records import describe_complete
+from rlhf.runs.records import describe_best, describe_complete
 from rlhf.training.stage import Plan, Stage
 
 if TYPE_CHECKING:
@@ -85,7 +86,11 @@ def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, s
     from rlhf.models.folder import is_adapter
 
     history = [h for h in trainer.state.log_history if "loss" in h]
-    return {
+    state = trainer.state
+    found: dict[str, Any] = {"best": best} if (best := best_record(trainer.args, state)) else {}
+    if state.global_step < state.max_steps:
+        found |= {"stopped_early_of": state.max_steps}
+    return found | {
         "stage": stage.name, "steps": trainer.state.global_step, "train_examples": len(trainer.train_dataset),
         "seconds": round(seconds, 1), "first_loss": history[0]["loss"] if history else None,
         "last_loss": history[-1]["loss"] if history else None,
@@ -95,6 +100,8 @@ def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, s
 
 def announce_finished(stage: Stage, run: RunFolder, summary: dict[str, Any]) -> None:
     say(f"{stage.title} is complete: {run.folder}  ({describe_complete(summary)})")
+    if text := describe_best(summary):
+        say(f"  {text}")
     difference = summary["max_logit_difference"]
     how = "every tensor is equal" if difference is None else f"largest logit difference {difference:.1e}"
     say(f"  written in {summary['dtype']} and read again: {how}")

@@ -150,6 +150,7 @@ def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], sto
         Stopped: a stop was requested while token ids or the reference were being made.
     """
     from rlhf.runs.checkpointing import note_stop
+    from rlhf.training.watch import add_watch
 
     args, recipe = plan.args, plan.recipe
     try:
@@ -166,6 +167,7 @@ def build(stage: Stage, plan: Plan, run: RunFolder, digests: dict[str, str], sto
     on_main(lambda: _start(run, recipe, digests, args.to_dict() | configured, plan.data))
     _announce(plan, trainer, run)
     add_callbacks(trainer, run.folder, stage.title)
+    add_watch(stage, plan, trainer, run.folder)
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlhf.training.deferred import Deferred
 # What TRL's metrics are means over; all others are means over pairs (DPO, reward) or labelled tokens (SFT).
 MEANS_OF = {
     "entropy": "scored", "logits/chosen": "chosen", "logits/rejected": "rejected", "mean_token_accuracy": "chosen",
+    "rewards/accuracies_longer": "longer", "rewards/accuracies_shorter": "shorter",
 }  # fmt: skip
 
 
@@ -54,6 +56,29 @@ class StepMeans:
                 self.weights[name] += weight
 
 
+def by_length(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The pairs whose chosen answer has more tokens than the rejected one (`longer`), and fewer (`shorter`): bool, per pair."""
+    chosen, rejected = batch["completion_mask"].cpu().sum(dim=1).chunk(2)
+    return {"longer": chosen > rejected, "shorter": chosen < rejected}
+
+
+def add_accuracies_by_length(metrics: dict[str, list], batch: dict[str, torch.Tensor]) -> None:
+    """DPO's accuracy where the chosen answer is the longer one, and where it is the shorter one.
+
+    TRL logs the mean margin; the margins that it is the mean of are what that value was computed from.
+    """
+    logged = metrics.get("rewards/margins")
+    if not logged or not isinstance(logged[-1], Deferred):
+        return
+    margins = logged[-1].origin()
+    for name, pairs in by_length(batch).items():
+        metrics[f"rewards/accuracies_{name}"] = [margins.then(functools.partial(_share_above_0, pairs))]
+
+
+def _share_above_0(pairs: torch.Tensor, margins: torch.Tensor) -> float:
+    return float((margins[pairs] > 0).double().mean()) if pairs.any() else 0.0
+
+
 def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]:
     """How many pairs and tokens a micro-batch's metrics are means over; all 0 for a dummy micro-batch."""
     counts = {"examples": examples}
@@ -61,6 +86,7 @@ def count_means(batch: dict[str, torch.Tensor], examples: int) -> dict[str, int]
         mask = batch["completion_mask"][:, 1:]
         chosen, rejected = (int(half.sum()) for half in mask.chunk(2))
         counts |= {"chosen": chosen, "rejected": rejected, "scored": chosen + rejected}
+        counts |= {name: int(pairs.sum()) for name, pairs in by_length(batch).items()}
     if "labels" in batch:
         counts["labels"] = int((batch["labels"][:, 1:] != -100).sum())
     return counts if examples else dict.fromkeys(counts, 0)

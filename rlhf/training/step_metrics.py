@@ -84,6 +84,8 @@ class StepMetrics:
         sums_and_weights = [[means.sums[n], means.weights[n]] for n in names] + [[tokens, 0.0], positions]
         both = self._over_ranks(sums_and_weights, "sum")
         for name, (total, weight) in zip(names, both, strict=False):
+            if not weight and name.startswith("rewards/accuracies_"):
+                continue  # there is no such pair: not the same as none that is right
             outer[name].append(total / weight if weight else 0.0)
         if extremes := sorted(means.extremes):
             found = self._over_ranks([means.extremes[name] for name in extremes], "max")

@@ -21,6 +21,7 @@ from rlhf.packing import known_inputs, move_batch
 from rlhf.runs.checkpointing import CheckpointMixin
 from rlhf.training.batching import step_examples
 from rlhf.training.precision import AccurateNorm
+from rlhf.training.step_means import add_accuracies_by_length
 from rlhf.training.step_metrics import StepMetrics
 from rlhf.training.steps import GlobalBatch, StepLoader, Steps, tokens_of
 
@@ -161,6 +162,8 @@ class GlobalBatches(AccurateNorm, StepMetrics, CheckpointMixin):
             self.current_gradient_accumulation_steps = self._balance_divisor  # type: ignore[assignment]  # else a count
         with self._metrics_later():
             found: Any = super().compute_loss(model, known_inputs(inputs), return_outputs, num_items_in_batch)
+            if self._step_weight is not None and not self.model.training:
+                add_accuracies_by_length(self._metrics["eval"], inputs)
         if self._step_weight is None:
             return found
         self.current_gradient_accumulation_steps = 1
