@@ -153,7 +153,7 @@ def run_evaluation(
             )
             results.get("reward", {}).update(about_rewards(found.pairs))
             results |= more
-            results |= {"models": describe_models(given, inputs), "max_new_tokens": config.max_new_tokens}
+            results |= {"models": describe_models(given, inputs, files), "max_new_tokens": config.max_new_tokens}
             results |= compare_answers(config, found, judgments, subjects)
             results |= {"overlap": data.overlap, "changes": [row._asdict() for row in table_rows(results)]}
             results["verdict"] = verdicts(results)

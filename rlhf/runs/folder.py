@@ -29,7 +29,7 @@ from rlhf.errors import UserError, quote
 from rlhf.files import free_bytes, read_json, write_file
 from rlhf.runs.checkpoints import newest_checkpoint
 from rlhf.runs.command import command_of, launcher_of, shell_line
-from rlhf.runs.provenance import environment
+from rlhf.runs.provenance import environment, labellers
 from rlhf.runs.records import read_complete, read_recipe
 
 # Allowed in an otherwise empty folder.
@@ -173,6 +173,7 @@ def start_run(run: RunFolder, recipe: Recipe, inputs: dict[str, str], arguments:
         **started,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
+        **({"labelled_by": found} if (found := labellers(recipe)) else {}),
         **environment(),
         "arguments": {k: v for k, v in arguments.items() if k != "token" and not k.endswith("_token")},
     }

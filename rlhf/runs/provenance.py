@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
+from rlhf.config.recipe import Recipe
 from rlhf.distributed.processes import world_size
 from rlhf.errors import UserError
+from rlhf.files import read_json
 from rlhf.models import embedded
 from rlhf.runs.records import look_at_complete
 
@@ -39,6 +41,19 @@ def model_digest(name: str) -> str:
     recorded = (summary or {}).get("weights_sha256")
     weights = [w for w in sorted(folder.glob("*.safetensors")) if os.path.isfile(w)]  # without dangling links
     return recorded or "+".join(f"{w.name}:{w.stat().st_size}" for w in weights)
+
+
+def labellers(recipe: Recipe) -> list[str]:
+    """Digests of the weights of the reward models that chose this recipe's pairs, as `rlhf label` records beside its output."""
+    names = recipe.get("dataset_name")
+    found = set()
+    for item in names if isinstance(names, list) else [names]:
+        name = item.get("name") if isinstance(item, dict) else item
+        record = (read_json(Path(f"{name}.provenance.json")) if isinstance(name, str) else None) or {}
+        judge = (record.get("inputs") or {}).get("reward") if record.get("command") == "label" else None
+        if isinstance(judge, dict) and isinstance(judge.get("weights_sha256"), str):
+            found.add(judge["weights_sha256"])
+    return sorted(found)
 
 
 def environment() -> dict[str, Any]:

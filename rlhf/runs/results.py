@@ -33,16 +33,19 @@ COLUMNS = Row("measure", "before", "after", "change", "unit or 95%")
 # --- who was measured ------------------------------------------------------------------------------------------------
 
 
-def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str, dict[str, Any]]:
+def describe_models(
+    names: dict[str, str], digests: dict[str, str], weights: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """The recorded facts about each measured model, by recipe key.
 
     Args:
         names: as the recipe names them (folder, hub id or `embedded:...`), by key (`sft_model`, ...).
         digests: of their weights when they were measured, by key.
+        weights: digests of the files of their weights (`rlhf.models.digests.weights_digest`), by key.
 
     Returns:
-        {key: {"name", "digest", "stage": of its run or None, "data": digests of its training data, "labelled_by": digests
-        of the reward models that chose its pairs, as far as that is recorded, "starts_from": digest of the model that it
+        {key: {"name", "digest", "weights", "stage": of its run or None, "data": digests of its training data, "labelled_by": `weights`
+        of the reward models that chose its pairs (`rlhf label`), "starts_from": digest of the model that it
         was trained from, or None, "beta": of a DPO run, or None}}
     """
     found = {}
@@ -53,6 +56,7 @@ def describe_models(names: dict[str, str], digests: dict[str, str]) -> dict[str,
         found[key] = {
             "name": name,
             "digest": digests.get(key),
+            "weights": (weights or {}).get(key),
             "stage": provenance.get("stage"),
             "data": sorted(v for k, v in inputs.items() if k.endswith("dataset_name")),
             "labelled_by": sorted(map(str, provenance.get("labelled_by") or ())),

@@ -178,7 +178,7 @@ def dependence(results: dict[str, Any], judge: str, policy: str) -> tuple[bool |
     found, trained = models.get(record.get("key", "")), models.get(_key(policy))
     if found is None or trained is None:
         return None, f"whether {name} was trained against it is not recorded"
-    if found.get("digest") and found["digest"] in (trained.get("labelled_by") or ()):
+    if found.get("weights") and found["weights"] in (trained.get("labelled_by") or ()):
         return False, f"which labelled the pairs that {name} was trained on"
     if set(found["data"]) & set(trained["data"]):
         return False, f"trained on the same pairs as {name}"

@@ -21,7 +21,7 @@ LOST = {"share": 0.38, "low": 0.30, "high": 0.47}
 
 
 def model(name, stage, data=("d",), digest="x", **more):
-    return {"name": name, "digest": digest, "stage": stage, "data": list(data), "labelled_by": [], "starts_from": None, "beta": None, **more}  # fmt: skip
+    return {"name": name, "digest": digest, "weights": f"files of {digest}", "stage": stage, "data": list(data), "labelled_by": [], "starts_from": None, "beta": None, **more}  # fmt: skip
 
 
 def row(judge="reward_model", found=SHARE, equal=SHARE, **more):
@@ -89,7 +89,7 @@ def test_a_judge_of_the_same_pairs_is_said_to_be_one():
 
 def test_a_judge_that_labelled_the_pairs_is_said_to_have():
     found = results(row())
-    found["models"]["dpo_model"]["labelled_by"] = ["r"]
+    found["models"]["dpo_model"]["labelled_by"] = ["files of r"]
     (text,) = verdicts(found)
     assert "runs/rm (which labelled the pairs that DPO was trained on)" in text and "No independent judge" in text
 

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 import rlhf
 from rlhf.__main__ import main
+from rlhf.config.recipe import Recipe
 from rlhf.inference.audit_command import disputed_pairs
 from rlhf.inference.best_of import best_of
 from rlhf.inference.finished import load, resolve
 from rlhf.inference.label_command import Choice, best_and_worst
 from rlhf.inference.sampling import Sampling
+from rlhf.models.digests import weights_digest
+from rlhf.runs.provenance import labellers
 
 FEW = ("-n", 3, "--max_new_tokens", 8, "--seed", 3, "--keep_cut")
 
@@ -105,6 +108,13 @@ def test_pairs_are_those_of_all_answers_and_their_scores(labelled, few_pairs, ti
     assert record["summary"]["pairs"] == 12 and record["summary"]["margin"]["mean"] == pytest.approx(
         np.mean([row["score_chosen"] - row["score_rejected"] for row in pairs])
     )
+
+
+def test_a_run_records_who_labelled_its_pairs(labelled, few_pairs, tiny_judge):
+    """So that an evaluation by that judge does not call it independent."""
+    recipe = Recipe("dpo", "", {"dataset_name": [{"name": str(labelled)}, few_pairs]}, {})
+    assert labellers(recipe) == [weights_digest(tiny_judge)]
+    assert labellers(recipe.replace("dataset_name", few_pairs)) == []
 
 
 def test_answers_are_those_of_generate(labelled, few_pairs, tiny_llama):
