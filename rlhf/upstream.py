@@ -100,6 +100,10 @@ TRANSFORMERS = [
     *_of("transformers.trainer_callback", "TrainerCallback", "runs/metrics.py", {
         "on_log args state control": "metrics.jsonl", "on_train_end args state control": "the last line of the progress bar",
     }),
+    *_of("transformers.trainer_callback", "TrainerCallback", "training/watch.py", {
+        "on_train_begin args state control": "what early stopping had counted before a stop",
+        "on_log args state control": "the findings about a run", "on_evaluate args state control": "early stopping",
+    }),
     *_of("tqdm.std", "tqdm", "console.py", {
         "_instances": "closing open progress bars before an error", "_decr_instances": "plain lines in log files",
     }),

@@ -150,7 +150,7 @@ def test_a_batch_script_that_slurm_has_copied(name, tmp_path):
     )
     if name == "train.sbatch":
         code, _, error = bash("bash slurm_script chat dpo.yaml", cwd=spool, env=env)
-        assert (code, error) == (2, "train.sbatch: 'chat' is no stage; use sft, reward, dpo or evaluate\n")
+        assert (code, error) == (2, "train.sbatch: 'chat' is no stage; use sft, reward, dpo or evaluate; or rounds\n")
 
 
 @pytest.fixture

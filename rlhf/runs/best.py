@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
-
 from rlhf.distributed.processes import rank, say, world_size
 from rlhf.runs.checkpoints import checkpoint_damage
-from rlhf.runs.portable import PortableState
 from rlhf.runs.portable_index import is_portable
 from rlhf.runs.records import CHECKPOINT
 
 if TYPE_CHECKING:
     import transformers
-
-    from rlhf.runs.checkpointing import FaultTolerance
 
     class Trainer(transformers.Trainer):
         """What the mixin is mixed into: one of TRL's trainers."""
@@ -33,7 +28,7 @@ class BestCheckpoint(Trainer):
     deletes the newest checkpoint before the best weights are written; and trusts a path that a moved folder has changed.
     """
 
-    fault_tolerance: FaultTolerance | None = None
+    fault_tolerance: Any = None  # a FaultTolerance of checkpointing.py
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """Save whatever is the best so far, also between two `save_steps`."""
@@ -58,6 +53,10 @@ class BestCheckpoint(Trainer):
             return super()._load_best_model()
         if self.fault_tolerance.stopper.agreed and self.state.global_step < self.state.max_steps:
             return None  # stopped on request: it resumes from its newest checkpoint
+        from accelerate.utils import gather_object
+
+        from rlhf.runs.portable import PortableState
+
         best = Path(str(self.state.best_model_checkpoint))
         damage = checkpoint_damage(best, verify=True, part=rank(), parts=world_size())
         if damage := next(filter(None, gather_object([damage])), ""):

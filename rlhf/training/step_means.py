@@ -58,7 +58,8 @@ class StepMeans:
 
 def by_length(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The pairs whose chosen answer has more tokens than the rejected one (`longer`), and fewer (`shorter`): bool, per pair."""
-    chosen, rejected = batch["completion_mask"].cpu().sum(dim=1).chunk(2)
+    mask: Any = batch["completion_mask"]
+    chosen, rejected = getattr(mask, "host", mask).cpu().sum(dim=1).chunk(2)
     return {"longer": chosen > rejected, "shorter": chosen < rejected}
 
 

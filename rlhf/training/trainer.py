@@ -161,9 +161,10 @@ class GlobalBatches(AccurateNorm, StepMetrics, CheckpointMixin):
         if self._step_weight is not None:
             self.current_gradient_accumulation_steps = self._balance_divisor  # type: ignore[assignment]  # else a count
         with self._metrics_later():
-            found: Any = super().compute_loss(model, known_inputs(inputs), return_outputs, num_items_in_batch)
+            known = known_inputs(inputs)
+            found: Any = super().compute_loss(model, known, return_outputs, num_items_in_batch)
             if self._step_weight is not None and not self.model.training:
-                add_accuracies_by_length(self._metrics["eval"], inputs)
+                add_accuracies_by_length(self._metrics["eval"], known)
         if self._step_weight is None:
             return found
         self.current_gradient_accumulation_steps = 1

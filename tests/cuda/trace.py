@@ -84,6 +84,7 @@ def follow(stage: str, values: dict, plant: str = "") -> dict:
             trainer._start_checked = True  # it reads a loss once, and by ones it can't judge
         gradients = {}
         trainer.add_callback(Gradients(trainer, gradients))
+        trainer.args.eval_strategy = "no"  # it is asked for below
         trainer.train()
         found["train"] = report(seen) | gradients
         trainer.evaluate()
