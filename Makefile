@@ -1,5 +1,5 @@
 # make setup       a virtual environment in .venv with the locked versions
-# make quickstart  SFT -> reward model -> DPO -> evaluation -> report, on a small real model (about 10 minutes on 2 cores)
+# make quickstart  SFT -> reward model -> DPO -> evaluation -> report, on a small real model (about a quarter of an hour on 2 cores)
 # make test        all tests but the slow ones (about 6 minutes on 2 cores)
 # make lint        ruff, mypy, shellcheck, hadolint
 # make bench       this project against TRL side by side: DPO, reward, SFT (about half an hour on 2 idle cores)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.distributed.processes import rank, say, world_size
 from rlhf.runs.checkpoints import checkpoint_damage
-from rlhf.runs.portable_index import is_portable
 from rlhf.runs.records import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -56,6 +55,7 @@ class BestCheckpoint(Trainer):
         from accelerate.utils import gather_object
 
         from rlhf.runs.portable import PortableState
+        from rlhf.runs.portable_index import is_portable
 
         best = Path(str(self.state.best_model_checkpoint))
         damage = checkpoint_damage(best, verify=True, part=rank(), parts=world_size())
