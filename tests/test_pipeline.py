@@ -126,9 +126,13 @@ def test_asked_to_stop_between_two_stages(recipes, tmp_path, monkeypatch):
 
 
 def test_a_mistake_in_the_last_recipe_stops_before_the_first_stage_trains(recipes):
-    (recipes / "evaluate.yaml").write_text((recipes / "evaluate.yaml").read_text() + "batchsize: 3\n")
+    text = (recipes / "evaluate.yaml").read_text()
+    (recipes / "evaluate.yaml").write_text(text + "batchsize: 3\n")
     shown = pipeline(recipes, code=2)
-    assert "evaluate.yaml:13: unknown key 'batchsize'; did you mean 'batch_size'?" in shown and "===" not in shown
+    assert (
+        f"evaluate.yaml:{text.count(chr(10)) + 1}: unknown key 'batchsize'; did you mean 'batch_size'?" in shown
+        and "===" not in shown
+    )
 
 
 def test_metrics_reach_tensorboard(recipe, tiny_llama, few_pairs, tmp_path):
