@@ -149,6 +149,12 @@ class Rounds:
             return Path((self.dpo if kind == DPO else self.evaluation).path)
         return self.place(number) / f"{kind}.yaml"
 
+    def values_of(self, kind: str, number: int) -> dict[str, Any]:
+        return self.dpo_values(number) if kind == DPO else self.evaluation_values(number)
+
+    def has_recipe(self, kind: str, number: int) -> bool:
+        return read_recipe(self.recipe_file(kind, number)) == self.values_of(kind, number)
+
     def write_recipe(self, kind: str, number: int) -> None:
         """Write the recipe of a later round, unless it is there.
 
@@ -156,7 +162,7 @@ class Rounds:
             UserError: another one is there.
         """
         file = self.recipe_file(kind, number)
-        values = self.dpo_values(number) if kind == DPO else self.evaluation_values(number)
+        values = self.values_of(kind, number)
         before = read_recipe(file)
         if before is not None and before != values:
             keys = sorted(key for key in {**before, **values} if before.get(key) != values.get(key))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 
 from rlhf.data.rows import read_data
 from rlhf.data.store import Rows
-from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.processes import is_main, say
 from rlhf.errors import UserError
 from rlhf.files import new_file, write_file
 from rlhf.rounds.compare import best, table
 from rlhf.rounds.plan import DPO, EVALUATE, LABEL, Rounds, Step, load_rounds
 from rlhf.runs.status import COMPLETE, EXIT_CODES, INTERRUPTED, NOT_STARTED, RUNNING, holder_of
 
+POLL_S = 0.5
 PROMPT_FIELDS = ("prompt", "tools", "chat_template_kwargs")
 
 
@@ -37,7 +39,9 @@ def run_rounds(target: str, overrides: list[str]) -> None:
         _label(rounds, step.round)
     else:
         if step.round > 1:
-            on_main(lambda: rounds.write_recipe(step.kind, step.round))
+            _main_first(
+                lambda: rounds.write_recipe(step.kind, step.round), lambda: rounds.has_recipe(step.kind, step.round)
+            )
         _run_stage(step.kind, str(rounds.recipe_file(step.kind, step.round)))
     _tell(rounds, step)
 
@@ -58,8 +62,9 @@ def _label(rounds: Rounds, number: int) -> None:
     from rlhf.inference.arguments import options_of
     from rlhf.inference.label_command import label_command
 
-    on_main(lambda: write_prompts(rounds))
-    on_main(lambda: rounds.place(number).mkdir(parents=True, exist_ok=True))
+    place = rounds.place(number)
+    _main_first(lambda: write_prompts(rounds), lambda: has_prompts(rounds))
+    _main_first(lambda: place.mkdir(parents=True, exist_ok=True), place.is_dir)
     config = rounds.config
     options = options_of(
         LABEL, str(rounds.prompts), model=rounds.policy(number - 1), reward=rounds.reward_model, n=config.num_answers,
@@ -76,9 +81,24 @@ def _label(rounds: Rounds, number: int) -> None:
         )
 
 
+def _main_first(work: Callable[[], None], is_done: Callable[[], bool]) -> None:
+    """Do `work` on the main rank; the others wait until they see it on the shared disk: no process group is there yet.
+
+    An error ends the main rank, and with it the launcher ends the others.
+    """
+    if is_main():
+        work()
+    while not is_done():
+        time.sleep(POLL_S)
+
+
+def has_prompts(rounds: Rounds) -> bool:
+    return rounds.prompts.is_file() and rounds.heldout.is_file()
+
+
 def write_prompts(rounds: Rounds) -> None:
     """Write the prompts that dpo.yaml trains on, each once, and the held-out pairs if DPO looks at them."""
-    if rounds.prompts.is_file() and (rounds.heldout.is_file() or not rounds.evaluates):
+    if has_prompts(rounds):
         return
     data = read_data(rounds.dpo, "pairs")
     rounds.folder.mkdir(parents=True, exist_ok=True)
