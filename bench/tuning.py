@@ -19,7 +19,8 @@ from pathlib import Path
 
 from rlhf.evaluation.plots import COLOURS, MARK, points_of
 from rlhf.runs.metrics import read_metrics
-from rlhf.training.symptoms import History, Settings, Teller, find
+from rlhf.training.metric_history import History, Settings, Teller
+from rlhf.training.symptoms import find
 
 COMMON = {
     "stage": "dpo", "model_name_or_path": "embedded:smollm2-135m-instruct", "max_length": 256, "beta": 0.1, "use_peft": True,
@@ -110,6 +111,7 @@ def draw(rows: list[dict], beta: float, marks: list[int]) -> str:
                 axes.plot(steps, values, color=colour, linewidth=1.2, label=label, **circles)
             for step in marks:
                 axes.axvline(step, color=MARK, linewidth=0.8, linestyle=":")
+            axes.locator_params(nbins=4)
             axes.set_title(title, fontsize=9, loc="left")
             axes.set_xlabel("step")
             axes.set_ylabel(unit)

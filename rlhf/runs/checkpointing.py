@@ -322,6 +322,8 @@ class CheckpointMixin(BestCheckpoint, Trainer):
         return next(filter(None, gather_object([reason])), "")
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False):
+        if skip_scheduler and self.fault_tolerance is not None and self.state.global_step > 0:
+            return {}  # eval_on_start of a resumed run: one evaluation more would count for early stopping
         try:
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except EvaluationStopped:

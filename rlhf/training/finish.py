@@ -10,7 +10,6 @@ from rlhf.distributed.processes import on_main, say
 from rlhf.distributed.sharding import is_sharded
 from rlhf.files import sha256_of
 from rlhf.models.folder import base_of, revision_of
-from rlhf.runs.best import best_record
 from rlhf.runs.card import write_card
 from rlhf.runs.checkpoints import MANIFEST
 from rlhf.runs.folder import RunFolder, finish_run
@@ -84,6 +83,7 @@ def checkpoint_of(trainer: CheckpointMixin, run: RunFolder) -> str:
 def summarise_training(stage: Stage, trainer: CheckpointMixin, run: RunFolder, seconds: float) -> dict[str, Any]:
     """The entries of complete.json about the training; those about the files come from `save_finished`."""
     from rlhf.models.folder import is_adapter
+    from rlhf.runs.best import best_record
 
     history = [h for h in trainer.state.log_history if "loss" in h]
     state = trainer.state

@@ -16,8 +16,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from rlhf.distributed.processes import say
 from rlhf.runs.best import metric_name
 from rlhf.runs.metrics import append, findings_of, read_metrics
+from rlhf.training.metric_history import Finding, History, Settings, Teller
 from rlhf.training.stage import Plan, Stage
-from rlhf.training.symptoms import Finding, History, Settings, Teller, find
+from rlhf.training.symptoms import find
 
 if TYPE_CHECKING:
     from rlhf.runs.checkpointing import CheckpointMixin

@@ -91,8 +91,9 @@ def test_early_stopping_survives_a_stop(stop_at, run, capsys):
 
     A stop postpones the evaluation of its step to the resume: at 1 that is the best one, at 3 the one that ends the run.
     """
-    patience = LOWEST_LOSS | {"early_stopping_patience": 2, "save_steps": 8}
+    patience = LOWEST_LOSS | {"early_stopping_patience": 2, "save_steps": 8, "eval_on_start": stop_at == 2}
     code, straight, whole = run("straight", **patience)
+    # the evaluation before the first step is none that can be the best
     assert code == 0 and (straight["steps"], straight["stopped_early_of"], straight["best"]["step"]) == (3, 8, 1)
     assert "early stopping: eval_loss has not been better than" in capsys.readouterr().out
     code, _, out = run("stopped", stop_at=stop_at, **patience)

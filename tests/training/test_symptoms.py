@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.runs.metrics import findings_of
-from rlhf.training.symptoms import CHECKS, LATER, STAGES_OF, WINDOW, Finding, History, Settings, Teller, find
+from rlhf.training.metric_history import LATER, WINDOW, Finding, History, Settings, Teller
+from rlhf.training.symptoms import CHECKS, STAGES_OF, find
 from rlhf.training.watch import told
 
 LN2 = math.log(2)
