@@ -97,9 +97,6 @@ TRANSFORMERS = [
         "on_prediction_step args state control": "stopping during an evaluation",
         "on_save args state control": "the watchdog",
     }),
-    *_of("transformers.trainer_callback", "TrainerCallback", "training/watch.py", {
-        "on_evaluate args state control": "early stopping",
-    }),
     *_of("transformers.trainer_callback", "EarlyStoppingCallback", "training/watch.py", {
         "on_evaluate args state control metrics": "early stopping",
     }),
