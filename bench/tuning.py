@@ -82,11 +82,11 @@ def train(name: str, out: Path) -> None:
     subprocess.run([sys.executable, "-m", "rlhf", "dpo", str(recipe), "--output_dir", str(out / name)], check=True)
 
 
-def told(rows: list[dict], beta: float, rate: float) -> list:
+def told(rows: list[dict], beta: float, rate: float, heldout: int) -> list:
     """What a run with these logs says about itself, in the words of this version."""
     history, teller, found = History(), Teller(), []
     total = max(row["step"] for row in rows)
-    settings = Settings("dpo", rate, beta=beta, total_steps=total, heldout=56)
+    settings = Settings("dpo", rate, beta=beta, total_steps=total, heldout=heldout)
     for row in rows:
         if history.add(row, settings):
             found += teller.news(find(history, settings))
@@ -120,8 +120,13 @@ def draw(rows: list[dict], beta: float, marks: list[int]) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
-    shorter = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), text.getvalue())
-    return re.sub(r"\n\s*", "\n", shorter)
+    without_comments = re.sub(r"<!--.*?-->", "", text.getvalue())
+    return re.sub(r"\n\s*", "\n", re.sub(r'"[^"]*"', _rounded, without_comments))
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    """An attribute with its coordinates to a tenth of a point: half the size of the file."""
+    return re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), attribute[0])
 
 
 def main() -> None:
@@ -141,7 +146,7 @@ def main() -> None:
             print(f"{name}: not run")
             continue
         beta = float(values.get("beta", COMMON["beta"]))
-        found = told(rows, beta, values["learning_rate"])
+        found = told(rows, beta, values["learning_rate"], values.get("max_eval_examples", COMMON["heldout"]))
         picture = draw(rows, beta, sorted({finding.step for finding in found}))
         (options.pictures / f"{name}.svg").write_text(picture)
         print(f"\n{name}: {len(picture) / 1000:.0f} kB")

@@ -200,7 +200,7 @@ def _draw_one(stage: dict[str, Any], title: str, unit: str, metrics: dict[str, s
     figure, axes = plt.subplots(figsize=(3.6, 2.5), layout="constrained")
     for finding in stage.get("findings") or []:
         if finding["finding"] in MARKS.get(title, ()):
-            axes.axvline(finding["step"], color=MARK, linewidth=0.8, linestyle=":")
+            axes.axvline(finding["since"], color=MARK, linewidth=0.8, linestyle=":")
     for metric, colour in zip(metrics, COLOURS, strict=False):
         if metric not in curves:
             continue

@@ -110,8 +110,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def findings_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the run said about itself (rlhf/training/watch.py): `{step, finding, sentence, turn, size}`, the last of each kind."""
-    found = {row["finding"]: row for row in rows if isinstance(row.get("finding"), str) and _is_finding(row)}
+    """What the run said about itself (rlhf/training/watch.py), the last of each kind, by step.
+
+    Returns:
+        `{step, finding, sentence, turn, size, since}`; since: the step at which it was said first.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if isinstance(key := row.get("finding"), str) and _is_finding(row):
+            found[key] = row | {"since": found.get(key, {}).get("since", row["step"])}
     return sorted(found.values(), key=lambda row: row["step"])
 
 

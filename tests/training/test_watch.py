@@ -111,4 +111,9 @@ def test_a_damaged_finding_is_left_out(tmp_path):
         {"step": 1},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert findings_of(read_metrics(tmp_path)) == [good]
+    assert findings_of(read_metrics(tmp_path)) == [good | {"since": 3}]
+
+
+def test_the_last_words_about_a_symptom_count_and_when_it_began():
+    rows = [{"step": n, "finding": "x", "sentence": f"{n}", "turn": ["t"], "size": float(n)} for n in (3, 8)]
+    assert findings_of(rows) == [rows[1] | {"since": 3}]
