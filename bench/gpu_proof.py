@@ -1,6 +1,6 @@
 """One command that proves this project on a GPU: packed = padded, every launch file, and TRL beside it. Writes one dated report.
 
-    python bench/gpu_proof.py                          on the GPUs of this machine, 8 minutes at most; the same command goes on
+    python bench/gpu_proof.py                          on the GPUs of this machine, 8 minutes at most; the same command resumes
     python bench/gpu_proof.py --only attention dpo-8b-hh
     python bench/gpu_proof.py --device cpu --minutes 30   each part as a toy, to see that the script itself works
     python bench/gpu_proof.py --collect wheels         on a machine with a registry: the wheels that a GPU machine may lack
@@ -64,7 +64,7 @@ def main() -> int:
         try:
             proof.run()
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on with the parts that are not done", file=sys.stderr)
+            print("\nstopped; the same command resumes with the parts that are not done", file=sys.stderr)
         finally:
             proof.end_all()
         return proof.report()
@@ -302,7 +302,7 @@ class Proof:
         write_file(file, text(self.about, found, {name: part.what for name, part in PARTS.items()}))
         missing = [name for name in self.chosen() if name not in found]
         print(
-            f"\n{file}" + (f"\nnot run yet, the same command goes on: {' '.join(missing)}" if missing else ""),
+            f"\n{file}" + (f"\nnot run yet, the same command runs them: {' '.join(missing)}" if missing else ""),
             flush=True,
         )
         return 0 if all(result["ok"] for result in found.values()) else 1

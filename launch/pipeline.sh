@@ -6,7 +6,7 @@
 #   launch/pipeline.sh configs/quickstart launch/ddp.yaml --num_processes 4    more flags for accelerate launch
 #   launch/pipeline.sh configs/quickstart --rounds 3                           then DPO again, on the policy's own answers
 #
-# A complete stage is skipped and an interrupted one goes on from its last checkpoint, so the same command again is
+# A complete stage is skipped and an interrupted one resumes from its last checkpoint, so the same command again is
 # always right. Every recipe is checked before the first stage trains. A stage that was asked to stop (Ctrl-C, SIGTERM,
 # `touch RUN_DIR/stop`) saves, and ends this with code 85. PYTHON names the interpreter; the default is the active
 # environment's, or else that of .venv beside this folder.
@@ -32,7 +32,7 @@ main() {
     need_launch_file "$1"
     launch=(--launch "$1")
     run=("$python" -m accelerate.commands.launch --config_file "$@" -m rlhf)
-    export RLHF_EXIT_STOPPED=0   # the launcher would make a traceback of any other; the file below tells
+    export RLHF_EXIT_STOPPED=0   # the launcher would make a traceback of any other; the file below reports it
   else
     launch=()
     run=("$python" -m rlhf)
@@ -56,7 +56,11 @@ main() {
     "$python" -m rlhf "$stage" "$recipes/$stage.yaml" --check > /dev/null   # its inputs exist by now
     run_step "$stage" "$recipes/$stage.yaml"
   done
-  if [ "$num_rounds" -gt 0 ]; then run_rounds; fi
+  if [ "$num_rounds" -gt 0 ]; then
+    run_rounds
+  elif [ -f "$recipes/rounds.yaml" ]; then
+    echo "note: $recipes/rounds.yaml is for --rounds N, which runs DPO again on the policy's own answers"
+  fi
   "$python" -m rlhf report "$recipes"
 }
 

@@ -255,7 +255,7 @@ def test_the_total_budget(proof, capsys):
     """What does not fit is not started, and what the end cuts off has not failed; the next call runs both."""
     done, exit_code = proof({"a": "time.sleep(600)", "b": FINE}, jobs=1, ends_with="a")
     assert exit_code == 0 and done.started == ["a"] and results(proof.folder / "out") == {}
-    assert "not run yet, the same command goes on: a b" in capsys.readouterr().out
+    assert "not run yet, the same command runs them: a b" in capsys.readouterr().out
     done, _ = proof({"a": FINE, "b": FINE})
     assert done.started == ["a", "b"]
 

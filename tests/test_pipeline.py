@@ -10,36 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from forked import environment
+from pipelines import pipeline, write_recipes
 
 from rlhf.runs.metrics import read_metrics
 from rlhf.runs.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent
-TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "global_batch_size": 2, "save_steps": 1}  # fmt: skip
 
 
 @pytest.fixture
 def recipes(tiny_llama, tmp_path):
     """The quickstart's own recipes with a tiny model in place of the real one."""
-    folder = tmp_path / "recipes"
-    folder.mkdir()
-    for stage in ("sft", "reward", "dpo", "evaluate"):
-        values = yaml.safe_load((ROOT / "configs" / "quickstart" / f"{stage}.yaml").read_text())
-        for key in ("model_name_or_path", "base_model"):
-            if str(values.get(key)).startswith("embedded:"):
-                values[key] = tiny_llama
-        values |= {"max_eval_examples": 4, "max_new_tokens": 4} if stage == "evaluate" else TINY
-        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
-    return folder
-
-
-def pipeline(recipes, *words, code=0):
-    command = [str(ROOT / "launch" / "pipeline.sh"), str(recipes), *words]
-    done = subprocess.run(command, cwd=recipes.parent, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return write_recipes(tmp_path / "recipes", tiny_llama)
 
 
 def test_all_stages_then_nothing_then_what_is_missing(recipes):

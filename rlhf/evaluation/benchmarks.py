@@ -127,14 +127,15 @@ def folder_digest(folder: str | None) -> str:
 
 
 def measure_model(
-    found: Benchmarks, short: str, load: Callable[[], tuple[Any, Any]], tokenizer: Any, batch_size: int,
+    found: Benchmarks, short: str, load: Callable[[], Any], tokenizer: Any, batch_size: int,
     with_template: bool, measured: Measured,
 ) -> dict[str, Any]:  # fmt: skip
     """The results of one model, as the harness gives them. A collective; the results are on the main rank, {} elsewhere.
 
     Args:
         short: the model's name at the progress bar.
-        load: (model, tokenizer), called only if an answer is missing.
+        load: the model, not packed (the harness pads its batches without an attention mask, which packing needs); called only
+            if an answer is missing.
         with_template: prompts go through the chat template.
     """
     from lm_eval.evaluator import evaluate
@@ -154,7 +155,7 @@ def measure_model(
     return dict(results or {})
 
 
-def _model(short: str, load: Callable[[], tuple[Any, Any]], tokenizer: Any, batch_size: int, measured: Measured):
+def _model(short: str, load: Callable[[], Any], tokenizer: Any, batch_size: int, measured: Measured):
     """The harness's model whose answers come from `measured`, and from the loaded model where they are missing."""
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
@@ -162,8 +163,7 @@ def _model(short: str, load: Callable[[], tuple[Any, Any]], tokenizer: Any, batc
     @functools.cache
     def loaded() -> HFLM:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        model, own_tokenizer = load()
-        return HFLM(pretrained=model, tokenizer=own_tokenizer, batch_size=batch_size)
+        return HFLM(pretrained=load(), tokenizer=tokenizer, batch_size=batch_size)
 
     class Answers(LM):
         tokenizer_name = str(getattr(tokenizer, "name_or_path", "tokenizer"))

@@ -149,7 +149,7 @@ class Endpoint:
                 content = bytearray()
                 for chunk in answer.iter_content(16):  # requests waits for that many bytes, however slowly they come
                     content += chunk
-                    if time.monotonic() > deadline:  # requests' own timeout starts anew with every chunk
+                    if time.monotonic() > deadline:  # requests' own timeout restarts with every chunk
                         raise _TryAgain(f"no whole reply within {self.judge.timeout_s:g} s")
                     if len(content) > MAX_REPLY:
                         raise _TryAgain(f"a reply of more than {MAX_REPLY:,} bytes")

@@ -15,7 +15,7 @@ from rlhf.config.recipe import Recipe
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.distributed.processes import is_main
 from rlhf.evaluation.benchmarks import Benchmarks, compare, find_benchmarks, folder_digest, item_lines, measure_model
-from rlhf.evaluation.measure import free_memory
+from rlhf.evaluation.measure import free_memory, load_model
 from rlhf.evaluation.partial import Measured
 from rlhf.evaluation.reward_bench_files import Benchmark, read_benchmark
 from rlhf.evaluation.reward_measures import score_benchmark
@@ -65,14 +65,19 @@ class Extras:
     def _measure_reward(self, names: dict[str, str], measured: Measured) -> dict[str, Any]:
         if not self.reward:
             return {}
+        from rlhf.inference.score import pack
         from rlhf.models.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(names["reward_model"], encoder=True)
+
+        def load() -> Any:
+            model = load_model(names["reward_model"], self.config, True)
+            pack(model)  # however long its rows are
+            return model
+
         results, lines = [], []
         for benchmark in self.reward:
-            found, own = score_benchmark(
-                benchmark, tokenizer, lambda: load_model(names["reward_model"], self.config, True)[0], measured
-            )
+            found, own = score_benchmark(benchmark, tokenizer, load, measured)
             results.append(found)
             lines += own
             free_memory()
@@ -114,26 +119,6 @@ def read_extras(recipe: Recipe, config: EvaluateConfig) -> Extras:
         version = importlib.metadata.version("lm_eval") if installed else "not installed"
         inputs["benchmarks"] = f"lm_eval {version} {folder_digest(config.benchmark_tasks)}"
     return Extras(config, recipe.where, reward, inputs)
-
-
-def load_model(name: str, config: EvaluateConfig, reward: bool) -> tuple[Any, Any]:
-    """(model, tokenizer) of a finished model on this process's device or devices; a reward model is packed if it can be.
-
-    A policy is not: the harness pads its batches without an attention mask, which packing needs.
-    """
-    from accelerate import PartialState
-
-    from rlhf.inference.score import pack
-    from rlhf.models.inference import load_finished
-
-    device = PartialState().device
-    dtype = config.dtype or (None if device.type == "cuda" else "float32")
-    model, tokenizer = load_finished(
-        name, reward=reward, dtype=dtype, device=device, load_in_4bit=config.load_in_4bit
-    )  # fmt: skip
-    if reward:
-        pack(model)
-    return model, tokenizer
 
 
 def _write(path: Path, lines: Any) -> None:

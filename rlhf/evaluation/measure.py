@@ -142,7 +142,7 @@ def measure_policy(
     from rlhf.inference.score import pair_batches, pair_logps
 
     short, tokenizer, prompts = subject.short, subject.tokenizer, subject.prompts
-    model = functools.cache(lambda: _load(subject.name, config, reward=False))  # not loaded if nothing is missing
+    model = functools.cache(lambda: _packed(subject.name, config, reward=False))  # not loaded if nothing is missing
     logps = measured.compute(
         f"{short}: pairs",
         pair_batches(subject.pairs, len(tokenizer)),
@@ -185,7 +185,7 @@ def measure_rewards(
     from rlhf.inference.score import SIDES, encode_answer, scores, token_batches
 
     tokenizer, is_ours = subject.tokenizer, subject.kind == "reward"
-    model = functools.cache(lambda: _load(subject.name, config, reward=True))
+    model = functools.cache(lambda: _packed(subject.name, config, reward=True))
     task = "reward" if is_ours else f"judge {subject.short}"
 
     def score_pairs(batch: list[int]) -> list[dict[str, float]]:
@@ -215,17 +215,24 @@ def measure_rewards(
                 found.answers[i].setdefault("judged", {}).setdefault(subject.short, {})[label] = value
 
 
-def _load(name: str, config: EvaluateConfig, reward: bool):
-    """A finished model on this process's device or devices, packed if it can be."""
+def load_model(name: str, config: EvaluateConfig, reward: bool):
+    """A finished model on this process's device or devices."""
     from accelerate import PartialState
 
-    from rlhf.inference.score import pack
     from rlhf.models.inference import load_finished
 
     device = PartialState().device
     model, _ = load_finished(
         name, reward=reward, dtype=_dtype(config, device), device=device, load_in_4bit=config.load_in_4bit
     )
+    return model
+
+
+def _packed(name: str, config: EvaluateConfig, reward: bool):
+    """`load_model`, packed if the model can be."""
+    from rlhf.inference.score import pack
+
+    model = load_model(name, config, reward)
     pack(model, config.max_length)
     return model
 

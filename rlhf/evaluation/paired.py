@@ -7,36 +7,16 @@ is seeded and drawn here, so a result depends on its inputs and the seed alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf.evaluation.statistics import wilson_interval
+from rlhf.evaluation.resampling import AT_ONCE, MANY_RESAMPLES, bootstrap_interval
+from rlhf.runs.intervals import wilson_interval
 
-RESAMPLES = 2000
 EXACT_SIGNS = 14  # prompts up to which all 2^n signs of a permutation test are counted
-AT_ONCE = 4_000_000  # drawn numbers in memory at once
 RIDGE = 1e-4  # keeps the fit finite where length, or nothing, decides every prompt; moves those 57 models by 0.01 points at most
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """95% interval of a statistic over prompts: percentiles over resamples of the prompts, drawn with replacement.
-
-    Args:
-        statistic: takes prompt numbers [B, N] and returns its value per resample [B].
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
-    """
-    random, values = np.random.default_rng(seed), []
-    at_once = max(1, AT_ONCE // count)
-    for start in range(0, resamples, at_once):
-        draws_BN = random.integers(0, count, (min(at_once, resamples - start), count))
-        values.append(statistic(draws_BN))
-    low, high = np.percentile(np.concatenate(values), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def win_rate(wins: Sequence[float], seed: int = 0) -> dict[str, Any]:
@@ -148,7 +128,7 @@ def length_controlled(
         low, high = wilson_interval(float(wins_N.sum()), len(wins_N))
         low, high = min(low, share), max(high, share)
     else:
-        low, high = bootstrap_interval(statistic, len(wins_N), seed, RESAMPLES // 2)
+        low, high = bootstrap_interval(statistic, len(wins_N), seed, MANY_RESAMPLES // 2)
     return {"share": share, "low": low, "high": high, "coefficient": float(coefficient[0]), "sd": sd}
 
 

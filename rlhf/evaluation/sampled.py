@@ -7,62 +7,41 @@ max_new_tokens: what is estimated is the divergence of the first max_new_tokens 
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from rlhf.config.stage_config import EvaluateConfig
+from rlhf.inference.sampling import Sampling, draw_tokens
 from rlhf.inference.score import MAX_LOGIT_BYTES, pad_right, token_batches, token_logps
 
 
-class GumbelNoise(LogitsProcessor):
-    """Makes greedy decoding sample from the softmax: the largest of logits plus Gumbel noise is distributed so.
-
-    Every row has noise of its own seed, drawn on the CPU, so that its answer does not depend on the other rows of the batch,
-    on the number of processes or on the device (as far as the logits don't).
-
-    Source: Gumbel, Statistical Theory of Extreme Values, 1954.
-    """
-
-    def __init__(self, seeds: list[int]):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        noise = torch.empty(scores.shape)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.clamp_min(torch.finfo(torch.float32).tiny).log().to(scores.device)
-
-
-def seed_of(seed: int, row: int) -> int:
-    """The seed of a row's noise."""
-    return int.from_bytes(hashlib.sha256(f"sample {seed} {row}".encode()).digest()[:8], "big") >> 1
-
-
-@torch.no_grad()
 def sample(model, tokenizer, prompts: dict[int, list[int]], config: EvaluateConfig) -> list[dict[str, Any]]:
     """One answer to each prompt of a batch, sampled from the model's own distribution: temperature 1, nothing else.
 
     Args:
-        prompts: token ids by row; the row decides the noise.
+        prompts: token ids by row; the row and the seed decide what is drawn.
 
     Returns:
         {"ids": with the EOS token if it ended, "cut": whether it did not}, one per prompt
     """
-    padded = tokenizer.pad({"input_ids": list(prompts.values())}, padding_side="left", return_tensors="pt")
-    padded = {k: padded[k].to(next(model.parameters()).device) for k in ("input_ids", "attention_mask")}
-    noise = GumbelNoise([seed_of(config.seed, row) for row in prompts])
+    ending = tokenizer.eos_token_id
+    drawn = Sampling(max_new_tokens=config.max_new_tokens, seed=config.seed)
     with _plain_generation(model):
-        out = model.generate(
-            **padded, max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id, logits_processor=LogitsProcessorList([noise]),
-        )  # fmt: skip
+        rows = draw_tokens(
+            model,
+            tokenizer,
+            list(prompts.values()),
+            [(row, 0) for row in prompts],
+            drawn,
+            config.max_new_tokens,
+            [ending],
+        )
     found = []
-    for ids in out[:, padded["input_ids"].shape[1] :].tolist():
-        ends = tokenizer.eos_token_id in ids
-        found.append({"ids": ids[: ids.index(tokenizer.eos_token_id) + 1] if ends else ids, "cut": not ends})
+    for ids in rows:
+        ends = ending in ids
+        found.append({"ids": ids[: ids.index(ending) + 1] if ends else ids, "cut": not ends})
     return found
 
 
@@ -101,7 +80,7 @@ def answer_logps(model, prompts: list[list[int]], answers: list[list[int]]) -> l
         input_ids, mask = pad_right(rows[start : start + at_once], longest, 0, device)
         logits = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits[:, :-1]
         for z, tokens, prompt, ids in zip(logits, input_ids, prompts[start:], rows[start:], strict=False):
-            begin = len(prompt)
-            logps = token_logps(z[begin - first : len(ids) - first], tokens[begin : len(ids)])
+            start_of = len(prompt)
+            logps = token_logps(z[start_of - first : len(ids) - first], tokens[start_of : len(ids)])
             sums.append(float(logps.double().sum()))
     return sums

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.curation.screen import note, plural, shown
-from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.processes import is_main, on_main
 from rlhf.errors import UserError
 from rlhf.inference.arguments import without_effect
 from rlhf.inference.blocks import Blocks
@@ -17,7 +17,7 @@ from rlhf.inference.finished import resolve
 from rlhf.inference.output import Output, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, check_names, read
 from rlhf.inference.score_command import TASK as SCORES
-from rlhf.inference.score_command import Judge, finished_on_main, written
+from rlhf.inference.score_command import Judge
 from rlhf.inference.score_summary import Wins
 
 
@@ -39,12 +39,7 @@ def audit(options: Any, given: Any = None) -> dict[str, Any] | None:
     data = check_names(data, ("score_chosen", "score_rejected"), "")
     judge = Judge.of(found, options)
     output = Output(path, "label", {"audit": True, "data": data.identity, **judge.inputs()}, vars(options))
-    record = finished_on_main(output)
-    if record is None:
-        _audit(output, data, judge)
-        record = written(output)
-    else:
-        say(f"{path} is complete: the same data, model and options")
+    record = output.make(lambda: _audit(output, data, judge))
     if is_main():
         _show_audit(path, data, record)
     return record
@@ -92,7 +87,7 @@ def disputed_pairs(scores_N2: np.ndarray) -> np.ndarray:
 
 
 class Disputes:
-    """What is told of all pairs of an audit."""
+    """What is reported of all pairs of an audit."""
 
     def __init__(self, scores_N2: np.ndarray):
         margins = scores_N2[:, 0] - scores_N2[:, 1]

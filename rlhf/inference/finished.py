@@ -39,7 +39,7 @@ def find(name: str, beside: str = "", command: str = "chat") -> str:
     Args:
         name: `embedded:…`, a folder, the name of a run in `runs` or next to `beside`, or `org/name` on the hub.
         beside: the folder of the first model of the chat.
-        command: that messages begin with.
+        command: the one that messages start with.
 
     Raises:
         UserError: the name is none of these.

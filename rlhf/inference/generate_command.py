@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.curation.screen import note, plural, shown
 from rlhf.data.store import Rows
-from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.processes import is_main, on_main
 from rlhf.errors import UserError
 from rlhf.inference.arguments import BATCH_SIZE
 from rlhf.inference.blocks import Batch, Blocks
@@ -18,7 +18,6 @@ from rlhf.inference.engines import Asked, Engine, check_engine
 from rlhf.inference.finished import Found, device_of_process, dtype_on, resolve
 from rlhf.inference.output import Output, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, Row, check_names, note_columns, prompt_of, read, template_part
-from rlhf.inference.score_command import finished_on_main, written
 from rlhf.inference.score_summary import Spread
 
 TASK = "answers"
@@ -43,12 +42,7 @@ def generate_command(options: Any, given: Any = None) -> dict[str, Any] | None:
     data = check_names(read(options, "generate", prompts_only=True, given=given), COLUMNS, "")
     policy = Policy(found, options)
     output = Output(path, "generate", {"data": data.identity, **policy.inputs()}, vars(options))
-    record = finished_on_main(output)
-    if record is None:
-        _generate(output, data, policy)
-        record = written(output)
-    else:
-        say(f"{path} is complete: the same data, model and options")
+    record = output.make(lambda: _generate(output, data, policy))
     if is_main():
         _show(path, record)
         note_columns(data)
@@ -146,7 +140,7 @@ def show_answers(summary: dict[str, Any], max_new_tokens: int) -> None:
 
 
 class Answers:
-    """What is told of many answers."""
+    """What is reported of many answers."""
 
     def __init__(self) -> None:
         self.tokens, self.counts = Spread(), Counter[str]()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rlhf.curation.export import write_json_lines
 from rlhf.curation.screen import note, plural, shown
-from rlhf.distributed.processes import is_main, on_main, say
+from rlhf.distributed.processes import is_main, on_main
 from rlhf.errors import UserError
 from rlhf.inference.blocks import Batch, Blocks
 from rlhf.inference.engines import check_engine
@@ -20,7 +20,7 @@ from rlhf.inference.generate_command import Answers, Policy, answer_row, check_s
 from rlhf.inference.output import Output, beside, output_path, report_skipped
 from rlhf.inference.rows import PLACE, Data, Row, check_names, prompt_of, read, template_part
 from rlhf.inference.score_command import TASK as SCORES
-from rlhf.inference.score_command import Judge, finished_on_main, written
+from rlhf.inference.score_command import Judge
 from rlhf.inference.score_summary import Spread
 
 WHY_NOT = {
@@ -72,13 +72,7 @@ def label(options: Any, given: Any = None) -> dict[str, Any] | None:
         "keep_cut": options.keep_cut,
     }
     output = Output(path, "label", inputs, vars(options))
-    record = finished_on_main(output)
-    if record is None:
-        check_free(output)
-        _label(output, data, policy, judge, options)
-        record = written(output)
-    else:
-        say(f"{path} is complete: the same data, models and options")
+    record = output.make(lambda: _label(output, data, policy, judge, options))
     if is_main():
         _show_pairs(path, record)
     return record
@@ -101,6 +95,7 @@ def answers_file(output: Output) -> Path:
 def _label(output: Output, data: Data, policy: Policy, judge: Judge, options: Any) -> None:
     from rlhf.runs.stop import Stopper
 
+    check_free(output)
     choose = functools.partial(best_and_worst, min_margin=options.min_margin, keep_cut=options.keep_cut)
     schema = output.check_form(lambda: (_pair(row, Choice("a", "b", 1.0, 0.0)) for row in data.rows))
     with output.parts() as folder, Stopper(folder) as stopper:
@@ -219,7 +214,7 @@ def _pair(row: Row, choice: Choice) -> Row:
 
 
 class Pairs:
-    """What is told of the pairs."""
+    """What is reported of the pairs."""
 
     def __init__(self) -> None:
         self.answers, self.why_not = Answers(), Counter[str]()

@@ -18,7 +18,7 @@ from typing import Any
 
 from rlhf.curation.export import SUFFIXES, output_file, parquet_schema, write_json_lines, write_parquet
 from rlhf.curation.screen import note, plural, shown
-from rlhf.distributed.processes import is_main, on_main
+from rlhf.distributed.processes import is_main, on_main, say, world_size
 from rlhf.errors import UserError
 from rlhf.files import file_digest, new_file, read_json, write_file
 from rlhf.inference.blocks import Folder
@@ -83,6 +83,24 @@ class Output:
             why = f"already exists and was made of other inputs ({_differences(found, self)})"
         raise UserError(f"{self.path} {why}; give another --output, or --overwrite to replace it")
 
+    def make(self, compute: Callable[[], None]) -> dict[str, Any]:
+        """Let `compute` write the file, unless it is complete. A collective.
+
+        Returns:
+            The provenance of the file, on all ranks.
+
+        Raises:
+            UserError: another file is there.
+        """
+        found = _from_main(self.finished)
+        if found is not None:
+            say(f"{self.path} is complete: the same data, models and options")
+            return found
+        compute()
+        found = _from_main(lambda: read_json(self.sidecar))
+        assert found is not None, "it was written"
+        return found
+
     @contextlib.contextmanager
     def parts(self) -> Iterator[Path]:
         """The folder of what is computed for this file, kept until it is written. A collective."""
@@ -126,6 +144,21 @@ class Output:
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _from_main(ask: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What the main rank finds, on all ranks: another rank may see the disk later."""
+    found: list[Any] = [None]
+
+    def look() -> None:
+        found[0] = ask()
+
+    on_main(look)
+    if world_size() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        found = broadcast_object_list(found)
+    return found[0]
 
 
 def beside(path: Path, ending: str) -> Path:

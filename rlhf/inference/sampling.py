@@ -94,11 +94,27 @@ def room_of(model) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-@torch.no_grad()
 def answer(
     model, tokenizer, prompts: list[list[int]], draws: list[tuple[int, int]], sampling: Sampling, limit: int
 ) -> list[Answer]:
-    """Answers to one batch of prompts.
+    """Answers to one batch of prompts; see `draw_tokens`."""
+    stops = stops_of(model, tokenizer)
+    return [
+        read(tokenizer, row, stops) for row in draw_tokens(model, tokenizer, prompts, draws, sampling, limit, stops)
+    ]
+
+
+@torch.no_grad()
+def draw_tokens(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    draws: list[tuple[int, int]],
+    sampling: Sampling,
+    limit: int,
+    stops: list[int],
+) -> list[list[int]]:
+    """The new token ids of one batch of prompts; after one of `stops` comes padding.
 
     In fp32 an answer depends on its batch only where a uniform number lies within rounding (about 1e-6) of the border between
     two tokens. In bf16 the logits themselves depend on the batch's padding in the third digit, and so do some answers: each of
@@ -108,11 +124,13 @@ def answer(
         prompts: token ids (`encode_prompt`).
         draws: (row, sample) of each: which random numbers it has.
         limit: of new tokens, for all of this batch.
+
+    Raises:
+        UserError: out of GPU memory.
     """
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     device = next(model.parameters()).device
     input_ids, mask = padded["input_ids"].to(device), padded["attention_mask"].to(device)
-    stops = stops_of(model, tokenizer)
     try:
         out = model.generate(
             input_ids=input_ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, temperature=None, top_p=None,
@@ -123,7 +141,7 @@ def answer(
         raise UserError(
             f"out of GPU memory with {len(prompts)} answers at a time; lower --batch_size: what has been computed is kept"
         ) from None
-    return [read(tokenizer, row, stops) for row in out[:, input_ids.shape[1] :].tolist()]
+    return out[:, input_ids.shape[1] :].tolist()
 
 
 def _processors(sampling: Sampling, draws: list[tuple[int, int]], width: int, limit: int, device: Any) -> Any:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf.curation.screen import note, plural, shown
 from rlhf.data.store import Rows
-from rlhf.distributed.processes import is_main, on_main, say, world_size
+from rlhf.distributed.processes import is_main, on_main
 from rlhf.errors import UserError
-from rlhf.files import read_json
 from rlhf.inference.blocks import Batch, Blocks
 from rlhf.inference.finished import Found, device_of_process, free_memory, resolve
 from rlhf.inference.output import Output, output_path, report_skipped
@@ -40,40 +39,9 @@ def score_command(options: Any, given: Any = None) -> dict[str, Any] | None:
     data = check_names(data, columns, "--column")
     judge = Judge.of(found, options)
     output = Output(path, "score", {"data": data.identity, **judge.inputs(), "column": options.column}, vars(options))
-    record = finished_on_main(output)
-    if record is None:
-        _score(output, data, judge, columns)
-        record = written(output)
-    else:
-        say(f"{path} is complete: the same data, model and options")
+    record = output.make(lambda: _score(output, data, judge, columns))
     if is_main():
         _show(path, data, record)
-    return record
-
-
-def finished_on_main(output: Output) -> dict[str, Any] | None:
-    """`output.finished()` as the main rank sees it, on all ranks."""
-    return _from_main(output.finished)
-
-
-def _from_main(ask: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
-    found: list[Any] = [None]
-
-    def look() -> None:
-        found[0] = ask()
-
-    on_main(look)
-    if world_size() > 1:
-        from accelerate.utils import broadcast_object_list
-
-        found = broadcast_object_list(found)
-    return found[0]
-
-
-def written(output: Output) -> dict[str, Any]:
-    """The provenance of a file that has just been written, on all ranks."""
-    record = _from_main(lambda: read_json(output.sidecar))
-    assert record is not None, "it was written"
     return record
 
 

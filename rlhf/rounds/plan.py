@@ -68,6 +68,15 @@ class Rounds:
         return self.folder / "prompts.jsonl"
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What decides which prompts are answered; kept beside them."""
+        return {"max_prompts": self.config.max_prompts, **{key: self.dpo.get(key) for key in DATA_KEYS}}
+
+    @property
+    def asked_file(self) -> Path:
+        return self.folder / "prompts.json"
+
+    @property
     def heldout(self) -> Path:
         return self.folder / "heldout.jsonl"
 
@@ -123,12 +132,14 @@ class Rounds:
         """The keys of round `number`'s dpo.yaml."""
         values = {key: value for key, value in self.dpo.values.items() if key not in DATA_KEYS}
         values |= {"dataset_name": str(self.pairs(number)), "output_dir": self.policy(number)}
+        last, own = self.policy(number - 1), values.pop("reference_model", None)
         if self.config.start_from == "last":
-            values["model_name_or_path"] = self.policy(number - 1)
-            if self.config.reference == "start":
-                values["reference_model"] = self.dpo.get("reference_model") or self.start
-        elif self.config.reference == "last":
-            values["reference_model"] = self.policy(number - 1)
+            values["model_name_or_path"] = last
+            reference = (own or self.start) if self.config.reference == "start" else None  # none: what it starts from
+        else:
+            reference = own if self.config.reference == "start" else last
+        if reference:
+            values["reference_model"] = reference
         if self.evaluates:
             values["eval_dataset_name"] = str(self.heldout)
         return values
@@ -220,7 +231,7 @@ def _check(rounds: Rounds) -> None:
     for key in ("sft_model", "dpo_model"):
         if not evaluation.get(key):
             raise UserError(f"{evaluation.path}: key '{key}' is missing; rounds compare the policy with it by win rate")
-    if not (evaluation.get("reward_model") or evaluation.get("judge")):
+    if not evaluation.get("reward_model"):
         raise UserError(
             f"{evaluation.path}: key 'reward_model' is missing; rounds stop when the win rate by it no longer rises"
         )
@@ -233,6 +244,12 @@ def _check(rounds: Rounds) -> None:
         raise UserError(
             f"{where('reference')}: dpo.yaml has `reference: nf4`; rounds with another reference than the policy they start from "
             "take an exact one: set `reference: cached` there, or `start_from: start` and `reference: start` here"
+        )
+    before = read_json(rounds.asked_file)
+    if before is not None and before != rounds.asked:
+        keys = sorted(key for key, value in rounds.asked.items() if before.get(key) != value)
+        raise UserError(
+            f"{rounds.prompts} was written with other values of {', '.join(keys)}; set them back, or give the rounds a new output_dir"
         )
     for number in range(2, rounds.config.num_rounds + 1):
         for stage, values in ((DPO, rounds.dpo_values(number)), (EVALUATE, rounds.evaluation_values(number))):

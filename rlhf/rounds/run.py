@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,7 +94,7 @@ def _main_first(work: Callable[[], None], is_done: Callable[[], bool]) -> None:
 
 
 def has_prompts(rounds: Rounds) -> bool:
-    return rounds.prompts.is_file() and rounds.heldout.is_file()
+    return all(file.is_file() for file in (rounds.prompts, rounds.heldout, rounds.asked_file))
 
 
 def write_prompts(rounds: Rounds) -> None:
@@ -105,6 +106,7 @@ def write_prompts(rounds: Rounds) -> None:
     _write(rounds.heldout, data.heldout or Rows([]), None)
     _, first = np.unique(data.train.last_prompts(), return_index=True)
     _write(rounds.prompts, data.train.select(np.sort(first)).head(rounds.config.max_prompts), PROMPT_FIELDS)
+    write_file(rounds.asked_file, json.dumps(rounds.asked, indent=1) + "\n")
 
 
 def _write(path: Path, rows: Rows, fields: tuple[str, ...] | None) -> None:
@@ -149,7 +151,7 @@ def show_end(rounds: Rounds) -> None:
     found = best(results)
     say(f"\n=== Rounds: {rounds.why_stop()}")
     say("\n".join(table(results)))
-    if rounds.evaluation.get("reward_model") == rounds.reward_model:
+    if os.path.normpath(rounds.evaluation.values["reward_model"]) == os.path.normpath(rounds.reward_model):
         say(
             "note: the reward model that judges here also labelled the answers, so a win rate that rises says that the policy pleases it; "
             "let evaluate.yaml name another judge to know more"

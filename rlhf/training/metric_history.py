@@ -1,4 +1,4 @@
-"""What is kept of a run's metrics to find symptoms in, and what was told already."""
+"""What is kept of a run's metrics to find symptoms in, and what was reported already."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WINDOW = (
     10  # logs whose mean stands for a training metric: 10 batches of 8 pairs have a standard error of 0.06 in accuracy
 )
 LATER = 20  # the last logs that are kept
-WORSE = 2.0  # a symptom is told again when its size has grown by this factor
+WORSE = 2.0  # a symptom is reported again when its size has grown by this factor
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Finding(NamedTuple):
         step: of the last log that shows it.
         sentence: what was seen and what it means.
         turn: which keys to turn, and how.
-        size: how bad it is; told again when it has grown by `WORSE`.
+        size: how bad it is; reported again when it has grown by `WORSE`.
     """
 
     key: str
@@ -90,7 +90,7 @@ class History:
 
 
 class Teller:
-    """Remembers what was told: each symptom once, and again when it has become `WORSE` times as bad.
+    """Remembers what was reported: each symptom once, and again when it has become `WORSE` times as bad.
 
     Args:
         told: findings of a run that resumes: key -> size.
@@ -100,7 +100,7 @@ class Teller:
         self.told = dict(told or {})
 
     def news(self, found: Sequence[Finding]) -> list[Finding]:
-        """Those of `found` that are to be told now."""
+        """Those of `found` that are to be reported now."""
         new = [f for f in found if f.key not in self.told or f.size >= WORSE * self.told[f.key]]
         self.told |= {f.key: f.size for f in new}
         return new

@@ -1,4 +1,4 @@
-"""The run read for the user: callbacks that tell what the metrics mean (symptoms.py), and that stop early.
+"""The run read for the user: callbacks that report what the metrics mean (symptoms.py), and that stop early.
 
 Each finding is a line on the screen and a line of metrics.jsonl, from which status, report and model card take it over.
 """

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.evaluation import paired
+from rlhf.evaluation import paired, resampling
 from rlhf.evaluation.paired import (
-    bootstrap_interval,
     divergence,
     holm,
     length_controlled,
@@ -17,7 +16,8 @@ from rlhf.evaluation.paired import (
     sign_test,
     win_rate,
 )
-from rlhf.evaluation.statistics import wilson_interval
+from rlhf.evaluation.resampling import bootstrap_interval
+from rlhf.runs.intervals import wilson_interval
 
 ANNOTATIONS = json.loads(Path(__file__).with_name("alpaca_eval.json").read_text())["models"]
 
@@ -62,7 +62,7 @@ def test_prompts_that_all_ended_alike_have_wilsons_interval():
 def test_the_resamples_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
     values = np.arange(50.0)
     whole = bootstrap_interval(lambda draws: values[draws].mean(-1), 50, seed=1)
-    monkeypatch.setattr(paired, "AT_ONCE", 50 * 7)
+    monkeypatch.setattr(resampling, "AT_ONCE", 50 * 7)
     assert bootstrap_interval(lambda draws: values[draws].mean(-1), 50, seed=1) == whole
 
 
@@ -144,7 +144,7 @@ def test_what_only_length_decides_is_a_draw_with_a_wide_interval():
 
 
 def test_swapping_the_models_mirrors_the_result(monkeypatch):
-    monkeypatch.setattr(paired, "RESAMPLES", 100)
+    monkeypatch.setattr(paired, "MANY_RESAMPLES", 100)
     one = ANNOTATIONS["Qwen-14B-Chat"]
     wins, lengths, others = one["preferences"], one["lengths"], one["baseline_lengths"]
     there = length_controlled(wins, lengths, others)
@@ -157,7 +157,7 @@ def test_swapping_the_models_mirrors_the_result(monkeypatch):
 @pytest.mark.parametrize("model", ANNOTATIONS)
 def test_alpaca_evals_annotations(model, monkeypatch):
     """805 published preferences: the leaderboard's win rate, and AlpacaEval's own fit of its minimal form to a point."""
-    monkeypatch.setattr(paired, "RESAMPLES", 200)
+    monkeypatch.setattr(paired, "MANY_RESAMPLES", 200)
     one = ANNOTATIONS[model]
     found = win_rate(one["preferences"])
     assert (found["count"], 100 * found["share"]) == (805, pytest.approx(one["win_rate"], abs=1e-3))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf.config.stage_config import EvaluateConfig
 from rlhf.evaluation.paired import divergence
-from rlhf.evaluation.sampled import GumbelNoise, answer_batches, answer_logps, sample
+from rlhf.evaluation.sampled import answer_batches, answer_logps, sample
 from rlhf.inference.score import pack
 
 
@@ -28,14 +28,6 @@ def config(**values):
 
 
 PROMPT = [5, 17, 101, 33]
-
-
-def test_noise_samples_from_the_softmax():
-    """20,000 rows of one distribution: each share within 4 standard errors."""
-    probabilities = torch.tensor([0.6, 0.25, 0.1, 0.05])
-    noisy = GumbelNoise(list(range(20_000)))(None, probabilities.log().expand(20_000, 4))
-    shares = noisy.argmax(-1).bincount(minlength=4) / 20_000
-    assert ((shares - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / 20_000).sqrt()).all()
 
 
 def test_an_answer_depends_on_its_row_and_seed_alone(model, tokenizer):

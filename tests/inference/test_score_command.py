@@ -165,7 +165,9 @@ def test_the_same_command_again_says_so_and_another_is_refused(few_pairs, tiny_j
     before, first = out.stat().st_mtime_ns, capsys.readouterr().out
     run(*words)
     shown = capsys.readouterr().out
-    assert shown == f"{out} is complete: the same data, model and options\n{first}" and out.stat().st_mtime_ns == before
+    assert (
+        shown == f"{out} is complete: the same data, models and options\n{first}" and out.stat().st_mtime_ns == before
+    )
     run(*words, "--limit", 5, code=2)
     assert (
         f"{out} already exists and was made of other inputs (data); give another --output, or --overwrite"

@@ -674,8 +674,8 @@ DATA = (
     Defect(
         "noise-of-the-batch", "a sampled answer depends on its place in the batch",
         "rlhf/evaluation/sampled.py",
-        "GumbelNoise([seed_of(config.seed, row) for row in prompts])",
-        "GumbelNoise([seed_of(config.seed, place) for place, _ in enumerate(prompts)])",
+        "[(row, 0) for row in prompts]",
+        "[(place, 0) for place, _ in enumerate(prompts)]",
         ("tests/evaluation/test_sampled.py::test_an_answer_depends_on_its_row_and_seed_alone",),
     ),
     Defect(

@@ -1,12 +1,11 @@
 """Rounds of DPO on the policy's own answers: through launch/pipeline.sh on tiny models, and step by step."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from forked import environment
+from pipelines import pipeline, write_recipes
 
 from rlhf.__main__ import main
 from rlhf.data.rows import read_data
@@ -16,7 +15,6 @@ from rlhf.rounds.plan import load_rounds
 from rlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
-TINY = {"max_length": 256, "max_steps": 2, "max_train_examples": 8, "global_batch_size": 2, "save_steps": 1}
 ROUNDS = {
     "stage": "rounds",
     "max_prompts": 6,
@@ -32,25 +30,10 @@ STEPS = ["round 1, evaluation", "round 2, answers and their labels", "round 2, D
 @pytest.fixture
 def recipes(tiny_llama, tmp_path, monkeypatch):
     """The quickstart's own recipes with a tiny model in place of the real one, and rounds.yaml."""
-    folder = tmp_path / "recipes"
-    folder.mkdir()
-    for stage in ("sft", "reward", "dpo", "evaluate"):
-        values = yaml.safe_load((ROOT / "configs" / "quickstart" / f"{stage}.yaml").read_text())
-        for key in ("model_name_or_path", "base_model"):
-            if str(values.get(key)).startswith("embedded:"):
-                values[key] = tiny_llama
-        values |= {"max_eval_examples": 4, "max_new_tokens": 4} if stage == "evaluate" else TINY
-        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+    folder = write_recipes(tmp_path / "recipes", tiny_llama)
     (folder / "rounds.yaml").write_text(yaml.safe_dump(ROUNDS))
     monkeypatch.chdir(tmp_path)
     return folder
-
-
-def pipeline(recipes, *words, code=0):
-    command = [str(ROOT / "launch" / "pipeline.sh"), str(recipes), *words]
-    done = subprocess.run(command, cwd=recipes.parent, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -101,7 +84,9 @@ def test_each_start_runs_the_next_step(recipes, capsys):
     assert second["model_name_or_path"] == "runs/quickstart/sft" and "reference_model" not in second
     assert read_metrics(home / "round-2" / "dpo")[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
 
-    # the recipe of a round that has begun is not written again from others
+    # neither the prompts nor the recipe of a round that has begun are written again from others
+    assert main(["rounds", str(recipes), "--status", "--max_prompts", "5"]) == 2
+    assert "prompts.jsonl was written with other values of max_prompts; set them back" in capsys.readouterr().err
     assert (
         main(["rounds", str(recipes), "--min_gain", "1", "--start_from", "start", "--reference", "last"]) == 0
     )  # the evaluation
@@ -124,7 +109,7 @@ BAD = {
     "one round": (lambda folder: change(folder / "rounds.yaml", num_rounds=1), "num_rounds"),
     "unknown key": (lambda folder: change(folder / "rounds.yaml", answers=3), "unknown key 'answers'; did you mean 'num_answers'?"),
     "nf4": (lambda folder: change(folder / "dpo.yaml", reference="nf4"), "take an exact one"),
-    "no labels": (lambda folder: [(folder / "reward.yaml").unlink(), change(folder / "evaluate.yaml", reward_model=None, judge="x")], ""),
+    "no labels": (lambda folder: [(folder / "reward.yaml").unlink(), change(folder / "evaluate.yaml", reward_model=None)], "no reward model labels the answers"),
 }  # fmt: skip
 
 
@@ -140,6 +125,16 @@ def test_mistakes_are_found_before_anything_runs(case, recipes, capsys):
     for word in ("--check", "--status"):
         assert main(["rounds", str(recipes), word]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_which_reference_a_round_has(recipes):
+    """Where dpo.yaml names a reference of its own, `last` replaces it, and `start` keeps it."""
+    change(recipes / "dpo.yaml", reference_model="runs/own", reference="cached")
+    for start_from, reference, found in (
+        ("last", "start", "runs/own"), ("last", "last", None), ("start", "start", "runs/own"), ("start", "last", "runs/quickstart/dpo"),
+    ):  # fmt: skip
+        rounds = load_rounds(str(recipes), ["--start_from", start_from, "--reference", reference])
+        assert rounds.dpo_values(2).get("reference_model") == found
 
 
 @pytest.mark.parametrize("number", ["1", "no", ""])
