@@ -286,8 +286,10 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code_stopped()
     except KeyboardInterrupt:
         by_batch = options.command in ("evaluate", *INFERENCE)
-        kept = "batch that was computed" if by_batch else "checkpoint"
-        resumes = options.command in ("sft", "reward", "dpo") or by_batch
+        kept = {"rounds": "checkpoint or batch"}.get(
+            options.command, "batch that was computed" if by_batch else "checkpoint"
+        )
+        resumes = options.command in ("sft", "reward", "dpo", "rounds") or by_batch
         again = f"; run the same command to resume from the last {kept}" if resumes else ""
         print(f"\nrlhf: stopped at once{again}", file=sys.stderr)
         return 130

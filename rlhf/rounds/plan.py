@@ -202,10 +202,8 @@ def load_rounds(target: str, overrides: list[str] | None = None) -> Rounds:
                 f"{quote(folder)} has no {kind}.yaml; rounds repeat the dpo and the evaluate stage of a recipe folder"
             )
     dpo, evaluation = load_recipe(siblings[DPO], DPO), load_recipe(siblings[EVALUATE], EVALUATE)
-    if os.path.lexists(file):
-        recipe = load_recipe(file, "rounds", overrides)
-    else:
-        recipe = load_recipe(file, "rounds", overrides, {"stage": "rounds"})
+    given = os.path.lexists(file) or file == target
+    recipe = load_recipe(file, "rounds", overrides, None if given else {"stage": "rounds"})
     default = os.path.join(os.path.dirname(os.path.normpath(dpo.values["output_dir"])), "rounds")
     config = RoundsConfig(**recipe.values)
     rounds = Rounds(

@@ -29,7 +29,7 @@ class PairRow(NamedTuple):
 
 
 PAIR_COLUMNS = PairRow(
-    "comparison", "judge", "wins", "95%", "won/tied/lost", "p", "words", "at equal length (95%; coefficient)"
+    "models", "judge", "wins", "95%", "won, tied, lost", "p", "words", "at equal length (95%; coeff.)"
 )
 
 
@@ -47,20 +47,21 @@ class ModelRow(NamedTuple):
 
 
 MODEL_COLUMNS = ModelRow(
-    "model", "log-prob. chosen", "log-prob. rejected", "words", "characters", "cut", "KL per answer", "KL per token"
+    "model", "logp chosen", "logp rejected", "words", "chars", "cut", "KL per answer", "KL per token"
 )
 
 
 def pair_rows(results: dict[str, Any]) -> list[PairRow]:
     """Every comparison of two models by a judge; empty for results of an older version."""
     labels = labels_of(results)
-    return [_pair_row(row, labels, judge_name(results, row["judge"])) for row in results.get("pairwise") or []]
+    rows = results.get("pairwise") or []
+    return [_pair_row(row, labels, judge_name(results, row["judge"]).rsplit("/", 1)[-1]) for row in rows]
 
 
 def _pair_row(row: dict[str, Any], labels: dict[str, str], judge: str) -> PairRow:
     compared = f"{labels[row['a']]} against {labels[row['b']]}"
     missing = sum(row["not_judged"].values())
-    count = f"{row['count'] and row['wins']}/{row['count'] and row['ties']}/{row['count'] and row['losses']}"
+    count = f"{row['count'] and row['wins']}, {row['count'] and row['ties']}, {row['count'] and row['losses']}"
     count += (
         f", {missing} not judged ({', '.join(f'{n} {why}' for why, n in row['not_judged'].items())})" if missing else ""
     )

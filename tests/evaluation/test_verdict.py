@@ -131,7 +131,7 @@ def test_a_judge_that_judged_nothing():
         "gpt",
         "",
         "",
-        "0/0/0, 120 not judged (120 refused)",
+        "0, 0, 0, 120 not judged (120 refused)",
     )
 
 
@@ -161,7 +161,7 @@ def test_the_tables():
     }
     found = results(row(p=0.0002, p_adjusted=0.0004), kl=kl, kl_skipped={"sft": "why"})
     assert pair_rows(found) == [(
-        "DPO against SFT", "runs/rm", "58%", "52% to 64%", "60/20/40", "<0.001 (<0.001)", "112, 100", "58% (52% to 64%; +0.31)",
+        "DPO against SFT", "rm", "58%", "52% to 64%", "60, 20, 40", "<0.001 (<0.001)", "112, 100", "58% (52% to 64%; +0.31)",
     )]  # fmt: skip
     assert model_rows(found)[1] == ("DPO", "-20.0", "-30.0", "100", "600", "3 of 120", "3.46 ± 0.46", "0.0456 ± 0.006")
     assert "divergence from SFT in nats (± standard error), on 64 answers" in model_note(found)

@@ -137,6 +137,11 @@ def test_which_reference_a_round_has(recipes):
         assert rounds.dpo_values(2).get("reference_model") == found
 
 
+def test_a_misspelt_file_is_not_taken_for_none(recipes, capsys):
+    assert main(["rounds", str(recipes / "round.yaml"), "--check"]) == 2
+    assert "round.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", ["1", "no", ""])
 def test_the_number_of_rounds(number, recipes):
     assert "--rounds takes a number from 2 on" in pipeline(recipes, "--rounds", number, code=2)
