@@ -29,7 +29,7 @@ def audit(options: Any, given: Any = None) -> dict[str, Any] | None:
         raise UserError(
             f"{'-n' if idle[0] == 'n' else f'--{idle[0]}'} has no effect with --audit, which generates nothing; leave it out"
         )
-    path = output_path(options.output)
+    path = output_path(options.output, options.file)
     found = resolve(options.reward, "--reward", reward=True)
     data = read(options, "label --audit", prompts_only=False, given=given)
     if data.kind != "pairs":

@@ -35,7 +35,7 @@ def generate_command(options: Any, given: Any = None) -> dict[str, Any] | None:
         UserError: before a model loads.
         Stopped: a stop was requested; the same command resumes.
     """
-    path = output_path(options.output)
+    path = output_path(options.output, options.file)
     check_sampling(options)
     found = resolve(options.model, "--model", reward=False)
     check_engine(options.engine, found, options.load_in_4bit)

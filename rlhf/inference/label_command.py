@@ -59,7 +59,7 @@ def label(options: Any, given: Any = None) -> dict[str, Any] | None:
     if options.n < 2:
         raise UserError("a pair needs two answers; give -n 2 or more")
     check_sampling(options)
-    path = output_path(options.output)
+    path = output_path(options.output, options.file)
     found, judged = resolve(options.model, "--model", reward=False), resolve(options.reward, "--reward", reward=True)
     check_engine(options.engine, found, options.load_in_4bit)
     data = check_names(read(options, "label", prompts_only=True, given=given), ("completion", "sample", "finished", "num_tokens", "score"), "")  # fmt: skip

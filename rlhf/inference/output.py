@@ -166,13 +166,21 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(f"{path.name}.{ending}")
 
 
-def output_path(name: str) -> Path:
+def output_path(name: str, read: str | None) -> Path:
     """The path of a file to be written, which may be there.
 
+    Args:
+        read: the file, folder or data set that the rows come from.
+
     Raises:
-        UserError: its folder doesn't exist, it is a folder, or its ending is another.
+        UserError: its folder doesn't exist, it is a folder or what is read, or its ending is another.
     """
     path = Path(name).expanduser()
+    source = Path(read).expanduser() if read else None
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise UserError(f"--output: {path} is the file that is read, and would be replaced; give another")
+    if source is not None and source.is_dir() and path.parent.exists() and path.parent.samefile(source):
+        raise UserError(f"--output: {path} lies in the folder that is read, and would be read too; give another place")
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; give a file in it that ends with {' or '.join(SUFFIXES)}")
     if os.path.lexists(path) and path.suffix in SUFFIXES:

@@ -32,7 +32,7 @@ def score_command(options: Any, given: Any = None) -> dict[str, Any] | None:
         UserError: before a model loads.
         Stopped: a stop was requested; the same command resumes.
     """
-    path = output_path(options.output)
+    path = output_path(options.output, options.file)
     found = resolve(options.reward, "--reward", reward=True)
     data = read(options, "score", prompts_only=False, given=given)
     columns = score_columns(data, options.column)

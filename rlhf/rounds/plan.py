@@ -46,7 +46,7 @@ class Rounds:
     """The rounds of a recipe folder.
 
     Attributes:
-        recipe: of stage `rounds`; its path is the folder's if it has no rounds.yaml.
+        recipe: of stage `rounds`; its path is the folder if that has no rounds.yaml.
         dpo, evaluation: the folder's own recipes.
         reward_model: which labels the answers.
     """
@@ -203,7 +203,7 @@ def load_rounds(target: str, overrides: list[str] | None = None) -> Rounds:
             )
     dpo, evaluation = load_recipe(siblings[DPO], DPO), load_recipe(siblings[EVALUATE], EVALUATE)
     given = os.path.lexists(file) or file == target
-    recipe = load_recipe(file, "rounds", overrides, None if given else {"stage": "rounds"})
+    recipe = load_recipe(file if given else target, "rounds", overrides, None if given else {"stage": "rounds"})
     default = os.path.join(os.path.dirname(os.path.normpath(dpo.values["output_dir"])), "rounds")
     config = RoundsConfig(**recipe.values)
     rounds = Rounds(

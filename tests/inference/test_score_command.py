@@ -158,6 +158,19 @@ def test_rows_of_the_prepared_store_are_scored_alike(few_pairs, tiny_judge, tmp_
 # --- a second start --------------------------------------------------------------------------------------------------
 
 
+def test_what_is_read_is_not_written_over(few_pairs, tiny_judge, tmp_path, capsys):
+    own = tmp_path / "own" / "pairs.jsonl"
+    own.parent.mkdir()
+    own.write_text(Path(few_pairs).read_text())
+    for source, out, says in (
+        (own, own, "is the file that is read"),
+        (own.parent, own.with_name("scored.jsonl"), "lies in the folder that is read"),
+    ):
+        run("score", source, "--reward", tiny_judge, "--output", out, "--overwrite", code=2)
+        assert says in capsys.readouterr().err
+    assert own.read_text() == Path(few_pairs).read_text() and len(list(own.parent.iterdir())) == 1
+
+
 def test_the_same_command_again_says_so_and_another_is_refused(few_pairs, tiny_judge, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     words = ("score", few_pairs, "--reward", tiny_judge, "--output", out)
