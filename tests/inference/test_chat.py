@@ -210,8 +210,7 @@ def test_a_whole_conversation_in_a_terminal(tiny_llama, tiny_gpt2):
     assert "[tiny-gpt2]" not in terminal.shown
     terminal.type("half a li")
     terminal.wait_for("half a li")
-    terminal.type("\x03")
-    terminal.wait_for(LEAVE_HINT)
+    terminal.interrupt_until(LEAVE_HINT)
     terminal.type("/quit\r")
     terminal.close()
     answer = terminal.shown.split("[tiny-llama]")[1].split("(stopped")[0]

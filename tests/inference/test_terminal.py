@@ -59,6 +59,13 @@ class Terminal:
     def type(self, text):
         os.write(self.fd, text.encode())
 
+    def interrupt_until(self, text):
+        """Ctrl-C, and again as a person would: CPython's readline misses one that comes while it handles a key, until the next."""
+        while text not in self.shown:
+            self.type("\x03")
+            while text not in self.shown and select.select([self.fd], [], [], 5)[0]:
+                self.shown += os.read(self.fd, 4096).decode(errors="replace")
+
     def close(self):
         os.close(self.fd)
         os.waitpid(self.pid, 0)
