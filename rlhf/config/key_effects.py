@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config.stage_config import OWN_KEYS
+
 _LAUNCH = "hardware belongs in a launch file: accelerate launch --config_file launch/..."
 _NO_METRICS = "held-out data is evaluated by its loss and the stage's own metrics; nothing else is collected"
 _ALWAYS_TRAINS = "every stage trains, and evaluates if the recipe has held-out data (eval_strategy)"
@@ -240,11 +242,11 @@ def without_effect(key: str, stage: str, values: dict[str, Any], decided: set[st
         decided: keys set on the command line: the file's keys that they disable need not be deleted.
     """
     stages = STAGES_OF.get(key, (stage,))
-    if stage not in ("evaluate", "rounds") and stage not in stages:
+    if stage not in OWN_KEYS and stage not in stages:
         return f"in {stage}: it belongs to {' and '.join(stages)}; remove it"
     needs = ONLY_WITH.get(key)
     unset = values.get(key) is None or (values[key] is False and key not in _TRUE_BY_DEFAULT)
-    if stage in ("evaluate", "rounds") or needs is None or unset or needs.holds(values):
+    if stage in OWN_KEYS or needs is None or unset or needs.holds(values):
         return ""
     if decided & set(needs.keys) or (key == "label_smoothing" and values[key] == 0):
         return ""

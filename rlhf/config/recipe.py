@@ -21,7 +21,7 @@ from rlhf.config.key_ranges import check_value, split_union
 from rlhf.config.keys import Key, library_keys, own_keys
 from rlhf.config.keys_foreign import answer
 from rlhf.config.recipe_checks import check_combinations, check_effects, expand_paths
-from rlhf.config.stage_config import STAGES, EvaluateConfig, RoundsConfig, StageConfig
+from rlhf.config.stage_config import OWN_KEYS, STAGES, StageConfig
 from rlhf.config.yaml_reader import quote_path, read_flat, read_word
 from rlhf.errors import UserError, quote
 
@@ -32,9 +32,6 @@ HARMLESS = frozenset(
     "dataloader_pin_memory dataset_num_proc per_device_eval_batch_size output_dir max_tokens_per_device "
     "reference_cache watchdog_minutes max_gradient_spike portable_checkpoints".split()
 )
-
-
-OWN = {"evaluate": EvaluateConfig, "rounds": RoundsConfig}  # stages whose keys are all ours
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def _read_word(word: str | None, name: str, key: Key | None) -> Any:
 
 def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
     """What to write instead of a key that a stage doesn't have, as the end of a sentence."""
-    if stage not in OWN and (known := answer(key)):
+    if stage not in OWN_KEYS and (known := answer(key)):
         return f"; {known}"
     for other in STAGES:
         if other != stage and key in allowed_keys(other):
@@ -221,8 +218,8 @@ def hint(key: str, stage: str, keys: dict[str, Key]) -> str:
 @functools.cache
 def allowed_keys(stage: str) -> dict[str, Key]:
     """All keys a recipe of this stage may set, by name."""
-    if stage in OWN:
-        return own_keys(OWN[stage])
+    if stage in OWN_KEYS:
+        return own_keys(OWN_KEYS[stage])
     trl_class = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig"}[stage]
     return {
         **library_keys("transformers", "training_args.py", "TrainingArguments", trl_class),

@@ -332,3 +332,6 @@ class EvaluateConfig:
     )
     use_cpu: bool = False
     seed: int = 42
+
+
+OWN_KEYS = {"evaluate": EvaluateConfig, "rounds": RoundsConfig}  # stages whose recipes have no key of a library
